@@ -1,0 +1,1 @@
+"""Spectral-shell measurements of how neural networks learn."""
