@@ -1,0 +1,149 @@
+"""Checks of constructor and function parameters, with errors that name the remedy."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from numbers import Integral, Real
+from typing import Any
+
+
+def check_real(
+    name: str,
+    value: Any,
+    *,
+    low: float | None = None,
+    high: float | None = None,
+    low_open: bool = False,
+    high_open: bool = False,
+) -> float:
+    """Return ``value`` as a finite float inside the given range.
+
+    Parameters
+    ----------
+    name : str
+        The parameter's name, for the message.
+    value : object
+        What the user passed.
+    low, high : float, optional
+        Ends of the allowed range.
+    low_open, high_open : bool, default=False
+        Whether the end itself is excluded.
+
+    Returns
+    -------
+    float
+
+    Raises
+    ------
+    TypeError
+        If ``value`` is not a real number (booleans are not).
+    ValueError
+        If it is not finite or outside the range.
+
+    Examples
+    --------
+    >>> check_real("q", 2, low=1, low_open=True)
+    2.0
+    """
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name} must be a real number, got {value!r} of {_type_name(value)}.")
+    number = float(value)
+    too_low = low is not None and (number <= low if low_open else number < low)
+    too_high = high is not None and (number >= high if high_open else number > high)
+    if not math.isfinite(number) or too_low or too_high:
+        allowed = _describe_range(low, high, low_open, high_open)
+        raise ValueError(f"{name} must be finite{allowed}, got {value!r}; pass a value in range.")
+    return number
+
+
+def check_integer(
+    name: str, value: Any, *, low: int | None = None, high: int | None = None
+) -> int:
+    """Return ``value`` as an int inside the closed range.
+
+    Raises
+    ------
+    TypeError
+        If ``value`` is not an integer (booleans and floats are not).
+    ValueError
+        If it lies outside the range.
+
+    Examples
+    --------
+    >>> check_integer("n_steps", 5, low=1)
+    5
+    """
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise TypeError(f"{name} must be an integer, got {value!r} of {_type_name(value)}.")
+    number = int(value)
+    if (low is not None and number < low) or (high is not None and number > high):
+        allowed = _describe_range(low, high, False, False)
+        raise ValueError(f"{name} must be an integer{allowed}, got {value!r}.")
+    return number
+
+
+def check_option(name: str, value: Any, options: Sequence[str]) -> str:
+    """Return ``value`` if it is one of ``options``.
+
+    Raises
+    ------
+    ValueError
+        If it is not; the message lists the options.
+
+    Examples
+    --------
+    >>> check_option("solver", "exact", ("auto", "exact"))
+    'exact'
+    """
+    if not isinstance(value, str) or value not in options:
+        listed = ", ".join(repr(option) for option in options)
+        raise ValueError(f"{name} must be one of {listed}, got {value!r}.")
+    return value
+
+
+def check_window(name: str, value: Any) -> tuple[float, float] | None:
+    """Return a window ``(lambda_lo, lambda_hi)`` as floats, or None as it is.
+
+    Raises
+    ------
+    TypeError
+        If ``value`` is neither None nor a pair.
+    ValueError
+        If the ends are not finite, positive and increasing.
+
+    Examples
+    --------
+    >>> check_window("window", (1, 10))
+    (1.0, 10.0)
+    """
+    if value is None:
+        return None
+    try:
+        lo, hi = value
+    except (TypeError, ValueError):
+        raise TypeError(
+            f"{name} must be None or a pair (lambda_lo, lambda_hi), got {value!r}."
+        ) from None
+    lo = check_real(f"{name}[0]", lo, low=0.0, low_open=True)
+    hi = check_real(f"{name}[1]", hi, low=0.0, low_open=True)
+    if lo >= hi:
+        raise ValueError(
+            f"{name} must have lambda_lo < lambda_hi, got ({lo!r}, {hi!r}); swap the ends."
+        )
+    return lo, hi
+
+
+def _describe_range(
+    low: float | None, high: float | None, low_open: bool, high_open: bool
+) -> str:
+    parts = []
+    if low is not None:
+        parts.append(f"{'>' if low_open else '>='} {low}")
+    if high is not None:
+        parts.append(f"{'<' if high_open else '<='} {high}")
+    return " and " + " and ".join(parts) if parts else ""
+
+
+def _type_name(value: Any) -> str:
+    return f"type {type(value).__name__}"

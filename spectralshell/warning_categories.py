@@ -1,0 +1,17 @@
+"""Warning categories, so that a user can silence or escalate one kind without the others."""
+
+
+class ResolutionWarning(UserWarning):
+    """A figure would be read below the resolution that the number of Lanczos steps gives."""
+
+
+class DynamicsWarning(UserWarning):
+    """A quantity needs the relation ė = −M e, which this residual does not have."""
+
+
+class DifferentiationWarning(UserWarning):
+    """A way to differentiate the model was refused or replaced by a slower one."""
+
+
+class IdentifiabilityWarning(UserWarning):
+    """A fitted parameter is not determined by the data it was fitted to."""
