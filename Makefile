@@ -1,0 +1,49 @@
+# Every target but help and clean makes .venv first and installs the pinned versions into it.
+# One stamp for each set of extras: it is renewed when pyproject.toml or constraints.txt changes.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+WORKERS ?= 2
+
+# pip reads the first for ordinary installs, newer versions the second for the isolated build.
+export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
+export PIP_BUILD_CONSTRAINT := $(CURDIR)/constraints.txt
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+# One thread for each worker: more threads than cores make small matrix products slower.
+ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint docs benchmark clean
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+demo: $(VENV)/.installed-demo  ## train on digits, measure, fit, write out/*.parquet and out/*.png
+	$(BIN)/python demo/digits.py
+
+test: $(VENV)/.installed-test  ## run the tests, the docstrings' examples and those of the docs
+	$(ONE_THREAD) $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
+
+lint: $(VENV)/.installed-lint  ## ruff, its format check, and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+docs: $(VENV)/.installed-docs  ## build the documentation; a warning is an error
+	$(BIN)/python -m sphinx -W --keep-going -b html docs docs/_build/html
+
+benchmark: $(VENV)/.installed-demo  ## compare with plain torch.func; writes out/benchmarks/
+	$(BIN)/python benchmarks/run.py
+
+clean:  ## remove what the targets made, but keep .venv
+	rm -rf out build dist docs/_build docs/auto_examples docs/generated
+	rm -rf docs/sg_execution_times.rst .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed-%: pyproject.toml constraints.txt | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[$*]"
+	touch $@
