@@ -1,0 +1,3 @@
+"""What pytest leaves alone here: the gallery is run by ``tests/test_docs.py``."""
+
+collect_ignore = ["conf.py", "examples"]
