@@ -1,1 +1,6 @@
-"""."""
+"""Plots of the frames; matplotlib is imported when something is drawn."""
+
+from spectralshell.displays.exponent import ExponentDisplay
+from spectralshell.displays.shell_energy import ShellEnergyDisplay
+
+__all__ = ["ExponentDisplay", "ShellEnergyDisplay"]

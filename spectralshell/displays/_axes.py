@@ -1,0 +1,233 @@
+"""What the displays share: a lazy matplotlib, colours for τ, readable log axes, legends."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+
+LAMBDA_LABEL = r"eigenvalue $\lambda$  (1/$\tau$)"
+MAX_LEGEND_TAUS = 6
+_MARKERS = "os^Dv>"
+_DEEPEST_VIEW = 1e-10  # values this far below the largest one are rounding, not signal
+_BAND_ROOM = 10.0  # how far below the lowest value a band may pull the view
+
+
+def require_pyplot(caller: str) -> Any:
+    """Return ``matplotlib.pyplot``, or say how to install it.
+
+    Raises
+    ------
+    ImportError
+        If matplotlib is missing; the message names the caller and the extra.
+    """
+    try:
+        import matplotlib.pyplot as plt
+    except ImportError as error:
+        raise ImportError(
+            f"{caller} needs matplotlib, which cannot be imported; install it with "
+            'pip install "spectralshell[plot]".'
+        ) from error
+    return plt
+
+
+def format_number(value: float, digits: int = 3) -> str:
+    """Return a short label: plain digits from 0.001 to 99999, powers of ten elsewhere."""
+    value = float(value)
+    if value == 0.0 or 1e-3 <= abs(value) < 1e5:
+        return np.format_float_positional(
+            value, precision=digits, unique=True, fractional=False, trim="-"
+        )
+    return format_power(value, digits)
+
+
+def format_power(value: float, digits: int = 3) -> str:
+    """Return a label as a power of ten, with a mantissa where it is not one."""
+    mantissa, exponent = f"{value:.{digits - 1}e}".split("e")
+    mantissa = mantissa.rstrip("0").rstrip(".") if "." in mantissa else mantissa
+    power = f"10^{{{int(exponent)}}}"
+    if mantissa == "1":
+        return f"${power}$"
+    return f"${mantissa}\\times{power}$"
+
+
+def distinct_labels(values: Sequence[float]) -> list[str]:
+    """Return labels with three digits, or as many as it takes to tell the values apart."""
+    for digits in range(3, 17):
+        labels = [format_number(value, digits) for value in values]
+        if len(set(labels)) == len(set(values)):
+            return labels
+    return [repr(float(value)) for value in values]
+
+
+class TauScale:
+    """Colour, marker and label of every τ of a plot.
+
+    Up to ``MAX_LEGEND_TAUS`` times are told apart in a legend and get evenly spaced colours;
+    more get a colour bar, logarithmic when the positive times span a decade. τ = 0 has no place
+    on a logarithmic bar: it is drawn grey and labelled at the bar's lower end.
+    """
+
+    def __init__(self, taus: Iterable[float]) -> None:
+        from matplotlib import colormaps
+        from matplotlib.colors import ListedColormap, LogNorm, Normalize
+
+        self.taus = np.unique(np.asarray(list(taus), dtype=float))
+        # the last 15 % of viridis is too light to read on white
+        shades = colormaps["viridis"](np.linspace(0.0, 0.85, 256))
+        self._cmap = ListedColormap(shades).with_extremes(under="0.55")
+        self.uses_colorbar = len(self.taus) > MAX_LEGEND_TAUS
+        positive = self.taus[self.taus > 0]
+        self.is_log = bool(
+            self.taus.size > 1
+            and self.taus[0] >= 0
+            and positive.size > 1
+            and positive[-1] >= 10 * positive[0]
+        )
+        if self.is_log:
+            self._norm = LogNorm(positive[0], positive[-1])
+        elif self.taus.size:
+            self._norm = Normalize(self.taus[0], self.taus[-1])
+
+    def _rank(self, tau: float) -> int:
+        return int(np.argmin(np.abs(self.taus - tau)))
+
+    def colour(self, tau: float) -> tuple[float, ...]:
+        """Return the RGBA colour of one τ."""
+        if not self.uses_colorbar:
+            return self._cmap(self._rank(tau) / max(len(self.taus) - 1, 1))
+        if self.is_log and tau <= 0:
+            return self._cmap(-1.0)
+        return self._cmap(float(self._norm(tau)))
+
+    def marker(self, tau: float) -> str:
+        """Return a marker: one per τ in a legend, dots under a colour bar."""
+        return "." if self.uses_colorbar else _MARKERS[self._rank(tau)]
+
+    def label(self, tau: float) -> str:
+        """Return the legend text of one τ."""
+        return rf"$\tau$ = {distinct_labels(self.taus)[self._rank(tau)]}"
+
+    def draw_colorbar(self, ax: Any) -> Any:
+        """Add the colour bar beside ``ax`` and return it."""
+        from matplotlib.cm import ScalarMappable
+
+        grey_end = self.is_log and self.taus[0] == 0
+        bar = ax.figure.colorbar(
+            ScalarMappable(norm=self._norm, cmap=self._cmap),
+            ax=ax,
+            extend="min" if grey_end else "neither",
+        )
+        bar.set_label(r"effective training time $\tau$")
+        if self.is_log:
+            set_log_ticks(bar.ax.yaxis, *self._norm_limits())
+        if grey_end:
+            bar.ax.text(
+                0.5, -0.06, r"$\tau$ = 0", transform=bar.ax.transAxes, ha="center", va="top"
+            )
+        return bar
+
+    def _norm_limits(self) -> tuple[float, float]:
+        return float(self._norm.vmin), float(self._norm.vmax)
+
+
+def set_log_ticks(axis: Any, low: float, high: float) -> None:
+    """Put readable ticks on a logarithmic axis that shows ``low`` to ``high``.
+
+    Decades where there are at least two in view; 1, 2, 5 of each decade otherwise. Minor ticks
+    carry no text, which is what makes short log axes unreadable by default.
+    """
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    decades = np.log10(high / low)
+    subs = (1.0,) if decades >= 3 else (1.0, 2.0, 5.0) if decades >= 0.5 else (1, 1.5, 2, 3, 5, 7)
+    axis.set_major_locator(LogLocator(subs=subs, numticks=8))
+    write = format_number if low >= 5e-4 and high <= 5e4 else format_power
+    axis.set_major_formatter(FuncFormatter(lambda value, _: write(value)))
+    axis.set_minor_locator(
+        LogLocator(subs=np.arange(1.0, 10.0), numticks=200 if decades < 8 else 8)
+    )
+    axis.set_minor_formatter(NullFormatter())
+
+
+def log_limits(values: np.ndarray, *, bands: np.ndarray | None = None) -> tuple[float, float]:
+    """Return the view of a logarithmic axis that holds every positive value with a margin.
+
+    Values below ``1e-10`` of the largest one stay out of view, and a band whose lower end
+    reaches zero does not stretch the axis by more than a factor of ten. Data without a positive
+    value get (0.1, 1).
+    """
+    values = _positive(values)
+    if values.size == 0:
+        return 0.1, 1.0
+    low, high = values.min(), values.max()
+    low = max(low, _DEEPEST_VIEW * high)
+    if bands is not None and (bands := _positive(bands)).size:
+        low = min(low, max(bands.min(), low / _BAND_ROOM))
+        high = max(high, bands.max())
+    margin = max((high / low) ** 0.05, 1.3)
+    return float(low / margin), float(high * margin)
+
+
+def set_log_view(ax: Any, which: str, limits: tuple[float, float], *, keep: bool) -> None:
+    """Make one axis logarithmic with these limits, widened to the old ones if ``keep``."""
+    axis = getattr(ax, f"{which}axis")
+    get, set_limits = getattr(ax, f"get_{which}lim"), getattr(ax, f"set_{which}lim")
+    low, high = limits
+    if keep and axis.get_scale() == "log":
+        low, high = min(low, get()[0]), max(high, get()[1])
+    getattr(ax, f"set_{which}scale")("log")
+    set_limits(low, high)
+    set_log_ticks(axis, low, high)
+
+
+def shade_below_floor(ax: Any, floor: float | None, label: str | None) -> Any:
+    """Shade λ below the resolution floor; return the patch, or None where there is none."""
+    left = ax.get_xlim()[0]
+    if floor is None or not np.isfinite(floor) or floor <= left:
+        return None
+    right = min(floor, ax.get_xlim()[1])
+    return ax.axvspan(
+        left,
+        right,
+        facecolor="0.95",
+        edgecolor="0.8",
+        hatch="///",
+        linewidth=0,
+        zorder=0,
+        label=label,
+    )
+
+
+def draw_legend(ax: Any, handles: Sequence[Any], *, place: str) -> Any:
+    """Draw a legend where it covers no data and return it, None for no handles.
+
+    Parameters
+    ----------
+    ax : matplotlib Axes
+    handles : sequence of artists
+    place : {"right", "below", "inside"}
+        Beside the axes or below the figure where the figure is our own, inside the axes, at the
+        emptiest place, where it is the user's.
+    """
+    if not handles:
+        return None
+    if place == "below":
+        return ax.figure.legend(
+            handles=list(handles),
+            loc="outside lower center",
+            ncols=min(len(handles), 2),
+            fontsize="small",
+        )
+    where = (
+        {"loc": "upper left", "bbox_to_anchor": (1.01, 1.0), "borderaxespad": 0.0}
+        if place == "right"
+        else {"loc": "best"}
+    )
+    return ax.legend(handles=list(handles), fontsize="small", **where)
+
+
+def _positive(values: np.ndarray) -> np.ndarray:
+    values = np.asarray(values, dtype=float).ravel()
+    return values[np.isfinite(values) & (values > 0)]

@@ -1,0 +1,130 @@
+"""From the two shell frames to the curves that the displays draw."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from spectralshell.shells.partition import parse_shell_name
+
+_TIDY = ("tau", "batch", "shell", "lambda_lo", "lambda_hi", "energy")
+_OUTSIDE = ("null", "unresolved")
+
+
+def tidy_energies(frame: Any, *, name: str = "frame") -> pd.DataFrame:
+    """Return the tidy form of a tidy or a wide shell frame, with its ``attrs``.
+
+    Raises
+    ------
+    TypeError
+        If ``frame`` is not a DataFrame.
+    ValueError
+        If it is neither kind of shell frame.
+    """
+    if not isinstance(frame, pd.DataFrame):
+        raise TypeError(
+            f"{name} must be a pandas DataFrame of shell energies, got type "
+            f"{type(frame).__name__}; pass shells_, shell_frame(X) or transform(X)."
+        )
+    if set(_TIDY) <= set(frame.columns):
+        return frame
+    if "tau" in frame.index.names and any(str(c).startswith("shell[") for c in frame.columns):
+        return _melt(frame)
+    raise ValueError(
+        f"{name} must be a tidy shell frame (columns {', '.join(_TIDY)}) or a wide one (index "
+        f"levels tau and batch, columns null and shell[lo,hi)), got columns "
+        f"{[str(c) for c in frame.columns[:4]]} and index levels {list(frame.index.names)}; pass "
+        "shells_, shell_frame(X) or transform(X) with pandas output."
+    )
+
+
+def _melt(wide: pd.DataFrame) -> pd.DataFrame:
+    """Lay a wide frame out as one row per (snapshot, shell)."""
+    index = wide.index.to_frame(index=False)
+    if "batch" not in index:
+        index["batch"] = 0
+    floor = resolution_floor_of(wide)
+    parts = []
+    for column in wide.columns:
+        part = index.copy()
+        low, high = (0.0, np.nan) if column == "null" else parse_shell_name(column)
+        part["shell"], part["lambda_lo"], part["lambda_hi"] = column, low, high
+        part["lambda_mid"] = np.sqrt(low * high)
+        part["energy"] = wide[column].to_numpy(dtype=float)
+        part["resolved"] = floor is None or low >= floor
+        parts.append(part)
+    tidy = pd.concat(parts, ignore_index=True)
+    tidy.attrs = dict(wide.attrs)
+    return tidy
+
+
+def resolution_floor_of(frame: pd.DataFrame) -> float | None:
+    """Return the resolution floor that a frame carries, or None."""
+    floor = frame.attrs.get("resolution_floor")
+    return None if floor is None or not np.isfinite(floor) else float(floor)
+
+
+def curve_keys(tidy: pd.DataFrame) -> list[str]:
+    """Return what tells curves apart: τ, and the name where one τ has several."""
+    if "name" in tidy and tidy.groupby("tau")["name"].nunique(dropna=False).max() > 1:
+        return ["tau", "name"]
+    return ["tau"]
+
+
+def shell_curves(tidy: pd.DataFrame, quantity: str) -> pd.DataFrame:
+    """Average each shell over batches.
+
+    Parameters
+    ----------
+    tidy : DataFrame
+    quantity : {"energy", "density"}
+        Density is the energy divided by the width of the shell.
+
+    Returns
+    -------
+    DataFrame
+        One row per curve and shell, by τ and λ: ``tau, [name], lambda_lo, lambda_hi, lambda_mid,
+        value, batch_lower, batch_upper, bound_lower, bound_upper, n_batches, resolved``: the
+        mean over batches, the smallest and largest batch, the mean certified bounds (NaN where
+        the frame has none).
+    """
+    keys = curve_keys(tidy)
+    rows = tidy[~tidy["shell"].isin(_OUTSIDE)].copy()
+    for column in ("energy_lower", "energy_upper"):
+        if column not in rows:
+            rows[column] = np.nan
+    if "resolved" not in rows:
+        rows["resolved"] = True
+    curves = (
+        rows.groupby([*keys, "lambda_lo", "lambda_hi"], sort=True, dropna=False)
+        .agg(
+            value=("energy", "mean"),
+            batch_lower=("energy", "min"),
+            batch_upper=("energy", "max"),
+            bound_lower=("energy_lower", "mean"),
+            bound_upper=("energy_upper", "mean"),
+            n_batches=("energy", "size"),
+            resolved=("resolved", "all"),
+        )
+        .reset_index()
+    )
+    middle = np.sqrt(curves["lambda_lo"] * curves["lambda_hi"])
+    curves.insert(curves.columns.get_loc("lambda_hi") + 1, "lambda_mid", middle)
+    if quantity == "density":
+        width = curves["lambda_hi"] - curves["lambda_lo"]
+        values = ["value", "batch_lower", "batch_upper", "bound_lower", "bound_upper"]
+        curves[values] = curves[values].div(width, axis=0)
+    return curves
+
+
+def share_outside(tidy: pd.DataFrame) -> np.ndarray:
+    """Return, per curve, the share of the energy in no shell; empty where it is not known."""
+    outside = tidy["shell"].isin(_OUTSIDE)
+    if not outside.any():
+        return np.empty(0)
+    keys = [tidy[key] for key in curve_keys(tidy)]
+    total = tidy["energy"].groupby(keys, dropna=False).sum()
+    share = tidy["energy"].where(outside, 0.0).groupby(keys, dropna=False).sum()
+    return (share[total > 0] / total[total > 0]).to_numpy()

@@ -1,0 +1,376 @@
+"""Shell energies against eigenvalue, one curve per training time."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from spectralshell.displays import _axes, _marks
+from spectralshell.displays._frames import (
+    curve_keys,
+    resolution_floor_of,
+    share_outside,
+    shell_curves,
+    tidy_energies,
+)
+from spectralshell.parameter_checks import check_option
+
+_LABELS = {
+    "energy": r"shell energy $E_\alpha$  (units of the loss)",
+    "density": r"energy density $\varepsilon$  (loss $\times$ $\tau$)",
+}
+_BANDS = ("auto", "batches", "bounds", "none")
+_LINE_STYLES = ("-", "--", ":", "-.")
+_FRONTIER_COLUMNS = ("tau", "frontier")
+
+
+class ShellEnergyDisplay:
+    """Shell energies, or their density, against λ: one curve per τ with its band.
+
+    Build it with :meth:`from_estimator` or :meth:`from_frame`, then call :meth:`plot`.
+
+    Parameters
+    ----------
+    shells : DataFrame
+        Tidy shell frame, one row per (snapshot, shell): at least ``tau, batch, shell, lambda_lo,
+        lambda_hi, energy``; λ in 1/τ, energies in units of the loss. Bounds, ``resolved`` and
+        ``name`` are used where they are there.
+    frontiers : DataFrame or None, default=None
+        ``tau, frontier`` and, where known, ``frontier_lower, frontier_upper`` (1/τ), as in
+        ``GRSDTailFitter.frame_``. NaN frontiers are not drawn.
+    resolution_floor : float or None, default=None
+        λ below which the measurement cannot tell shells apart; that region is shaded.
+
+    Attributes
+    ----------
+    ax_ : matplotlib Axes
+        Where the curves are.
+    figure_ : matplotlib Figure
+    lines_ : list of matplotlib Line2D or StepPatch
+        One per curve, by τ.
+    bands_ : list of matplotlib collections
+        One per curve with a band.
+    frontier_lines_ : list of matplotlib Line2D
+        Those in view.
+    legend_ : matplotlib Legend or None
+    colorbar_ : matplotlib Colorbar or None
+        There when more than six τ are drawn.
+
+    Examples
+    --------
+    >>> import pandas as pd
+    >>> from matplotlib.figure import Figure
+    >>> from spectralshell.displays import ShellEnergyDisplay
+    >>> shells = pd.DataFrame({
+    ...     "tau": 0.0, "batch": 0, "shell": ["shell[1.0,2.0)", "shell[2.0,4.0)"],
+    ...     "lambda_lo": [1.0, 2.0], "lambda_hi": [2.0, 4.0], "energy": [0.5, 0.25]})
+    >>> display = ShellEnergyDisplay.from_frame(shells)
+    >>> display = display.plot(Figure().subplots(), quantity="density")
+    >>> display.frame("density")["value"].tolist()
+    [0.5, 0.125]
+    """
+
+    def __init__(
+        self,
+        *,
+        shells: pd.DataFrame,
+        frontiers: pd.DataFrame | None = None,
+        resolution_floor: float | None = None,
+    ) -> None:
+        self.shells = shells
+        self.frontiers = frontiers
+        self.resolution_floor = resolution_floor
+
+    @classmethod
+    def from_estimator(
+        cls, estimator: Any, X: Any = None, *, fitter: Any = None
+    ) -> ShellEnergyDisplay:
+        """Take the curves from a fitted estimator.
+
+        Parameters
+        ----------
+        estimator : ShellEnergyEstimator or Pipeline
+            Fitted. A pipeline is searched for the step with shells and for the tail fitter, whose
+            frontiers are then marked.
+        X : list of Snapshot or None, default=None
+            Other snapshots to measure at the fitted edges (costs their products); None draws the
+            training snapshots.
+        fitter : GRSDTailFitter or None, default=None
+            Fitted; supplies frontiers. Default: the one in the pipeline, if any.
+
+        Returns
+        -------
+        ShellEnergyDisplay
+            Not drawn yet: call :meth:`plot`.
+
+        Raises
+        ------
+        TypeError
+            If there is no fitted shell estimator.
+        """
+        steps = [step for _, step in getattr(estimator, "steps", [("", estimator)])]
+        position = next((i for i, step in enumerate(steps) if hasattr(step, "shells_")), None)
+        if position is None:
+            raise TypeError(
+                "estimator must be a fitted ShellEnergyEstimator, or a Pipeline with one, got "
+                f"{type(estimator).__name__} without shells_; call fit first, or use from_frame."
+            )
+        measured = steps[position]
+        if fitter is None:
+            fitter = next((step for step in steps[position + 1 :] if _has_frontiers(step)), None)
+        if X is None:
+            shells = measured.shells_
+        else:
+            for step in steps[:position]:
+                X = step.transform(X)
+            shells = measured.shell_frame(X)
+        return cls.from_frame(
+            shells,
+            fitter=fitter,
+            resolution_floor=getattr(measured, "resolution_floor_", None),
+        )
+
+    @classmethod
+    def from_frame(
+        cls, frame: pd.DataFrame, *, fitter: Any = None, resolution_floor: float | None = None
+    ) -> ShellEnergyDisplay:
+        """Take the curves from a tidy or a wide shell frame.
+
+        Parameters
+        ----------
+        frame : DataFrame
+            ``shells_``, ``shell_frame(X)`` or ``transform(X)``; a wide frame has no certified
+            bounds.
+        fitter : GRSDTailFitter, DataFrame or None, default=None
+            Where the frontiers come from: a fitted tail fitter or a frame like its ``frame_``.
+        resolution_floor : float or None, default=None
+            Default: the one in ``frame.attrs``, if any.
+
+        Returns
+        -------
+        ShellEnergyDisplay
+            Not drawn yet: call :meth:`plot`.
+
+        Raises
+        ------
+        TypeError, ValueError
+            If ``frame`` is not a shell frame, or ``fitter`` has no frontiers.
+        """
+        shells = tidy_energies(frame)
+        if resolution_floor is None:
+            resolution_floor = resolution_floor_of(frame)
+        return cls(
+            shells=shells, frontiers=_frontiers_of(fitter), resolution_floor=resolution_floor
+        )
+
+    def frame(self, quantity: str = "energy", *, band: str = "auto") -> pd.DataFrame:
+        """Return the numbers that :meth:`plot` draws with the same arguments.
+
+        Parameters
+        ----------
+        quantity : {"energy", "density"}, default="energy"
+        band : {"auto", "batches", "bounds", "none"}, default="auto"
+
+        Returns
+        -------
+        DataFrame
+            One row per curve and shell: ``tau, [name], lambda_lo, lambda_hi, lambda_mid, value,
+            lower, upper, n_batches, resolved`` and, with a fitter, ``frontier, frontier_lower,
+            frontier_upper`` of the row's τ. ``lower`` and ``upper`` are NaN without a band.
+        """
+        curves, band = self._curves(quantity, band)
+        if self.frontiers is None:
+            return curves
+        columns = ["frontier", "frontier_lower", "frontier_upper"]
+        known = self.frontiers.reindex(columns=["tau", *columns]).drop_duplicates("tau")
+        return curves.merge(known, on="tau", how="left")
+
+    def _curves(self, quantity: str, band: str) -> tuple[pd.DataFrame, str]:
+        check_option("quantity", quantity, tuple(_LABELS))
+        check_option("band", band, _BANDS)
+        curves = shell_curves(self.shells, quantity)
+        if band == "auto":
+            many = (curves["n_batches"] > 1).any()
+            bounded = curves["bound_lower"].notna().any()
+            band = "batches" if many else "bounds" if bounded else "none"
+        source = {"batches": "batch", "bounds": "bound"}.get(band)
+        lower, upper = np.nan, np.nan
+        if source is not None:
+            lower, upper = curves[f"{source}_lower"], curves[f"{source}_upper"]
+        position = curves.columns.get_loc("value") + 1
+        curves.insert(position, "lower", lower)
+        curves.insert(position + 1, "upper", upper)
+        unused = ["batch_lower", "batch_upper", "bound_lower", "bound_upper"]
+        return curves.drop(columns=unused), band
+
+    def plot(
+        self,
+        ax: Any = None,
+        *,
+        quantity: str = "energy",
+        band: str = "auto",
+        style: str = "line",
+    ) -> ShellEnergyDisplay:
+        """Draw the curves on logarithmic axes.
+
+        Shells below the resolution floor have hollow markers; shells without a visible value (zero,
+        or rounding) are triangles at the lower edge.
+
+        Parameters
+        ----------
+        ax : matplotlib Axes or None, default=None
+            Where to draw; None makes a figure. Limits of used axes are widened, not replaced.
+        quantity : {"energy", "density"}, default="energy"
+            E_α, or E_α per unit λ: only the density's slope is b.
+        band : {"auto", "batches", "bounds", "none"}, default="auto"
+            Range over batches, certified bounds (mean over batches), or no band. ``"auto"`` takes
+            batches where there are several, else bounds where there are any.
+        style : {"line", "step"}, default="line"
+            Markers at the geometric middle of each shell, or steps over the whole shell.
+
+        Returns
+        -------
+        ShellEnergyDisplay
+            Itself, with ``ax_`` and ``figure_``.
+
+        Raises
+        ------
+        ImportError
+            If matplotlib is missing.
+        ValueError
+            If an option is not one of those listed.
+        """
+        check_option("style", style, ("line", "step"))
+        curves, band = self._curves(quantity, band)
+        plt = _axes.require_pyplot("ShellEnergyDisplay.plot")
+        own = ax is None
+        if own:
+            _, ax = plt.subplots(figsize=(7.8, 4.6), layout="constrained")
+        self.ax_, self.figure_ = ax, ax.figure
+        used = not own and ax.has_data()
+
+        floor = self.resolution_floor
+        ends = np.concatenate([curves["lambda_lo"], curves["lambda_hi"], [floor or np.nan]])
+        _axes.set_log_view(ax, "x", _axes.log_limits(ends), keep=used)
+        bands = curves[["lower", "upper"]].to_numpy(dtype=float)
+        limits = _axes.log_limits(curves["value"].to_numpy(), bands=bands)
+        _axes.set_log_view(ax, "y", limits, keep=used)
+
+        scale = _axes.TauScale(curves["tau"])
+        handles = self._draw_curves(curves, scale, style)
+        handles += self._band_handle(curves, band)
+        handles += self._draw_frontiers(scale)
+        handles += self._draw_floor()
+        self.colorbar_ = scale.draw_colorbar(ax) if scale.uses_colorbar else None
+        ax.set_xlabel(_axes.LAMBDA_LABEL)
+        ax.set_ylabel(_LABELS[quantity])
+        place = "inside" if not own else "below" if scale.uses_colorbar else "right"
+        self.legend_ = _axes.draw_legend(ax, handles, place=place)
+        return self
+
+    def _draw_curves(self, curves: pd.DataFrame, scale: _axes.TauScale, style: str) -> list[Any]:
+        """Draw every curve with its band; return the legend's handles."""
+        from matplotlib.lines import Line2D
+
+        self.lines_, self.bands_ = [], []
+        handles, any_invisible = [], False
+        keys = curve_keys(curves)
+        names = list(dict.fromkeys(curves["name"])) if "name" in keys else []
+        for key, curve in curves.groupby(keys, sort=True, dropna=False):
+            tau = float(key[0])
+            dash = _LINE_STYLES[names.index(key[1]) % len(_LINE_STYLES)] if names else "-"
+            look = {"color": scale.colour(tau), "linestyle": dash}
+            label = scale.label(tau) + (f", {key[1]}" if names else "")
+            self.bands_ += _marks.draw_band(self.ax_, curve, look["color"], style)
+            draw = _marks.draw_steps if style == "step" else _marks.draw_line
+            marker = scale.marker(tau)
+            self.lines_.append(draw(self.ax_, curve, look, marker, label))
+            any_invisible |= _marks.draw_invisible(self.ax_, curve, look["color"])
+            if not scale.uses_colorbar:
+                shown = marker if style == "line" else None
+                handles.append(Line2D([], [], marker=shown, markersize=4.5, label=label, **look))
+        if scale.uses_colorbar:
+            for i, name in enumerate(names):
+                dash = _LINE_STYLES[i % len(_LINE_STYLES)]
+                handles.append(Line2D([], [], color="0.3", linestyle=dash, label=str(name)))
+        if style == "line" and not curves["resolved"].all():
+            handles.append(_marks.handle("o", "not resolved"))
+        if any_invisible:
+            handles.append(_marks.handle("v", "zero, or below the view"))
+        return handles
+
+    def _band_handle(self, curves: pd.DataFrame, band: str) -> list[Any]:
+        from matplotlib.patches import Patch
+
+        if not self.bands_:
+            return []
+        counts = sorted(set(curves["n_batches"]))
+        text = "certified bounds"
+        if band == "batches":
+            number = str(counts[0]) if len(counts) == 1 else f"{counts[0]}–{counts[-1]}"
+            text = f"range over {number} batches"
+        return [Patch(color="0.5", alpha=0.3, linewidth=0, label=text)]
+
+    def _draw_frontiers(self, scale: _axes.TauScale) -> list[Any]:
+        """Mark the frontiers in view: dashed verticals, their intervals along the upper edge."""
+        from matplotlib.lines import Line2D
+
+        self.frontier_lines_ = []
+        if self.frontiers is None:
+            return []
+        left, right = self.ax_.get_xlim()
+        known = self.frontiers.reindex(
+            columns=["tau", "frontier", "frontier_lower", "frontier_upper"]
+        ).sort_values("tau")
+        known = known[known["tau"].isin(scale.taus) & known["frontier"].between(left, right)]
+        label = r"frontier $\lambda^*$"
+        for i, row in enumerate(known.itertuples(index=False)):
+            look = {"color": scale.colour(row.tau), "linewidth": 1.0}
+            line = self.ax_.axvline(row.frontier, linestyle=(0, (4, 3)), zorder=1, **look)
+            self.frontier_lines_.append(line)
+            if row.frontier_lower > 0 and not scale.uses_colorbar:
+                ends = np.clip([row.frontier_lower, row.frontier_upper], left, right)
+                label = r"frontier $\lambda^*$, bar: interval"
+                height = 0.985 - 0.02 * i
+                self.ax_.plot(
+                    ends,
+                    [height, height],
+                    transform=self.ax_.get_xaxis_transform(),
+                    scalex=False,
+                    scaley=False,
+                    **{**look, "linewidth": 2.5},
+                )
+        if not self.frontier_lines_:
+            return []
+        return [Line2D([], [], color="0.3", linestyle=(0, (4, 3)), linewidth=1.0, label=label)]
+
+    def _draw_floor(self) -> list[Any]:
+        share = share_outside(self.shells)
+        label = "below resolution floor"
+        if share.size:
+            low, high = 100 * share.min(), 100 * share.max()
+            span = f"{low:.2g}" if high - low < 0.5 else f"{low:.2g}–{high:.2g}"
+            label += f"\n({span} % of energy in no shell)"
+        patch = _axes.shade_below_floor(self.ax_, self.resolution_floor, label)
+        return [] if patch is None else [patch]
+
+
+def _has_frontiers(step: Any) -> bool:
+    frame = getattr(step, "frame_", None)
+    return isinstance(frame, pd.DataFrame) and set(_FRONTIER_COLUMNS) <= set(frame.columns)
+
+
+def _frontiers_of(fitter: Any) -> pd.DataFrame | None:
+    """Return the frame with frontiers of a fitter, a pipeline that ends in one, or a frame."""
+    if fitter is None:
+        return None
+    steps = [step for _, step in getattr(fitter, "steps", [("", fitter)])]
+    frame = fitter if isinstance(fitter, pd.DataFrame) else getattr(steps[-1], "frame_", None)
+    if frame is None or not set(_FRONTIER_COLUMNS) <= set(frame.columns):
+        raise TypeError(
+            "fitter must be a fitted GRSDTailFitter or a frame with columns tau and frontier, got "
+            f"{type(fitter).__name__}; call fit first."
+        )
+    return frame
