@@ -57,9 +57,7 @@ def check_real(
     return number
 
 
-def check_integer(
-    name: str, value: Any, *, low: int | None = None, high: int | None = None
-) -> int:
+def check_integer(name: str, value: Any, *, low: int | None = None, high: int | None = None) -> int:
     """Return ``value`` as an int inside the closed range.
 
     Raises
@@ -134,9 +132,7 @@ def check_window(name: str, value: Any) -> tuple[float, float] | None:
     return lo, hi
 
 
-def _describe_range(
-    low: float | None, high: float | None, low_open: bool, high_open: bool
-) -> str:
+def _describe_range(low: float | None, high: float | None, low_open: bool, high_open: bool) -> str:
     parts = []
     if low is not None:
         parts.append(f"{'>' if low_open else '>='} {low}")

@@ -1,0 +1,242 @@
+"""From snapshots to spectral measures: the heavy work, done once per snapshot and configuration."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from joblib import Memory, Parallel, delayed, effective_n_jobs
+from tqdm.auto import tqdm
+
+from spectralshell.estimators.snapshot_digest import configuration_digest, snapshot_digest
+from spectralshell.estimators.solver_choice import choose_solver
+from spectralshell.krylov import CumulativeBounds, eigenmeasure, gauss, lanczos
+from spectralshell.operators import KernelOperator, build_kernel
+from spectralshell.shells import SpectralMeasure
+from spectralshell.shells.resolution import resolution_floor
+from spectralshell.snapshots import Snapshot
+
+_NO_ERROR = "zero error"
+
+
+@dataclass(frozen=True)
+class MeasurementConfig:
+    """What a spectral measure depends on beside its snapshot; the shell ratio q is not in it.
+
+    Parameters
+    ----------
+    residual : str or callable
+        Kind of residual, as in :class:`~spectralshell.ShellEnergyEstimator`.
+    solver : {"auto", "lanczos", "exact"}
+        How the spectrum is found.
+    n_steps : int
+        Lanczos steps.
+    parameters : str, callable or None
+        Which parameters count.
+    chunk_size : int or None
+        Samples per chunk of a product.
+    device : str
+        Where the products run.
+    dtype : torch.dtype or None
+        Number type of the products.
+    """
+
+    residual: Any = "mse"
+    solver: str = "auto"
+    n_steps: int = 100
+    parameters: Any = None
+    chunk_size: int | None = None
+    device: str = "auto"
+    dtype: torch.dtype | None = None
+
+
+def measure_snapshots(
+    snapshots: Sequence[Snapshot],
+    config: MeasurementConfig,
+    *,
+    memory: Memory,
+    probe_seed: int = 0,
+    n_jobs: int | None = None,
+    verbose: int = 0,
+    on_done: Callable[[], None] | None = None,
+) -> list[SpectralMeasure]:
+    """Return the spectral measure of every snapshot, computing what is not known yet.
+
+    Parameters
+    ----------
+    snapshots : sequence of Snapshot
+        What to measure. New measures are remembered in ``snapshot.measures[config]``.
+    config : MeasurementConfig
+        How to measure.
+    memory : joblib.Memory
+        Cache across processes and restarts; each snapshot is stored as soon as it is measured.
+    probe_seed : int, default=0
+        Seed of the random probes that check the operator; the measures do not depend on it.
+    n_jobs : int, optional
+        Processes; snapshots are the unit of work.
+    verbose : int, default=0
+        1 shows a progress bar over snapshots.
+    on_done : callable, optional
+        Called once for every snapshot, known or new.
+
+    Returns
+    -------
+    list of SpectralMeasure
+        In the order of ``snapshots``, labelled with their ``tau``, ``batch`` and ``name``.
+
+    Notes
+    -----
+    A new Lanczos measure costs ``n_steps`` products with M, an exact one n, and a few probes.
+    """
+    missing = [s for s in snapshots if config not in s.measures]
+    bar = tqdm(
+        total=len(snapshots),
+        initial=len(snapshots) - len(missing),
+        desc="measuring snapshots",
+        unit="snapshot",
+        disable=verbose < 1,
+    )
+    notify = on_done if on_done is not None else _nothing
+    with bar:
+        for _ in range(len(snapshots) - len(missing)):
+            notify()
+        for snapshot, measure in _computed(missing, config, memory, probe_seed, n_jobs):
+            snapshot.measures[config] = measure
+            bar.update()
+            notify()
+    return [s.measures[config].relabel(tau=s.tau, batch=s.batch, name=s.name) for s in snapshots]
+
+
+def measure_snapshot(
+    snapshot: Snapshot, config: MeasurementConfig, probe_seed: int = 0
+) -> SpectralMeasure:
+    """Measure one snapshot, without looking into any cache.
+
+    Parameters
+    ----------
+    snapshot : Snapshot
+        The model state and batch.
+    config : MeasurementConfig
+        How to measure.
+    probe_seed : int, default=0
+        Seed of the random probes that check the operator.
+
+    Returns
+    -------
+    SpectralMeasure
+        Nodes and energies of the residual in the spectrum of M, with certified bounds.
+    """
+    with build_kernel(
+        snapshot,
+        residual=config.residual,
+        parameters=config.parameters,
+        chunk_size=config.chunk_size,
+        device=config.device,
+        dtype=config.dtype,
+        generator=torch.Generator().manual_seed(probe_seed),
+    ) as kernel:
+        solver = config.solver
+        if solver == "auto":
+            solver = choose_solver(kernel.n, config.n_steps, kernel.product_cost).solver
+        solve = _solve_exact if solver == "exact" else _solve_lanczos
+        return solve(kernel, config.n_steps)
+
+
+def _solve_lanczos(kernel: KernelOperator, n_steps: int) -> SpectralMeasure:
+    result = lanczos(kernel.matvec, kernel.residual_vector, n_steps)
+    total = 0.5 * result.norm**2
+    nodes, shares, last = gauss(result.alpha, result.beta)
+    lambda_max = float(nodes[-1]) if nodes.size else 0.0
+    noise = kernel.noise * abs(lambda_max)
+    bounds = CumulativeBounds.from_lanczos(
+        result.alpha, result.beta, result.beta_last, total, noise, result.exhausted
+    )
+    return _measure(
+        kernel,
+        solver="lanczos",
+        nodes=nodes,
+        weights=total * shares,
+        total=total,
+        noise=noise,
+        bounds=bounds,
+        residual_norms=abs(result.beta_last * last),
+        status=result.status,
+    )
+
+
+def _solve_exact(kernel: KernelOperator, n_steps: int) -> SpectralMeasure:
+    del n_steps  # the whole spectrum, whatever the number of steps
+    spectrum = eigenmeasure(kernel.to_dense(), kernel.residual_vector, kernel.noise)
+    nodes, weights = spectrum.eigenvalues, spectrum.energies
+    noise = kernel.noise * float(max(abs(nodes[-1]), abs(nodes[0])))
+    return _measure(
+        kernel,
+        solver="exact",
+        nodes=nodes,
+        weights=weights,
+        total=float(weights.sum()),
+        noise=noise,
+        bounds=CumulativeBounds.from_spectrum(nodes, weights, noise),
+        residual_norms=None,
+        status="ok",
+    )
+
+
+def _measure(kernel: KernelOperator, *, status: str, **fields: Any) -> SpectralMeasure:
+    nodes, total, noise = fields["nodes"], fields["total"], fields["noise"]
+    lambda_max = max(float(nodes[-1]), 0.0) if nodes.size else 0.0
+    phrases = [kernel.status, status, _NO_ERROR if total == 0.0 else "ok"]
+    return SpectralMeasure(
+        lambda_max=lambda_max,
+        floor=resolution_floor(fields["bounds"], total, lambda_max, noise),
+        rung=kernel.rung,
+        n_matvecs=kernel.n_matvecs,
+        n_probes=kernel.n_probes,
+        n_outputs=kernel.n,
+        n_rows=kernel.n_rows,
+        dynamics_exact=kernel.dynamics_exact,
+        status="; ".join(p for p in dict.fromkeys(phrases) if p != "ok") or "ok",
+        **fields,
+    )
+
+
+def _computed(
+    snapshots: Sequence[Snapshot],
+    config: MeasurementConfig,
+    memory: Memory,
+    probe_seed: int,
+    n_jobs: int | None,
+) -> Iterator[tuple[Snapshot, SpectralMeasure]]:
+    """Yield snapshots and measures in order, each as soon as it is there."""
+    if len(snapshots) < 2 or effective_n_jobs(n_jobs) == 1:
+        for snapshot in snapshots:
+            yield snapshot, _measure_cached(snapshot, config, memory, probe_seed)
+        return
+    results = Parallel(n_jobs=n_jobs, return_as="generator")(
+        delayed(_measure_cached)(snapshot, config, memory, probe_seed) for snapshot in snapshots
+    )
+    yield from zip(snapshots, results, strict=True)
+
+
+def _measure_cached(
+    snapshot: Snapshot, config: MeasurementConfig, memory: Memory, probe_seed: int
+) -> SpectralMeasure:
+    """Measure through ``memory``, also from a worker, so that all fill the same cache."""
+    if memory.location is None:
+        return measure_snapshot(snapshot, config, probe_seed)
+    key = (snapshot_digest(snapshot), configuration_digest(config))
+    lookup = memory.cache(_measure_for_key, ignore=["snapshot", "config", "probe_seed"])
+    return lookup(key, snapshot, config, probe_seed)
+
+
+def _measure_for_key(
+    key: tuple[str, str], snapshot: Snapshot, config: MeasurementConfig, probe_seed: int
+) -> SpectralMeasure:
+    del key  # what joblib looks the result up by, instead of hashing the model
+    return measure_snapshot(snapshot, config, probe_seed)
+
+
+def _nothing() -> None:
+    """Do nothing: the default of ``on_done``."""

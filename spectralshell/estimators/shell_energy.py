@@ -1,0 +1,393 @@
+"""ShellEnergyEstimator: error energies in logarithmic shells of the tangent-kernel spectrum."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from sklearn.base import BaseEstimator, TransformerMixin
+from sklearn.utils.validation import check_is_fitted, check_memory
+
+from spectralshell.estimators.callback_support import (
+    CallbackSupportMixin,
+    FitTasks,
+    with_callbacks,
+)
+from spectralshell.estimators.measurement import measure_snapshots
+from spectralshell.estimators.measurement_parameters import (
+    check_measurement_parameters,
+    measurement_config,
+    probe_seed,
+)
+from spectralshell.estimators.shell_density import ShellDensity
+from spectralshell.parameter_checks import check_real, check_window
+from spectralshell.shells import ShellPartition, SpectralMeasure, energy_frame, shell_frame
+from spectralshell.snapshots import Snapshot, as_snapshots
+from spectralshell.warning_categories import ResolutionWarning
+
+# A peak this close to the floor, with this much of its energy unresolved below, may be false.
+_SHELLS_NEAR_FLOOR = 2
+_HIDDEN_SHARE = 0.5
+
+
+class ShellEnergyEstimator(CallbackSupportMixin, TransformerMixin, BaseEstimator):
+    """Error energy per logarithmic shell of the empirical tangent kernel.
+
+    For each snapshot (one model state on one batch) the residual e is decomposed in the
+    eigenbasis of M = J J*, and its energy ½ g² is collected in shells [λ0 q^α, λ0 q^(α+1)).
+    Lanczos started at e gives the error's own spectral measure by Gauss quadrature, with
+    certified bounds at every shell edge; the exact solver diagonalises M.
+
+    Parameters
+    ----------
+    q : float, default=2.0
+        Shell ratio, greater than 1. Nothing that depends on ``q`` is computed twice: a grid over
+        ``q`` costs the products of one fit.
+    lambda_0 : float, default=1.0
+        An edge of the partition, 1/τ.
+    residual : {"mse", "brier", "cross-entropy", "nll"} or callable, default="mse"
+        Which error and which Jacobian; see the user guide. A callable f(outputs, targets) gives
+        the error, sample dimension first.
+    solver : {"auto", "lanczos", "exact"}, default="auto"
+        ``"auto"`` takes the cheaper one by operation counts.
+    n_steps : int, default=100
+        Lanczos steps m. A smooth measure is resolved down to about 40 λ_max/m².
+    floor : "auto" or float, default="auto"
+        Resolution floor, 1/τ; the first edge lies at or above it. ``"auto"`` takes the highest
+        floor of the training snapshots.
+    window : (float, float), optional
+        Rates on which `score` compares; by default from the resolution floor to the largest
+        eigenvalue of the training snapshots.
+    parameters : str or callable, optional
+        A regular expression or a predicate over parameter names, for the kernel of those
+        parameters alone; all trainable ones by default.
+    chunk_size : int, optional
+        Samples per chunk of a product, to bound memory; needs samples that do not interact.
+    device : str, default="auto"
+        Where to compute; ``"auto"`` is where the model is.
+    dtype : {"float32", "float64"} or torch.dtype, optional
+        Number type of the products, by default the model's (float32 for half-precision models).
+    memory : str or joblib.Memory, optional
+        Cache on disk. Each snapshot is stored as soon as it is measured, so that an interrupted
+        run resumes with what it had.
+    n_jobs : int, optional
+        Processes over snapshots.
+    random_state : int, RandomState instance or None, default=None
+        Seeds the random probes that check the operator, a fixed seed if None; the figures do not
+        depend on it.
+    verbose : int, default=0
+        1 shows a progress bar over snapshots.
+
+    Attributes
+    ----------
+    edges_ : ndarray of shape (n_shells + 1,)
+        Shell edges, 1/τ.
+    n_shells_ : int
+        Number of shells.
+    shells_ : DataFrame
+        One row per (training snapshot, shell): energies with their bounds, dissipation (energy
+        per τ), density (energy per unit λ) and whether the shell is resolved; see `shell_frame`.
+    solver_ : str
+        The solver used; ``"mixed"`` if ``"auto"`` chose differently for different snapshots.
+    n_matvecs_ : int
+        Products with M behind the result; probes are counted in ``n_probes_``.
+    n_probes_ : int
+        Products spent on checking the operators.
+    resolution_floor_ : float
+        The floor below the first edge, 1/τ.
+    lambda_max_ : float
+        Largest eigenvalue of the training snapshots, 1/τ.
+    window_ : tuple of float
+        The window that `score` uses.
+    dynamics_exact_ : bool
+        Whether ė = −M e holds for gradient flow on this residual's loss.
+
+    See Also
+    --------
+    GRSDTailFitter : Fits the power-law tail of the frames that `transform` gives.
+
+    Notes
+    -----
+    One product costs about a forward pass in forward mode and a backward pass. Lanczos takes
+    ``n_steps`` of them and (n_steps + 1) vectors of n float64 numbers; the exact solver n of them
+    and n² numbers, where n is the number of (row, output) entries. Results of batches of
+    different sizes can be compared in scale (largest eigenvalue, total), not in the shape of the
+    low-λ tail: that depends on n.
+
+    Shell energies follow "Renormalizable Spectral-Shell Dynamics as the Origin of Neural Scaling
+    Laws" (arXiv 2512.10427), section 3.2, eq. (25), with the factor ½ and every inner product a
+    mean over rows.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from spectralshell import ShellEnergyEstimator
+    >>> from spectralshell.datasets import load_digits_trajectory
+    >>> X = load_digits_trajectory(n_snapshots=2, n_batches=2, batch_size=16, max_iter=50)
+    >>> estimator = ShellEnergyEstimator(q=2.0).fit(X)
+    >>> frame = estimator.transform(X)
+    >>> totals = [measure.total for measure in estimator.spectral_measures(X)]
+    >>> np.allclose(frame.sum(axis=1), totals, rtol=1e-12)
+    True
+    """
+
+    def __init__(
+        self,
+        *,
+        q: float = 2.0,
+        lambda_0: float = 1.0,
+        residual: str | Callable[..., Any] = "mse",
+        solver: str = "auto",
+        n_steps: int = 100,
+        floor: str | float = "auto",
+        window: tuple[float, float] | None = None,
+        parameters: str | Callable[[str], bool] | None = None,
+        chunk_size: int | None = None,
+        device: str = "auto",
+        dtype: str | torch.dtype | None = None,
+        memory: Any = None,
+        n_jobs: int | None = None,
+        random_state: Any = None,
+        verbose: int = 0,
+    ) -> None:
+        self.q = q
+        self.lambda_0 = lambda_0
+        self.residual = residual
+        self.solver = solver
+        self.n_steps = n_steps
+        self.floor = floor
+        self.window = window
+        self.parameters = parameters
+        self.chunk_size = chunk_size
+        self.device = device
+        self.dtype = dtype
+        self.memory = memory
+        self.n_jobs = n_jobs
+        self.random_state = random_state
+        self.verbose = verbose
+
+    @with_callbacks
+    def fit(self, X: Sequence[Any], y: Any = None) -> ShellEnergyEstimator:
+        """Measure the snapshots and place the shells.
+
+        Parameters
+        ----------
+        X : list of Snapshot
+            Training snapshots; tuples (model, inputs, targets) are accepted, each its own batch.
+        y : None
+            Ignored, present for scikit-learn.
+
+        Returns
+        -------
+        ShellEnergyEstimator
+            The fitted estimator.
+
+        Raises
+        ------
+        ValueError, TypeError
+            If a parameter or a snapshot is not usable; the message names it and the remedy.
+
+        Warns
+        -----
+        ResolutionWarning
+            If the energy per shell is largest next to the resolution floor while energy lies
+            below it: such a peak may move with ``n_steps``.
+        """
+        snapshots = as_snapshots(X)
+        self._check_parameters()
+        tasks = FitTasks(self, snapshots)
+        with tasks.running():
+            measures = self._measure(snapshots, on_done=tasks.one_done)
+            self._place_shells(measures)
+            self.shells_ = shell_frame(measures, self._partition)
+            self._density = ShellDensity.from_measures(measures, self.edges_, self.window_)
+        self._summarise(measures)
+        self._warn_of_false_peak()
+        return self
+
+    def fit_transform(self, X: Sequence[Any], y: Any = None) -> pd.DataFrame:
+        """Fit and return the energies of the same snapshots, each measured once.
+
+        Parameters
+        ----------
+        X : list of Snapshot
+            Training snapshots.
+        y : None
+            Ignored.
+
+        Returns
+        -------
+        DataFrame
+            As from `transform`.
+        """
+        snapshots = as_snapshots(X)
+        return self.fit(snapshots).transform(snapshots)
+
+    def transform(self, X: Sequence[Any]) -> pd.DataFrame:
+        """Return shell energies, one row per snapshot.
+
+        Parameters
+        ----------
+        X : list of Snapshot
+            Snapshots, those of `fit` or others.
+
+        Returns
+        -------
+        DataFrame of shape (n_snapshots, 1 + n_shells)
+            Index levels ``tau`` and ``batch`` (and ``name`` where set). Column ``null`` holds the
+            energy below the first edge, the others E_α; a row sums to ½‖e‖². Energy above the
+            last edge is in the last shell. ``attrs`` carry ``resolution_floor`` and
+            ``lambda_max``.
+        """
+        return energy_frame(self.spectral_measures(X), self._fitted_partition())
+
+    def shell_frame(self, X: Sequence[Any]) -> pd.DataFrame:
+        """Return the tidy frame of new snapshots in the fitted shells.
+
+        Parameters
+        ----------
+        X : list of Snapshot
+            Snapshots, those of `fit` or others.
+
+        Returns
+        -------
+        DataFrame
+            Columns as in ``shells_``. The rows ``null`` (rates lost in rounding, or outside the
+            range of M) and ``unresolved`` (from there to the first edge) add up to the column
+            ``null`` of `transform`.
+        """
+        return shell_frame(self.spectral_measures(X), self._fitted_partition())
+
+    def spectral_measures(self, X: Sequence[Any]) -> list[SpectralMeasure]:
+        """Return the spectral measures of snapshots under this estimator's settings.
+
+        Parameters
+        ----------
+        X : list of Snapshot
+            Snapshots; what they remember is not computed again.
+
+        Returns
+        -------
+        list of SpectralMeasure
+            Rates, energies and certified bounds, which do not depend on ``q``.
+        """
+        self._check_parameters()
+        return self._measure(as_snapshots(X))
+
+    def score(self, X: Sequence[Any], y: Any = None, sample_weight: Any = None) -> float:
+        """Mean log-likelihood per unit ln λ of held-out spectral nodes, in nats.
+
+        The fitted density is constant in ln λ on each shell inside the window, with the share of
+        energy the training snapshots have there, mixed with 1 % of the uniform density. The
+        nodes of ``X`` are weighted by their energy: Σ w ln f(ln λ) / Σ w. Fine shells follow the
+        training snapshots' noise and coarse ones lose resolution, so that a grid search over
+        ``q`` means something.
+
+        Parameters
+        ----------
+        X : list of Snapshot
+            Held-out snapshots.
+        y : None
+            Ignored.
+        sample_weight : array-like of shape (n_snapshots,), optional
+            Weight of each snapshot.
+
+        Returns
+        -------
+        float
+            Larger is better; NaN if the snapshots have no energy inside the window.
+        """
+        check_is_fitted(self)
+        measures = self.spectral_measures(X)
+        return self._density.score(measures, sample_weight)
+
+    def get_feature_names_out(self, input_features: Any = None) -> np.ndarray:
+        """Return the column names of `transform`.
+
+        Parameters
+        ----------
+        input_features : None
+            Ignored.
+
+        Returns
+        -------
+        ndarray of str
+            ``null`` and one name per shell.
+        """
+        return np.asarray(["null", *self._fitted_partition().names], dtype=object)
+
+    def _check_parameters(self) -> None:
+        check_measurement_parameters(self)
+        check_real("q", self.q, low=1.0, low_open=True)
+        check_real("lambda_0", self.lambda_0, low=0.0, low_open=True)
+        if self.floor != "auto":
+            check_real("floor", self.floor, low=0.0, low_open=True)
+        check_window("window", self.window)
+
+    def _measure(
+        self, snapshots: list[Snapshot], on_done: Callable[[], None] | None = None
+    ) -> list[SpectralMeasure]:
+        return measure_snapshots(
+            snapshots,
+            measurement_config(self),
+            probe_seed=probe_seed(self.random_state),
+            memory=check_memory(self.memory),
+            n_jobs=self.n_jobs,
+            verbose=self.verbose,
+            on_done=on_done,
+        )
+
+    def _place_shells(self, measures: list[SpectralMeasure]) -> None:
+        self.lambda_max_ = max(m.lambda_max for m in measures)
+        automatic = max(m.floor for m in measures)
+        self.resolution_floor_ = automatic if self.floor == "auto" else float(self.floor)
+        if self.floor != "auto" and 0.0 < self.lambda_max_ <= self.resolution_floor_:
+            raise ValueError(
+                f"floor must lie below the largest eigenvalue, {self.lambda_max_:.6g}, got "
+                f"{self.floor!r}; lower it or leave floor='auto'."
+            )
+        # A kernel that is zero has no rates to place shells by; one shell at lambda_0 is legal.
+        top = self.lambda_max_ if self.lambda_max_ > 0.0 else self.lambda_0
+        bottom = min(self.resolution_floor_, top) if self.resolution_floor_ > 0.0 else top
+        self._partition = ShellPartition.covering(bottom, top, q=self.q, lambda_0=self.lambda_0)
+        self.edges_ = self._partition.edges
+        self.n_shells_ = len(self.edges_) - 1
+        window = check_window("window", self.window)
+        self.window_ = window if window is not None else (bottom, top)
+
+    def _summarise(self, measures: list[SpectralMeasure]) -> None:
+        solvers = {m.solver for m in measures}
+        self.solver_ = solvers.pop() if len(solvers) == 1 else "mixed"
+        self.n_matvecs_ = sum(m.n_matvecs for m in measures)
+        self.n_probes_ = sum(m.n_probes for m in measures)
+        self.dynamics_exact_ = all(m.dynamics_exact for m in measures)
+
+    def _warn_of_false_peak(self) -> None:
+        energies = self.shells_.groupby("shell", sort=False)["energy"].mean()
+        shells = energies.drop(["null", "unresolved"]).to_numpy()
+        peak = int(shells.argmax())
+        hidden = energies["unresolved"] > _HIDDEN_SHARE * shells[peak]
+        if peak < _SHELLS_NEAR_FLOOR < len(shells) and hidden:
+            warnings.warn(
+                f"The energy per shell is largest {self._partition.names[peak]}, next to the "
+                f"resolution floor {self.resolution_floor_:.3g}, and energy lies unresolved "
+                "below it: do not call the profile unimodal. The peak may move with n_steps; "
+                "raise n_steps or use solver='exact'.",
+                ResolutionWarning,
+                stacklevel=4,
+            )
+
+    def _fitted_partition(self) -> ShellPartition:
+        check_is_fitted(self)
+        return self._partition
+
+    def __sklearn_tags__(self) -> Any:
+        """Return the tags: X is a list of snapshots, nothing for scikit-learn to validate."""
+        tags = super().__sklearn_tags__()
+        tags.no_validation = True
+        tags.input_tags.two_d_array = False
+        return tags

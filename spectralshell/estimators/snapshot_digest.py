@@ -1,0 +1,121 @@
+"""Digests of snapshots and configurations: keys of the cache on disk.
+
+A key must change whenever a measure could: with the state, the data, the model's code and
+settings, the residual, and the versions of the libraries. Where two keys of equal things differ
+(an object whose pickle is not reproducible), the cost is a measurement done again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import astuple
+from typing import Any
+
+import joblib
+import torch
+from joblib.externals import cloudpickle
+from torch import Tensor, nn
+
+from spectralshell._version import __version__
+from spectralshell.snapshots import Snapshot
+
+
+def snapshot_digest(snapshot: Snapshot) -> str:
+    """Digest of a snapshot's state, data and model, without its labels.
+
+    Parameters
+    ----------
+    snapshot : Snapshot
+        A state given by path is read.
+
+    Returns
+    -------
+    str
+        A SHA-256 in hexadecimal digits.
+    """
+    digest = hashlib.sha256(f"spectralshell {__version__} torch {torch.__version__}".encode())
+    for part in _state_parts(snapshot.load_state()):
+        digest.update(part)
+    for part in _data_parts((snapshot.inputs, snapshot.targets)):
+        digest.update(part)
+    for part in _model_parts(snapshot.model):
+        digest.update(part)
+    return digest.hexdigest()
+
+
+def configuration_digest(config: Any) -> str:
+    """Digest of a measurement's configuration; callables count by their code.
+
+    Parameters
+    ----------
+    config : MeasurementConfig
+        The configuration.
+
+    Returns
+    -------
+    str
+        A SHA-256 in hexadecimal digits.
+    """
+    digest = hashlib.sha256()
+    for value in astuple(config):
+        digest.update(_callable_bytes(value) if callable(value) else repr(value).encode())
+        digest.update(b"\0")
+    return digest.hexdigest()
+
+
+def _state_parts(state: Mapping[str, Tensor]) -> Iterable[bytes]:
+    for name in sorted(state):
+        yield name.encode()
+        yield from _data_parts(state[name])
+
+
+def _data_parts(data: Any) -> Iterable[bytes]:
+    if isinstance(data, Tensor):
+        yield f"{data.dtype}{tuple(data.shape)}".encode()
+        flat = data.detach().cpu().contiguous().reshape(-1)
+        yield flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b""
+    elif isinstance(data, Mapping):
+        for key in data:
+            yield repr(key).encode()
+            yield from _data_parts(data[key])
+    elif isinstance(data, (tuple, list)):
+        for value in data:
+            yield from _data_parts(value)
+    else:
+        yield repr(data).encode()
+
+
+def _model_parts(model: nn.Module) -> Iterable[bytes]:
+    yield repr(model).encode()
+    for name, module in model.named_modules():
+        yield f"{name}:{type(module).__module__}.{type(module).__qualname__}".encode()
+        yield from _setting_parts(module)
+    for kind in dict.fromkeys(type(module) for module in model.modules()):
+        if not kind.__module__.startswith("torch."):
+            yield _source(kind)
+
+
+def _setting_parts(module: nn.Module) -> Iterable[bytes]:
+    """Return what a module holds beside tensors and submodules: its scale, its flags, its heads."""
+    for name, value in sorted(vars(module).items()):
+        # Private entries are torch's own bookkeeping; the mode is set for every measurement.
+        if name.startswith("_") or name == "training":
+            continue
+        yield name.encode()
+        yield _callable_bytes(value) if callable(value) else joblib.hash(value).encode()
+
+
+def _callable_bytes(function: Callable[..., Any]) -> bytes:
+    return cloudpickle.dumps(function) + _source(function)
+
+
+def _source(thing: Any) -> bytes:
+    try:
+        return inspect.getsource(thing).encode()
+    except (OSError, TypeError):  # defined where no source is kept, as in an interpreter
+        return cloudpickle.dumps(thing)
+
+
+__all__ = ["configuration_digest", "snapshot_digest"]
