@@ -33,7 +33,7 @@ autodoc_typehints = "none"
 numpydoc_show_class_members = False
 numpydoc_xref_param_type = False
 
-# Links to the documentation of other packages are fetched at build time, so they are off by default.
+# Links to other packages' documentation are fetched at build time, so they are off by default.
 if os.environ.get("SPECTRALSHELL_DOCS_INTERSPHINX"):
     extensions.append("sphinx.ext.intersphinx")
     intersphinx_mapping = {

@@ -9,7 +9,7 @@ slope is found in each. What made the tail is another question.
 # %%
 # The template
 # ------------
-# Spectra of ε = A λ^−b exp(−κ λ^(b−1)) at several times, with batches that are noisy and correlated.
+# Spectra of ε = A λ^−b exp(−κ λ^(b−1)) at several times, with noisy batches.
 
 import matplotlib.pyplot as plt
 import pandas as pd
