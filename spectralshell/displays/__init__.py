@@ -2,5 +2,6 @@
 
 from spectralshell.displays.exponent import ExponentDisplay
 from spectralshell.displays.shell_energy import ShellEnergyDisplay
+from spectralshell.displays.tail_fit import TailFitDisplay
 
-__all__ = ["ExponentDisplay", "ShellEnergyDisplay"]
+__all__ = ["ExponentDisplay", "ShellEnergyDisplay", "TailFitDisplay"]

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 LAMBDA_LABEL = r"eigenvalue $\lambda$  (1/$\tau$)"
+DENSITY_LABEL = r"energy density $\varepsilon$  (loss $\times$ $\tau$)"
 MAX_LEGEND_TAUS = 6
 _MARKERS = "os^Dv>"
 _DEEPEST_VIEW = 1e-10  # values this far below the largest one are rounding, not signal
@@ -109,14 +110,14 @@ class TauScale:
         """Return the legend text of one τ."""
         return rf"$\tau$ = {distinct_labels(self.taus)[self._rank(tau)]}"
 
-    def draw_colorbar(self, ax: Any) -> Any:
-        """Add the colour bar beside ``ax`` and return it."""
+    def draw_colorbar(self, axes: list[Any]) -> Any:
+        """Add the colour bar beside ``axes`` and return it."""
         from matplotlib.cm import ScalarMappable
 
         grey_end = self.is_log and self.taus[0] == 0
-        bar = ax.figure.colorbar(
+        bar = axes[0].figure.colorbar(
             ScalarMappable(norm=self._norm, cmap=self._cmap),
-            ax=ax,
+            ax=axes,
             extend="min" if grey_end else "neither",
         )
         bar.set_label(r"effective training time $\tau$")
@@ -130,6 +131,12 @@ class TauScale:
 
     def _norm_limits(self) -> tuple[float, float]:
         return float(self._norm.vmin), float(self._norm.vmax)
+
+
+def write_counts(counts: Sequence[int]) -> str:
+    """Return ``"3"`` or, where counts differ, ``"2–5"``."""
+    low, high = min(counts), max(counts)
+    return str(low) if low == high else f"{low}–{high}"
 
 
 def set_log_ticks(axis: Any, low: float, high: float) -> None:

@@ -19,7 +19,7 @@ from spectralshell.parameter_checks import check_option
 
 _LABELS = {
     "energy": r"shell energy $E_\alpha$  (units of the loss)",
-    "density": r"energy density $\varepsilon$  (loss $\times$ $\tau$)",
+    "density": _axes.DENSITY_LABEL,
 }
 _BANDS = ("auto", "batches", "bounds", "none")
 _LINE_STYLES = ("-", "--", ":", "-.")
@@ -263,7 +263,7 @@ class ShellEnergyDisplay:
         handles += self._band_handle(curves, band)
         handles += self._draw_frontiers(scale)
         handles += self._draw_floor()
-        self.colorbar_ = scale.draw_colorbar(ax) if scale.uses_colorbar else None
+        self.colorbar_ = scale.draw_colorbar([ax]) if scale.uses_colorbar else None
         ax.set_xlabel(_axes.LAMBDA_LABEL)
         ax.set_ylabel(_LABELS[quantity])
         place = "inside" if not own else "below" if scale.uses_colorbar else "right"
@@ -306,11 +306,9 @@ class ShellEnergyDisplay:
 
         if not self.bands_:
             return []
-        counts = sorted(set(curves["n_batches"]))
         text = "certified bounds"
         if band == "batches":
-            number = str(counts[0]) if len(counts) == 1 else f"{counts[0]}–{counts[-1]}"
-            text = f"range over {number} batches"
+            text = f"range over {_axes.write_counts(curves['n_batches'])} batches"
         return [Patch(color="0.5", alpha=0.3, linewidth=0, label=text)]
 
     def _draw_frontiers(self, scale: _axes.TauScale) -> list[Any]:

@@ -1,14 +1,16 @@
 """Hand-made frames with the columns of the estimators."""
 
+from itertools import pairwise
+
 import numpy as np
 import pandas as pd
+
+from spectralshell.shells.partition import shell_name
 
 
 def edges_and_names(n_shells=10, q=2.0, first=0.05):
     edges = first * q ** np.arange(n_shells + 1)
-    names = [
-        f"shell[{float(lo)!r},{float(hi)!r})" for lo, hi in zip(edges[:-1], edges[1:], strict=True)
-    ]
+    names = [shell_name(float(lo), float(hi)) for lo, hi in pairwise(edges)]
     return edges, names
 
 
@@ -64,6 +66,30 @@ def tidy_frame(*, bounds=0.1, unresolved=1, **kwargs):
     frame = pd.DataFrame(rows)
     frame.attrs = dict(wide.attrs)
     return frame
+
+
+def fitted_frame(wide, b=1.6, cutoff=0.02):
+    """The energies of ``wide_frame`` without noise and without the peak, 0 in ``null``."""
+    edges, _ = edges_and_names(wide.shape[1] - 1)
+    mid = np.sqrt(edges[1:] * edges[:-1])
+    taus = wide.index.get_level_values("tau").to_numpy()
+    tail = 0.1 * mid ** (1 - b) * np.exp(-cutoff * taus[:, None] * mid ** (b - 1))
+    values = np.column_stack([np.zeros(len(wide)), tail])
+    return pd.DataFrame(values, index=wide.index, columns=wide.columns)
+
+
+def comparison_frame():
+    return pd.DataFrame(
+        {
+            "model": [
+                "power law",
+                "power law, template cutoff",
+                "power law, exp(-kappa lambda)",
+                "lognormal",
+            ],
+            "aic": [12.0, -30.5, -28.1, -11.0],
+        }
+    )
 
 
 def frontier_frame(taus=(0.0, 1.0, 30.0)):

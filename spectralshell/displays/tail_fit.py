@@ -1,0 +1,296 @@
+"""The tail fit against its data, with residuals and the alternatives."""
+
+from __future__ import annotations
+
+from textwrap import fill
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from spectralshell.displays import _axes, _tail_panels
+from spectralshell.displays._frames import curve_keys, shell_curves, tidy_energies
+from spectralshell.parameter_checks import check_window
+
+_VALUES = ["value", "batch_lower", "batch_upper"]
+_TITLE_WIDTH = 78
+
+
+class TailFitDisplay:
+    """Densities with their spread over batches, the fitted tail, residuals and alternatives.
+
+    Build it with :meth:`from_estimator` or :meth:`from_frame`, then call :meth:`plot`.
+
+    Parameters
+    ----------
+    tail : DataFrame
+        One row per τ and shell: ``tau, [name], lambda_lo, lambda_hi, lambda_mid`` (1/τ),
+        ``density, density_lower, density_upper`` (energy per unit λ: mean and range over
+        batches), ``n_batches``, ``fit`` (the fitted density, mean over the shell) and
+        ``in_window``.
+    b : float
+        The fitted slope; NaN where there is none.
+    b_interval : tuple of float, default=(nan, nan)
+    confidence : float, default=0.95
+        Level of ``b_interval``.
+    window : tuple of float or None, default=None
+        (λ_lo, λ_hi) of the fit.
+    comparison : DataFrame or None, default=None
+        One row per model with its name (column ``model``, or the index) and ``aic``, as in
+        ``GRSDTailFitter.comparison_``.
+    status : str, default="ok"
+        The fit's status, written over the plot unless it is ``"ok"``.
+
+    Attributes
+    ----------
+    axes_ : ndarray of matplotlib Axes
+        Those drawn: fit, residuals, alternatives.
+    ax_ : matplotlib Axes
+        The first of them.
+    figure_ : matplotlib Figure
+    legend_ : matplotlib Legend or None
+    colorbar_ : matplotlib Colorbar or None
+        There when more than six τ are drawn.
+
+    Examples
+    --------
+    >>> import pandas as pd
+    >>> from matplotlib.figure import Figure
+    >>> from spectralshell.displays import TailFitDisplay
+    >>> index = pd.MultiIndex.from_tuples([(0.0, 0), (0.0, 1)], names=["tau", "batch"])
+    >>> names = ["null", "shell[1.0,2.0)", "shell[2.0,4.0)"]
+    >>> energies = pd.DataFrame([[0, 1.0, 0.5], [0, 3.0, 1.5]], index=index, columns=names)
+    >>> fitted = pd.DataFrame([[0, 2.0, 1.0], [0, 2.0, 1.0]], index=index, columns=names)
+    >>> display = TailFitDisplay.from_frame(energies, fitted, b=2.0, window=(1.0, 4.0))
+    >>> display.frame()["residual"].tolist()
+    [0.0, 0.0]
+    >>> display.plot(Figure().subplots(2)).axes_.size
+    2
+    """
+
+    def __init__(
+        self,
+        *,
+        tail: pd.DataFrame,
+        b: float,
+        b_interval: tuple[float, float] = (np.nan, np.nan),
+        confidence: float = 0.95,
+        window: tuple[float, float] | None = None,
+        comparison: pd.DataFrame | None = None,
+        status: str = "ok",
+    ) -> None:
+        self.tail = tail
+        self.b = b
+        self.b_interval = b_interval
+        self.confidence = confidence
+        self.window = window
+        self.comparison = comparison
+        self.status = status
+
+    @classmethod
+    def from_estimator(cls, estimator: Any, X: Any) -> TailFitDisplay:
+        """Take the fit from a fitted tail fitter and the data from X.
+
+        Energies are averaged over batches before the fitter reads amplitude and cutoff off them, at
+        its own b.
+
+        Parameters
+        ----------
+        estimator : GRSDTailFitter or Pipeline that ends in one
+            Fitted.
+        X : DataFrame or whatever the pipeline accepts
+            The wide shell frame; for a pipeline its own input, which is measured (a snapshot that
+            remembers its measures costs nothing).
+
+        Returns
+        -------
+        TailFitDisplay
+            Not drawn yet: call :meth:`plot`.
+
+        Raises
+        ------
+        TypeError
+            If the estimator is not a fitted tail fitter, or X no shell frame.
+        """
+        steps = [step for _, step in getattr(estimator, "steps", [("", estimator)])]
+        fitter = steps[-1]
+        if not hasattr(fitter, "b_") or not hasattr(fitter, "inverse_transform"):
+            raise TypeError(
+                "estimator must be a fitted GRSDTailFitter, or a Pipeline that ends in one, got "
+                f"{type(estimator).__name__} without b_; call fit first, or use from_frame."
+            )
+        for step in steps[:-1]:
+            X = step.transform(X)
+        tidy_energies(X, name="X")
+        mean = X.groupby(level=[n for n in X.index.names if n != "batch"], dropna=False).mean()
+        mean = pd.concat({0: mean}, names=["batch"]).reorder_levels([*mean.index.names, "batch"])
+        mean.attrs = dict(X.attrs)
+        return cls.from_frame(
+            X,
+            fitter.inverse_transform(fitter.transform(mean)),
+            b=fitter.b_,
+            b_interval=fitter.b_interval_,
+            confidence=fitter.confidence,
+            window=fitter.window_,
+            comparison=fitter.comparison_,
+            status=fitter.status_,
+        )
+
+    @classmethod
+    def from_frame(
+        cls,
+        frame: pd.DataFrame,
+        fitted: pd.DataFrame,
+        *,
+        b: float,
+        b_interval: tuple[float, float] = (np.nan, np.nan),
+        confidence: float = 0.95,
+        window: tuple[float, float] | None = None,
+        comparison: pd.DataFrame | None = None,
+        status: str = "ok",
+    ) -> TailFitDisplay:
+        """Take data and fit from two shell frames with the same shells and τ.
+
+        Parameters
+        ----------
+        frame, fitted : DataFrame
+            Measured and fitted energies, each tidy or wide; both are averaged over batches.
+        b, b_interval, confidence, window, comparison, status
+            As for the class; without a window every shell with a fit counts.
+
+        Returns
+        -------
+        TailFitDisplay
+            Not drawn yet: call :meth:`plot`.
+
+        Raises
+        ------
+        TypeError, ValueError
+            If a frame is no shell frame, or their τ and shells differ.
+        """
+        data = shell_curves(tidy_energies(frame), "density")
+        fit = shell_curves(tidy_energies(fitted, name="fitted"), "density")
+        keys = [*curve_keys(data), "lambda_lo", "lambda_hi"]
+        if not set(keys) <= set(fit.columns) or len(fit) != len(data):
+            raise ValueError(
+                f"fitted must have the τ and shells of frame, got {len(fit)} rows of shells for "
+                f"{len(data)}; pass inverse_transform(transform(frame))."
+            )
+        fit = fit[[*keys, "value"]].rename(columns={"value": "fit"})
+        tail = data.merge(fit, on=keys, how="left", validate="one_to_one")
+        tail = tail.rename(columns=dict(zip(_VALUES, _tail_panels.DENSITIES, strict=True)))
+        ends = _window_ends(window)
+        overlap = (tail["lambda_hi"] > ends[0]) & (tail["lambda_lo"] < ends[1])
+        tail["in_window"] = overlap & (tail["fit"] > 0)
+        return cls(
+            tail=tail.drop(columns=["bound_lower", "bound_upper", "resolved"]),
+            b=float(b),
+            b_interval=(float(b_interval[0]), float(b_interval[1])),
+            confidence=float(confidence),
+            window=None if window is None else ends,
+            comparison=comparison,
+            status=str(status),
+        )
+
+    def frame(self) -> pd.DataFrame:
+        """Return the numbers that :meth:`plot` draws.
+
+        Returns
+        -------
+        DataFrame
+            ``tail`` with ``residual`` = ln(density / fit) and ``residual_lower,
+            residual_upper`` over batches; residuals are NaN outside the window and where the
+            density or the fit is not positive.
+        """
+        drawn = self.tail.copy()
+        log_fit = _log(drawn["fit"]).where(drawn["in_window"])
+        for column, density in zip(_tail_panels.RESIDUALS, _tail_panels.DENSITIES, strict=True):
+            drawn[column] = _log(drawn[density]) - log_fit
+        return drawn
+
+    def plot(self, ax: Any = None) -> TailFitDisplay:
+        """Draw the fit, its residuals and the alternatives.
+
+        Parameters
+        ----------
+        ax : matplotlib Axes, sequence of up to three Axes, or None, default=None
+            Where to draw: the fit, then the residuals, then the alternatives; one Axes gets the
+            fit only. None makes a figure with all there is to draw.
+
+        Returns
+        -------
+        TailFitDisplay
+            Itself, with ``axes_``, ``ax_`` and ``figure_``.
+
+        Raises
+        ------
+        ImportError
+            If matplotlib is missing.
+        ValueError
+            If there are more than three axes, or none.
+        """
+        plt = _axes.require_pyplot("TailFitDisplay.plot")
+        legend_ax = None
+        if ax is None:
+            axes, legend_ax = _tail_panels.make_panels(plt, self._alternatives() is not None)
+        else:
+            axes = list(np.ravel(ax))
+            if not 1 <= len(axes) <= 3:
+                raise ValueError(
+                    f"ax must be one to three Axes (fit, residuals, alternatives), got {len(axes)}."
+                )
+        if self._alternatives() is None:
+            axes = axes[:2]
+        self.axes_ = np.array(axes, dtype=object)
+        self.ax_, self.figure_ = axes[0], axes[0].figure
+
+        drawn = self.frame()
+        scale = _axes.TauScale(drawn["tau"])
+        handles = _tail_panels.draw_fit(axes[0], drawn, scale, self.window)
+        axes[0].set_title(self._title(), fontsize="medium", loc="left")
+        if len(axes) > 1:
+            _tail_panels.draw_residuals(axes[1], drawn, scale, self.window)
+            axes[1].set_xlim(axes[0].get_xlim())
+        if len(axes) > 2:
+            _tail_panels.draw_alternatives(axes[2], self._alternatives())
+        self.colorbar_ = scale.draw_colorbar(axes[:2]) if scale.uses_colorbar else None
+        if legend_ax is not None:
+            self.legend_ = _tail_panels.fill_legend_panel(legend_ax, handles)
+        else:
+            self.legend_ = _axes.draw_legend(axes[0], handles, place="inside")
+        return self
+
+    def _alternatives(self) -> pd.Series | None:
+        """Return AIC above the smallest, by model; None where no AIC is known."""
+        if self.comparison is None or "aic" not in self.comparison:
+            return None
+        named = "model" in self.comparison
+        names = self.comparison["model"] if named else self.comparison.index
+        aic = pd.Series(self.comparison["aic"].to_numpy(dtype=float), index=pd.Index(names))
+        return aic - aic.min() if aic.notna().any() else None
+
+    def _title(self) -> str:
+        lower, upper = self.b_interval
+        if not np.isfinite(self.b):
+            text = "no tail slope"
+        elif np.isnan([lower, upper]).any():
+            text = f"tail slope $b$ = {self.b:.3f}, no interval"
+        else:
+            percent = _axes.format_number(100 * self.confidence)
+            text = f"tail slope $b$ = {self.b:.3f}, {percent} % interval [{lower:.3f}, {upper:.3f}]"
+        if self.status != "ok":
+            text += "\n" + fill(self.status, _TITLE_WIDTH)
+        return text
+
+
+def _window_ends(window: Any) -> tuple[float, float]:
+    """Return the ends of a window; all of λ for None, and nothing for a window of NaN."""
+    if window is None:
+        return -np.inf, np.inf
+    if np.isnan(np.asarray(window, dtype=float)).any():
+        return np.nan, np.nan
+    return check_window("window", tuple(window))
+
+
+def _log(values: pd.Series) -> pd.Series:
+    return np.log(values.where(values > 0))
