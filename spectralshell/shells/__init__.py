@@ -1,1 +1,30 @@
-"""."""
+"""Logarithmic shells: partitions, spectral measures, and the frames made of them."""
+
+from spectralshell.shells.frames import (
+    average_over_batches,
+    energy_frame,
+    read_frame,
+    shell_frame,
+    write_frame,
+)
+from spectralshell.shells.measure import SpectralMeasure, mean_measure
+from spectralshell.shells.partition import (
+    ShellPartition,
+    edges_from_names,
+    parse_shell_name,
+    shell_name,
+)
+
+__all__ = [
+    "ShellPartition",
+    "SpectralMeasure",
+    "average_over_batches",
+    "edges_from_names",
+    "energy_frame",
+    "mean_measure",
+    "parse_shell_name",
+    "read_frame",
+    "shell_frame",
+    "shell_name",
+    "write_frame",
+]

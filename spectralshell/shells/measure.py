@@ -1,0 +1,400 @@
+"""Spectral measure of one error vector: where its energy sits over the eigenvalues of M."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from numbers import Integral
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from spectralshell.parameter_checks import check_real
+
+Floats = NDArray[np.float64]
+
+# Weights and total come from two summations; more than this is a normalisation mistake.
+_TOTAL_TOLERANCE = 1e-9
+# What summing the weights in another order changes, with room for 1e4 of them.
+_ROUNDING = 1e-14
+
+
+class EnergyBounds(Protocol):
+    """Anything with certified bounds of the energy strictly below an edge."""
+
+    def at(self, edges: Floats, /) -> tuple[Floats, Floats]:
+        """Return (lower, upper), each of the shape of ``edges``."""
+
+
+@dataclass(frozen=True, eq=False)
+class SpectralMeasure:
+    """Energy ½‖e‖² of one residual, spread over the spectrum of M = J J*.
+
+    Parameters
+    ----------
+    nodes : array-like of float, shape (m,)
+        Eigenvalues or Ritz values, unit 1/τ, in any order; negative ones are kept.
+    weights : array-like of float, shape (m,)
+        Energies ½g² at the nodes (the ½ is in), non-negative.
+    total : float
+        ½‖e‖². What the weights leave out of it has eigenvalue 0.
+    lambda_max : float
+        Largest eigenvalue of M.
+    floor : float
+        Resolution floor, an absolute λ: shells that begin below it are unresolved.
+    noise : float
+        Absolute bound of the operator's rounding error, in the units of λ.
+    tau : float, default=0.0
+        Effective training time.
+    batch : int or str, default=0
+        Label of the batch.
+    name : str, optional
+        Label of the run or model.
+    bounds : object with ``at(edges) -> (lower, upper)``, optional
+        Certified bounds of the energy strictly below each edge.
+    residual_norms : array-like of float, shape (m,), optional
+        ‖Mφ − λφ‖ of each node.
+    solver : str, default="exact"
+        Where the measure comes from. Unless it is ``"exact"``, bounds define the energies.
+    rung : str, default=""
+        The way the operator was differentiated.
+    n_matvecs, n_probes, n_outputs, n_rows : int, default=0
+        Products behind the measure, products spent on probes, entries of e, rows N.
+    dynamics_exact : bool, default=True
+        Whether ė = −M e holds for this residual.
+    status : str, default="ok"
+        Phrases joined by ``"; "``.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If shapes disagree, values are not finite, a weight is negative, or the weights exceed
+        ``total`` by more than rounding.
+
+    Notes
+    -----
+    A measure is *counted* if it is exact or has no bounds: energies are sums of weights, and nodes
+    below ``noise`` are null. Otherwise the energy below an edge is the middle of its bounds, and
+    shell energies are the differences of these. The bounds are first made monotone in λ, which
+    only tightens them, so energies are never negative and lie within their bounds.
+
+    Examples
+    --------
+    >>> measure = SpectralMeasure([0.5, 3.0], [0.25, 0.5], total=1.0, lambda_max=3.0, floor=0.0,
+    ...                           noise=1e-12)
+    >>> measure.energies([0.1, 1.0, 4.0]).tolist()  # the energy in no mode is null
+    [0.25, 0.25, 0.5]
+    >>> measure.lazy_decay(0.0)
+    1.0
+    """
+
+    nodes: Floats
+    weights: Floats
+    total: float
+    lambda_max: float
+    floor: float
+    noise: float
+    tau: float = 0.0
+    batch: int | str = 0
+    name: str | None = None
+    bounds: EnergyBounds | None = None
+    residual_norms: Floats | None = None
+    solver: str = "exact"
+    rung: str = ""
+    n_matvecs: int = 0
+    n_probes: int = 0
+    n_outputs: int = 0
+    n_rows: int = 0
+    dynamics_exact: bool = True
+    status: str = "ok"
+
+    def __post_init__(self) -> None:
+        nodes = _finite_vector("nodes", self.nodes)
+        weights = _finite_vector("weights", self.weights, length=nodes.size)
+        order = np.argsort(nodes, kind="stable")
+        self._set("nodes", _read_only(nodes[order]))
+        self._set("weights", _read_only(weights[order]))
+        if self.residual_norms is not None:
+            norms = _finite_vector("residual_norms", self.residual_norms, length=nodes.size)
+            self._set("residual_norms", _read_only(norms[order]))
+        for field in ("total", "lambda_max", "floor", "noise"):
+            self._set(field, check_real(field, getattr(self, field), low=0.0))
+        self._set("tau", check_real("tau", self.tau))
+        self._set("batch", _label("batch", self.batch))
+        if self.name is not None and not isinstance(self.name, str):
+            raise TypeError(f"name must be a string or None, got {self.name!r}.")
+        if (weights < 0.0).any():
+            raise ValueError("weights holds a negative energy; pass energies ½g², never negative.")
+        if weights.sum() > self.total * (1.0 + _TOTAL_TOLERANCE):
+            raise ValueError(
+                f"weights sum to {weights.sum()!r}, more than total={self.total!r}; both must be "
+                "energies, with the factor ½."
+            )
+
+    def _set(self, field: str, value: Any) -> None:
+        object.__setattr__(self, field, value)
+
+    @property
+    def counted(self) -> bool:
+        """Whether energies are sums of weights (True) or middles of bounds (False)."""
+        return self.bounds is None or self.solver == "exact"
+
+    @property
+    def n_negative(self) -> int:
+        """Number of negative nodes; their energy is part of ``null``."""
+        return int(np.count_nonzero(self.nodes < 0.0))
+
+    @property
+    def missing(self) -> float:
+        """Energy of ``total`` that no node carries, so of eigenvalue 0; 0 within rounding."""
+        missing = self.total - float(self.weights.sum())
+        return missing if missing > _ROUNDING * self.total else 0.0
+
+    def cumulative(self, edges: ArrayLike) -> tuple[Floats, Floats, Floats]:
+        """Return lower bound, estimate and upper bound of the energy strictly below each edge.
+
+        Parameters
+        ----------
+        edges : array-like of float, shape (k,)
+            Positive and non-decreasing.
+
+        Returns
+        -------
+        lower, mid, upper : ndarray of float64, shape (k,)
+            Each non-decreasing and within [0, total]; lower ≤ mid ≤ upper.
+        """
+        checked = _check_edges(edges)
+        if self.counted:
+            return self._counted_cumulative(checked)
+        lower, upper = self._monotone_bounds(checked)
+        mid = 0.5 * (lower + upper)
+        return lower, mid, upper
+
+    def energies(self, edges: ArrayLike) -> Floats:
+        """Return ``null`` and the shell energies E_α.
+
+        Parameters
+        ----------
+        edges : array-like of float, shape (n_shells + 1,)
+
+        Returns
+        -------
+        ndarray of float64, shape (n_shells + 1,)
+            First the energy below the first edge, then the shells; what lies above the last edge
+            is in the last shell. They add up to ``total``.
+        """
+        checked = _check_edges(edges, at_least=2)
+        if self.counted:
+            energies = self._count(checked, self.weights)
+            energies[0] += self.missing
+            return energies
+        mid = self.cumulative(checked)[1][:-1]
+        return np.diff(mid, prepend=0.0, append=self.total)
+
+    def density(self, edges: ArrayLike) -> Floats:
+        """Return ε = E_α / width of each shell, shape (n_shells,)."""
+        return self.energies(edges)[1:] / np.diff(_check_edges(edges, at_least=2))
+
+    def dissipation(self, edges: ArrayLike) -> Floats:
+        """Return ``null`` and the dissipation D_α = Σ λ g² = 2 Σ λ w, energy per τ.
+
+        It is summed over nodes, also for Lanczos measures: its sum over all shells is exact there
+        from two steps on, its split between neighbouring shells is that of the Ritz values.
+        """
+        return self._count(_check_edges(edges, at_least=2), 2.0 * self.nodes * self.weights)
+
+    def counts(self, edges: ArrayLike) -> NDArray[np.int64]:
+        """Return the number of nodes in ``null`` and in each shell, shape (n_shells + 1,)."""
+        checked = _check_edges(edges, at_least=2)
+        return np.bincount(self._bins(checked), minlength=checked.size).astype(np.int64)
+
+    def lazy_decay(self, tau: ArrayLike) -> Any:
+        """Return Σ w e^(−2λτ), the loss that a frozen kernel predicts after a further time τ.
+
+        Parameters
+        ----------
+        tau : float or array-like of float
+            Time since this measure was taken.
+
+        Returns
+        -------
+        float or ndarray of float64
+            Of the shape of ``tau``. Energy without a node has eigenvalue 0 and stays. Cost: one
+            exponential per node and time.
+        """
+        elapsed = np.asarray(tau, dtype=np.float64)
+        if not np.isfinite(elapsed).all():
+            raise ValueError(f"tau must be finite, got {tau!r}; pass elapsed training times.")
+        decay = np.exp(-2.0 * elapsed[..., None] * self.nodes) @ self.weights + self.missing
+        return float(decay) if elapsed.ndim == 0 else decay
+
+    def relabel(
+        self,
+        *,
+        tau: float | None = None,
+        batch: int | str | None = None,
+        name: str | None = None,
+    ) -> SpectralMeasure:
+        """Return the same measure under other labels; those left out stay as they are."""
+        return replace(
+            self,
+            tau=self.tau if tau is None else tau,
+            batch=self.batch if batch is None else batch,
+            name=self.name if name is None else name,
+        )
+
+    def _counted_cumulative(self, edges: Floats) -> tuple[Floats, Floats, Floats]:
+        running = np.concatenate([[0.0], np.cumsum(self.weights)])
+        below = np.searchsorted(self.nodes, edges, side="left")
+        null = np.searchsorted(self.nodes, self.noise, side="left")
+        # Nodes below the noise may lie on either side of an edge: counted as null, bounded by both.
+        strict = np.minimum(running[below] + self.missing, self.total)
+        mid = np.minimum(running[np.maximum(below, null)] + self.missing, self.total)
+        if self.bounds is None:
+            return strict, mid, mid.copy()
+        lower, upper = self._monotone_bounds(edges)
+        return np.minimum(lower, strict), mid, np.maximum(upper, mid)
+
+    def _monotone_bounds(self, edges: Floats) -> tuple[Floats, Floats]:
+        if self.bounds is None:
+            raise TypeError("bounds is None, expected an object with at(edges).")
+        lower, upper = self.bounds.at(edges)
+        # The true cumulative is monotone, so a bound holds at every edge further out too.
+        lower = np.maximum.accumulate(np.clip(lower, 0.0, self.total))
+        upper = np.minimum.accumulate(np.clip(upper, 0.0, self.total)[::-1])[::-1]
+        return np.minimum(lower, upper), np.maximum(lower, upper)
+
+    def _bins(self, edges: Floats) -> NDArray[np.intp]:
+        bins = np.minimum(np.searchsorted(edges, self.nodes, side="right"), edges.size - 1)
+        return np.where(self.nodes < self.noise, 0, bins) if self.counted else bins
+
+    def _count(self, edges: Floats, values: Floats) -> Floats:
+        counted = np.bincount(self._bins(edges), weights=values, minlength=edges.size)
+        return counted.astype(np.float64)  # bincount of nothing gives integers
+
+
+@dataclass(frozen=True)
+class MeanBounds:
+    """Bounds of the mean energy of several measures: the means of their bounds."""
+
+    measures: tuple[SpectralMeasure, ...]
+
+    def at(self, edges: Floats, /) -> tuple[Floats, Floats]:
+        """Return (lower, upper) of the mean energy strictly below each edge."""
+        triples = [measure.cumulative(edges) for measure in self.measures]
+        lower = np.mean([triple[0] for triple in triples], axis=0)
+        upper = np.mean([triple[2] for triple in triples], axis=0)
+        return lower, upper
+
+
+def mean_measure(measures: Sequence[SpectralMeasure]) -> SpectralMeasure:
+    """Return the average over batches of measures taken at one τ of one model.
+
+    Energies and their bounds are averaged (never matrices, never logarithms).
+
+    Parameters
+    ----------
+    measures : sequence of SpectralMeasure
+        At least one, all of the same ``tau`` and ``name``.
+
+    Returns
+    -------
+    SpectralMeasure
+        All nodes, with weights divided by the number of measures; the largest floor, noise and
+        λ_max; ``batch="mean"``; counts of products summed; ``solver="mixed"`` where they differ.
+
+    Raises
+    ------
+    ValueError
+        If there is none, or labels differ.
+
+    Examples
+    --------
+    >>> one = SpectralMeasure([1.0], [0.5], total=0.5, lambda_max=1.0, floor=0.1, noise=0.0)
+    >>> two = SpectralMeasure([4.0], [1.5], total=1.5, lambda_max=4.0, floor=0.2, noise=0.0)
+    >>> mean = mean_measure([one, two])
+    >>> mean.energies([0.5, 2.0, 8.0]).tolist(), mean.floor
+    ([0.0, 0.25, 0.75], 0.2)
+    """
+    parts = tuple(measures)
+    if not parts:
+        raise ValueError("measures is empty; pass at least one SpectralMeasure.")
+    for label in ("tau", "name"):
+        values = {getattr(part, label) for part in parts}
+        if len(values) > 1:
+            raise ValueError(
+                f"measures differ in {label} ({sorted(map(str, values))}); average over batches at "
+                f"one {label} only."
+            )
+    solvers = {part.solver for part in parts}
+    norms = [part.residual_norms for part in parts if part.residual_norms is not None]
+    return replace(
+        parts[0],
+        nodes=np.concatenate([part.nodes for part in parts]),
+        weights=np.concatenate([part.weights for part in parts]) / len(parts),
+        total=sum(part.total for part in parts) / len(parts),
+        lambda_max=max(part.lambda_max for part in parts),
+        floor=max(part.floor for part in parts),
+        noise=max(part.noise for part in parts),
+        batch="mean",
+        bounds=None if all(part.bounds is None for part in parts) else MeanBounds(parts),
+        residual_norms=np.concatenate(norms) if len(norms) == len(parts) else None,
+        solver=solvers.pop() if len(solvers) == 1 else "mixed",
+        rung="; ".join(dict.fromkeys(part.rung for part in parts if part.rung)),
+        n_matvecs=sum(part.n_matvecs for part in parts),
+        n_probes=sum(part.n_probes for part in parts),
+        n_outputs=sum(part.n_outputs for part in parts),
+        n_rows=sum(part.n_rows for part in parts),
+        dynamics_exact=all(part.dynamics_exact for part in parts),
+        status=join_statuses(part.status for part in parts),
+    )
+
+
+def join_statuses(statuses: Any) -> str:
+    """Return the distinct phrases joined by ``"; "``, without ``"ok"`` unless it is the only one.
+
+    Examples
+    --------
+    >>> join_statuses(["ok", "a; b", "a"])
+    'a; b'
+    """
+    phrases = dict.fromkeys(phrase for status in statuses for phrase in status.split("; "))
+    return "; ".join(phrase for phrase in phrases if phrase not in ("", "ok")) or "ok"
+
+
+def _finite_vector(name: str, values: Any, *, length: int | None = None) -> Floats:
+    vector = np.array(values, dtype=np.float64)
+    if vector.ndim != 1 or (length is not None and vector.size != length):
+        expected = "(m,)" if length is None else f"({length},) like nodes"
+        raise ValueError(f"{name} must have shape {expected}, got {vector.shape}.")
+    if not np.isfinite(vector).all():
+        raise ValueError(f"{name} holds NaN or infinity, expected finite values; check the solve.")
+    return vector
+
+
+def _read_only(vector: Floats) -> Floats:
+    vector.flags.writeable = False
+    return vector
+
+
+def _label(name: str, value: Any) -> int | str:
+    if isinstance(value, str):
+        return str(value)
+    if isinstance(value, Integral) and not isinstance(value, bool):
+        return int(value)
+    raise TypeError(f"{name} must be an integer or a string, got {value!r}; relabel the batch.")
+
+
+def _check_edges(edges: ArrayLike, *, at_least: int = 1) -> Floats:
+    vector = np.asarray(edges, dtype=np.float64)
+    if vector.ndim != 1 or vector.size < at_least:
+        raise ValueError(
+            f"edges must be one-dimensional with at least {at_least} entries, got {vector.shape}."
+        )
+    if not (vector[0] > 0.0 and np.isfinite(vector).all() and (np.diff(vector) >= 0.0).all()):
+        raise ValueError(
+            f"edges must be finite, positive and increasing, got {vector!r}; sort them, or take "
+            "ShellPartition.edges."
+        )
+    return vector
