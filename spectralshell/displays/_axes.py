@@ -37,6 +37,8 @@ def format_number(value: float, digits: int = 3) -> str:
     """Return a short label: plain digits from 0.001 to 99999, powers of ten elsewhere."""
     value = float(value)
     if value == 0.0 or 1e-3 <= abs(value) < 1e5:
+        if abs(value) >= 10**digits:
+            return f"{value:.0f}"
         return np.format_float_positional(
             value, precision=digits, unique=True, fractional=False, trim="-"
         )

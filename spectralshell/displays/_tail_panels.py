@@ -20,7 +20,9 @@ _WINDOW_LOOK = {"facecolor": "0.95", "edgecolor": "0.75", "linewidth": 0.8, "zor
 def make_panels(plt: Any, with_alternatives: bool) -> tuple[list[Any], Any]:
     """Make a figure; return its panels (fit, residuals, alternatives) and the legend's panel."""
     figure = plt.figure(figsize=(9.8, 5.8), layout="constrained")
-    grid = figure.add_gridspec(2, 2, width_ratios=[2.0, 1], height_ratios=[2.1, 1])
+    grid = figure.add_gridspec(
+        2, 2, width_ratios=[2.0 if with_alternatives else 2.8, 1], height_ratios=[2.1, 1]
+    )
     fit = figure.add_subplot(grid[0, 0])
     residuals = figure.add_subplot(grid[1, 0], sharex=fit)
     fit.tick_params(labelbottom=False)
@@ -31,9 +33,13 @@ def make_panels(plt: Any, with_alternatives: bool) -> tuple[list[Any], Any]:
     return [fit, residuals, figure.add_subplot(grid[1, 1])], legend
 
 
-def fill_legend_panel(ax: Any, handles: list[Any]) -> Any:
-    """Draw the legend at the top right of its own panel, whose left has room to grow into."""
-    return ax.legend(handles=handles, loc="upper right", fontsize="small", borderaxespad=0.0)
+def fill_legend_panel(ax: Any, handles: list[Any], with_alternatives: bool) -> Any:
+    """Draw the legend in its own panel.
+
+    At the right over the alternatives, whose names leave room to its left; else at the left.
+    """
+    side = "right" if with_alternatives else "left"
+    return ax.legend(handles=handles, loc=f"upper {side}", fontsize="small", borderaxespad=0.0)
 
 
 def draw_fit(

@@ -19,6 +19,8 @@ _AXIS_LABELS = {
     "window": r"window of $\lambda$  (1/$\tau$)",
     "n_steps": "Lanczos steps",
 }
+_MAX_TICKS = 24
+_MAX_TICK_LETTERS = 48  # more, over all ticks, are written at a slant
 _DEGENERATE = 1.0
 _COLOUR = "#31688e"  # the middle of viridis
 _REFERENCE_COLOUR = "0.35"
@@ -222,10 +224,10 @@ class ExponentDisplay:
     def _set_horizontal(self, drawn: pd.DataFrame) -> None:
         ax, at = self.ax_, drawn["position"].to_numpy()
         if not self._is_numeric():
-            labels = [_write_label(value) for value in drawn[self.label]]
-            crowded = sum(map(len, labels)) > 48
-            step = max(1, len(labels) // 24)
-            ax.set_xticks(at[::step], labels[::step])
+            step = -(-len(at) // _MAX_TICKS) or 1
+            labels = [_write_label(value) for value in drawn[self.label][::step]]
+            ax.set_xticks(at[::step], labels)
+            crowded = sum(map(len, labels)) > _MAX_TICK_LETTERS
             if crowded:
                 ax.tick_params(axis="x", labelrotation=30)
                 for text in ax.get_xticklabels():

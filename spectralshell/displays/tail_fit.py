@@ -255,7 +255,7 @@ class TailFitDisplay:
             _tail_panels.draw_alternatives(axes[2], self._alternatives())
         self.colorbar_ = scale.draw_colorbar(axes[:2]) if scale.uses_colorbar else None
         if legend_ax is not None:
-            self.legend_ = _tail_panels.fill_legend_panel(legend_ax, handles)
+            self.legend_ = _tail_panels.fill_legend_panel(legend_ax, handles, len(axes) > 2)
         else:
             self.legend_ = _axes.draw_legend(axes[0], handles, place="inside")
         return self
