@@ -1,0 +1,265 @@
+"""Building the empirical neural tangent kernel M = J Jᵀ of a snapshot, and testing it first."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from spectralshell.operators.kernel_operator import KernelOperator, Part
+from spectralshell.operators.ladder import DifferentiationError, climb, is_out_of_memory
+from spectralshell.operators.linearizations import VectorFunction
+from spectralshell.operators.model_function import (
+    ModelFunction,
+    cast,
+    map_tensors,
+    select_parameters,
+    widen,
+)
+from spectralshell.operators.module_faults import name_offending_module
+from spectralshell.operators.noise import backward_reads_model, measure_noise
+from spectralshell.operators.probes import (
+    check_finite_inputs,
+    check_finite_state,
+    check_independent_samples,
+    evaluate,
+    take_samples,
+)
+from spectralshell.operators.settings import resolve_device, resolve_dtype
+from spectralshell.parameter_checks import check_integer
+from spectralshell.residuals import Residual, Targets, resolve_residual
+
+if TYPE_CHECKING:
+    from spectralshell.snapshots import Snapshot
+
+__all__ = ["KernelOperator", "build_kernel"]
+
+
+def build_kernel(
+    snapshot: Snapshot,
+    *,
+    residual: str | Callable[[Tensor, Any], Tensor] = "mse",
+    parameters: Any = None,
+    chunk_size: int | None = None,
+    device: str | torch.device = "auto",
+    dtype: str | torch.dtype | None = None,
+    generator: torch.Generator | None = None,
+) -> KernelOperator:
+    """Build M = J Jᵀ of a snapshot, matrix-free, and test it before it is used.
+
+    Parameters
+    ----------
+    snapshot : Snapshot
+    residual : str or callable, default="mse"
+        Which error, and which Jacobian; see :func:`spectralshell.residuals.resolve_residual`.
+    parameters : None, str, or callable
+        All trainable parameters, or those whose name a regular expression finds or for whose name
+        a callable is true.
+    chunk_size : int, optional
+        Samples whose graph is recorded at a time. Smaller needs less memory and more time. Without
+        it, the batch is chunked when memory runs out.
+    device : str or torch.device, default="auto"
+        ``"auto"`` is where the model's parameters are.
+    dtype : {None, "float32", "float64"} or torch.dtype
+        None is the model's own; half precision is raised to float32.
+    generator : torch.Generator, optional
+        For the probes; by default one with a fixed seed. No global random state is used.
+
+    Returns
+    -------
+    KernelOperator
+
+    Raises
+    ------
+    ValueError
+        If model, data and residual do not fit, something is not finite or not repeatable, or no
+        way to differentiate the model passes its test (the message names the module).
+    TypeError
+        If an argument has a wrong type.
+
+    Notes
+    -----
+    Cost: two evaluations, and about six products for the tests. See the design's section 5 for the
+    ladder of differentiation.
+
+    Examples
+    --------
+    A linear model's kernel is the Gram matrix of its inputs, over N:
+
+    >>> import torch
+    >>> from spectralshell.snapshots import Snapshot
+    >>> x = torch.randn(4, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    >>> model = torch.nn.Linear(3, 1, bias=False, dtype=torch.float64)
+    >>> kernel = build_kernel(Snapshot(model, x, torch.zeros(4, 1)))
+    >>> bool(torch.allclose(kernel.to_dense(), x @ x.T / 4, atol=1e-14))
+    True
+    """
+    return assemble_kernel(
+        snapshot,
+        residual=residual,
+        parameters=parameters,
+        chunk_size=chunk_size,
+        device=device,
+        dtype=dtype,
+        generator=generator,
+    )
+
+
+def assemble_kernel(
+    snapshot: Snapshot,
+    *,
+    residual: str | Callable[[Tensor, Any], Tensor] = "mse",
+    parameters: Any = None,
+    chunk_size: int | None = None,
+    device: str | torch.device = "auto",
+    dtype: str | torch.dtype | None = None,
+    generator: torch.Generator | None = None,
+    rungs: Sequence[str] | None = None,
+) -> KernelOperator:
+    """Do the work of :func:`build_kernel`; ``rungs`` restricts the ladder, for tests of a rung."""
+    resolved = resolve_residual(residual)
+    if chunk_size is not None:
+        chunk_size = check_integer("chunk_size", chunk_size, low=1)
+    snapshot.check_unchanged()
+    names = select_parameters(snapshot.model, parameters)
+    where = resolve_device(device, snapshot.model)
+    state = snapshot.load_state()
+    trainable = {name for name, _ in snapshot.model.named_parameters()}
+    check_finite_state(state, trainable)
+    check_finite_inputs(snapshot.inputs)
+    working, notes = resolve_dtype(dtype, state, where)
+    function = ModelFunction(snapshot.model, state, names, where, working)
+    draw = _drawing(generator, where, working)
+    size = None if chunk_size is None or chunk_size >= snapshot.n_samples else chunk_size
+    while True:
+        try:
+            kernel = _assemble(function, snapshot, resolved, size, draw, rungs)
+            break
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            size = _halved(size or snapshot.n_samples, error)
+            notes = [n for n in notes if not n.startswith("memory")]
+            notes.append(f"memory ran out: computed in chunks of {size} samples")
+    if notes:
+        kernel.status = "; ".join(notes)
+    return kernel
+
+
+def _assemble(
+    function: ModelFunction,
+    snapshot: Snapshot,
+    residual: Residual,
+    size: int | None,
+    draw: Callable[[int], Tensor],
+    rungs: Sequence[str] | None,
+) -> KernelOperator:
+    n_samples = snapshot.n_samples
+    inputs = map_tensors(lambda t: cast(t, function.device, function.dtype), snapshot.inputs)
+    bounds = _chunk_bounds(n_samples, size)
+    pieces = [take_samples(inputs, slice(*bound), n_samples) for bound in bounds]
+    with function.guard():
+        if size is not None:
+            check_independent_samples(function, inputs, n_samples)
+        outputs, flops = evaluate(function, pieces)
+        targets = residual.prepare(snapshot.targets, outputs)
+        error, values = _error_and_values(residual, outputs, targets)
+        local = targets.to(function.device, function.dtype)
+        rows_per_sample = outputs.shape[1:-1].numel()
+        parts: list[Part] = []
+        refused: dict[str, str] = {}
+        n_probes = first = 0
+        for piece, (start, stop) in zip(pieces, bounds, strict=True):
+            chunk = local.samples(start, stop, n_samples, rows_per_sample)
+            size_here = residual.jacobian_of(outputs[start:stop], chunk).numel()
+            if size_here == 0:
+                continue  # no row of this chunk is labelled
+            vector = _vector_function(function, residual, piece, chunk)
+            # One chunk that passes speaks for the others: they run the same operations.
+            tried = rungs if not parts else (parts[0].rung,)
+            try:
+                step = climb(
+                    vector,
+                    function.parameters,
+                    function.names,
+                    draw,
+                    streamed=size is not None,
+                    rungs=tried,
+                )
+            except DifferentiationError as failure:
+                where = name_offending_module(function, piece, draw)
+                raise DifferentiationError(
+                    f"model: no way to differentiate it multiplies by its Jacobian correctly; the "
+                    f"fault starts in {where}. Tried {failure}"
+                ) from failure
+            parts.append(Part(slice(first, first + size_here), step.linearization, step.rung))
+            refused.update(step.refused)
+            n_probes += step.n_probes
+            first += size_here
+        kernel = KernelOperator(function, parts, residual, targets.n_rows, error, values)
+        kernel.refused = refused
+        kernel.n_samples = n_samples
+        kernel.chunk_size = size
+        kernel.forward_flops = max(flops, 2.0 * n_samples * function.n_parameters)
+        kernel.n_probes = n_probes
+        kernel.reads_model = backward_reads_model(kernel, function, draw)
+        measure_noise(kernel, draw)
+    return kernel
+
+
+def _vector_function(
+    function: ModelFunction, residual: Residual, inputs: Any, targets: Targets
+) -> VectorFunction:
+    scale = targets.n_rows**-0.5
+
+    def vector(*parameters: Tensor) -> Tensor:
+        outputs = function.outputs(parameters, inputs)
+        return residual.jacobian_of(outputs, targets).reshape(-1) * scale
+
+    return vector
+
+
+def _error_and_values(
+    residual: Residual, outputs: Tensor, targets: Targets
+) -> tuple[Tensor, Tensor]:
+    wide = widen(outputs.detach())
+    exact = targets.to(wide.device, wide.dtype)
+    error = residual.error(wide, exact).detach().double().reshape(-1) * targets.n_rows**-0.5
+    if error.numel() == 0:
+        raise ValueError("residual: the error vector is empty; return one entry per sample.")
+    if not error.is_meta and not bool(torch.isfinite(error).all()):
+        raise ValueError(
+            f"residual {residual.name!r} holds NaN or infinite values although the outputs are "
+            "finite; check the targets and the residual."
+        )
+    return error, residual.jacobian_of(wide, exact).detach()
+
+
+def _chunk_bounds(n_samples: int, size: int | None) -> list[tuple[int, int]]:
+    step = size or n_samples
+    return [(start, min(start + step, n_samples)) for start in range(0, n_samples, step)]
+
+
+def _halved(size: int, error: Exception) -> int:
+    if size == 1:
+        raise MemoryError(
+            "memory ran out with a single sample; use a smaller model, dtype float32, or another "
+            "device."
+        ) from error
+    return (size + 1) // 2
+
+
+def _drawing(
+    generator: torch.Generator | None, device: torch.device, dtype: torch.dtype
+) -> Callable[[int], Tensor]:
+    source = generator if generator is not None else torch.Generator().manual_seed(0)
+
+    def draw(n: int) -> Tensor:
+        if device.type == "meta":
+            return torch.empty(n, dtype=dtype, device=device)
+        numbers = torch.randn(n, generator=source, device=source.device, dtype=torch.float32)
+        return numbers.to(device, dtype)
+
+    return draw

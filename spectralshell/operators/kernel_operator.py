@@ -1,0 +1,273 @@
+"""The empirical neural tangent kernel M = J Jᵀ as something that multiplies vectors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from spectralshell.operators.ladder import blocks_agree, is_out_of_memory
+from spectralshell.operators.linearizations import Linearization, Parameters
+from spectralshell.operators.model_function import ModelFunction, cast, widen
+from spectralshell.residuals import Residual
+
+_BLOCK_BYTES = 2**28
+_MAX_BLOCK = 64
+
+
+@dataclass
+class Part:
+    """The entries of one chunk of samples, and how they are differentiated."""
+
+    entries: slice
+    linearization: Linearization
+    rung: str
+
+
+class KernelOperator:
+    """M = J Jᵀ of one snapshot, matrix-free; made by :func:`~spectralshell.operators.build_kernel`.
+
+    Attributes
+    ----------
+    n : int
+        Entries of the residual: the dimension of M.
+    n_rows, n_samples, n_parameters : int
+        N of the normalisation, samples of the batch, and differentiated scalars (tied ones once).
+    residual_vector : Tensor of float64, shape (n,)
+        e / √N, on the device (on the CPU where the device has no float64).
+    rung : str
+        How the model is differentiated.
+    refused : dict of str to str
+        Rungs tried before, and why they were refused.
+    dtype : torch.dtype
+        In which products are computed.
+    noise : float
+        Norm of the rounding error of a product, relative to ‖M‖.
+    dynamics_exact : bool
+        Whether de/dt = −M e along :meth:`velocity`.
+    chunk_size : int or None
+        Samples per chunk, where chunks are in use.
+    forward_flops : float
+        Operations of one evaluation of the model on the batch, for cost estimates.
+    n_matvecs, n_probes : int
+        Products asked for so far, and products spent on checks.
+    status : str
+        ``"ok"``, or what to know about the measurement.
+
+    Notes
+    -----
+    A product costs about three evaluations of the model; memory is that of one recorded backward
+    graph (two on the rungs ``"linearize"`` and ``"double-vjp"``). The model is in its own state
+    between calls; ``close`` frees the graphs.
+    """
+
+    def __init__(
+        self,
+        function: ModelFunction,
+        parts: list[Part],
+        residual: Residual,
+        n_rows: int,
+        residual_vector: Tensor,
+        values: Tensor,
+    ) -> None:
+        self._function = function
+        self._parts = parts
+        self._residual = residual
+        self._values = values
+        self.reads_model = False
+        self._blocks_work: bool | None = None
+        self.residual_vector = residual_vector
+        self.n = int(residual_vector.numel())
+        self.n_rows = n_rows
+        self.n_samples = 0
+        self.n_parameters = function.n_parameters
+        self.parameter_names = tuple(function.names)
+        self.rung = parts[0].linearization.name
+        self.refused: dict[str, str] = {}
+        self.dtype = function.dtype
+        self.device = function.device
+        self.residual = residual.name
+        self.dynamics_exact = residual.dynamics_exact
+        self.chunk_size: int | None = None
+        self.forward_flops = 0.0
+        self.noise = 0.0
+        self.n_matvecs = 0
+        self.n_probes = 0
+        self.status = "ok"
+
+    def matvec(self, vector: Tensor) -> Tensor:
+        """Return M v.
+
+        Parameters
+        ----------
+        vector : Tensor, shape (n,)
+            On the operator's device.
+
+        Returns
+        -------
+        Tensor of float64, shape (n,)
+
+        Raises
+        ------
+        ValueError
+            If the shape is wrong, or the operator was closed.
+        """
+        self._check_rows(vector, 1)
+        self.n_matvecs += 1
+        return self.product(vector)
+
+    def matmat(self, block: Tensor) -> Tensor:
+        """Return M V for a block V of shape (n, k), in float64.
+
+        Columns go through the model together where its operations allow it, else one by one; that
+        the two agree is checked once. When memory runs out, the block is halved.
+        """
+        self._check_rows(block, 2)
+        self.n_matvecs += int(block.shape[1])
+        columns = self._narrow(block).T
+        return widen(self._run(lambda: self._apply_blockwise(columns)).T.contiguous())
+
+    def rmatvec(self, vector: Tensor) -> Parameters:
+        """Return Jᵀu as tensors in the shapes of the parameters, in ``dtype``."""
+        self._check_rows(vector, 1)
+        u = self._narrow(vector)
+        return self._run(lambda: self.pull(u))
+
+    def jvp(self, tangents: Sequence[Tensor]) -> Tensor:
+        """Return J t in float64, shape (n,), for a tangent as :meth:`rmatvec` returns it."""
+        self._check_open()
+        t = tuple(cast(tangent, self.device, self.dtype) for tangent in tangents)
+        return widen(self._run(lambda: self.push(t)))
+
+    def velocity(self) -> Parameters:
+        """Return the parameter velocity dθ/dτ that the residual goes with (design table)."""
+        return self.rmatvec(self._residual.velocity_cotangent(self.residual_vector))
+
+    def training_velocity(self) -> Parameters:
+        """Return minus the gradient of the usual training loss; for ``"nll"`` that of its mean."""
+        cotangent = self._residual.training_cotangent(self.residual_vector, self.n_rows)
+        return self.rmatvec(cotangent)
+
+    def error_jvp(self, tangents: Sequence[Tensor]) -> Tensor:
+        """Return de/dτ in float64, shape (n,), when the parameters move along ``tangents``."""
+        rate = self.jvp(tangents).reshape(self._values.shape)
+        return self._residual.error_rate(self._values, rate).reshape(-1)
+
+    def to_dense(self) -> Tensor:
+        """Return M as a float64 tensor of shape (n, n): n products, and n² numbers of memory."""
+        size = self._block_size()
+        columns = []
+        for start in range(0, self.n, size):
+            stop = min(start + size, self.n)
+            block = torch.zeros(
+                self.n, stop - start, dtype=torch.float64, device=self.residual_vector.device
+            )
+            block[start:stop] = torch.eye(
+                stop - start, dtype=torch.float64, device=self.residual_vector.device
+            )
+            columns.append(self.matmat(block))
+        return torch.cat(columns, dim=1)
+
+    def close(self) -> None:
+        """Free the recorded graphs; products are errors afterwards."""
+        self._parts = []
+
+    def __enter__(self) -> KernelOperator:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return (
+            f"KernelOperator(n={self.n}, n_parameters={self.n_parameters}, "
+            f"residual={self.residual!r}, rung={self.rung!r}, dtype={self.dtype})"
+        )
+
+    def product(self, vector: Tensor) -> Tensor:
+        """Return M v as :meth:`matvec` does, without counting it: for probes."""
+        v = self._narrow(vector)
+        return widen(self._run(lambda: self.push(self.pull(v))))
+
+    def pull(self, vector: Tensor) -> Parameters:
+        """Return Jᵀv in the working dtype; where the model is called, inside its guard."""
+        total: Parameters | None = None
+        for part in self._parts:
+            pulled = part.linearization.pull(vector[part.entries])
+            total = pulled if total is None else _added(total, pulled)
+        return total or ()
+
+    def push(self, tangents: Parameters) -> Tensor:
+        """Return J t in the working dtype; where the model is called, inside its guard."""
+        pushed = [part.linearization.push(tangents) for part in self._parts]
+        return pushed[0] if len(pushed) == 1 else torch.cat(pushed)
+
+    def _apply_blockwise(self, columns: Tensor) -> Tensor:
+        size = self._block_size()
+        while True:
+            try:
+                if columns.shape[0] > 1 and size > 1 and self._can_use_blocks(columns):
+                    blocks = [self._apply_block(part) for part in columns.split(size)]
+                    return torch.cat(blocks)
+                return torch.stack([self.push(self.pull(column)) for column in columns])
+            except Exception as error:
+                if not is_out_of_memory(error) or size == 1:
+                    raise
+                size //= 2
+
+    def _apply_block(self, columns: Tensor) -> Tensor:
+        total: Parameters | None = None
+        for part in self._parts:
+            pulled = part.linearization.pull_block(columns[:, part.entries])
+            total = pulled if total is None else _added(total, pulled)
+        pushed = [part.linearization.push_block(total or ()) for part in self._parts]
+        return torch.cat(pushed, dim=1)
+
+    def _can_use_blocks(self, columns: Tensor) -> bool:
+        if self._blocks_work is None:
+            part = self._parts[0]
+            self._blocks_work = blocks_agree(part.linearization, columns[:2, part.entries])
+            self.n_probes += 2
+        return self._blocks_work
+
+    def _block_size(self) -> int:
+        per_column = (self.n_parameters + self.n) * self.dtype.itemsize
+        return max(1, min(_MAX_BLOCK, _BLOCK_BYTES // max(1, per_column)))
+
+    def _run(self, thunk: Callable[[], Any]) -> Any:
+        calls_model = any(part.linearization.calls_model for part in self._parts)
+        if not (calls_model or self.reads_model):
+            return thunk()
+        with self._function.guard():
+            if self.reads_model:
+                return self._function.installed(self._function.parameters, thunk)
+            return thunk()
+
+    def _narrow(self, vector: Tensor) -> Tensor:
+        return vector.detach().to(self.device, self.dtype)
+
+    def _check_rows(self, tensor: Tensor, ndim: int) -> None:
+        self._check_open()
+        if tensor.ndim != ndim or tensor.shape[0] != self.n:
+            expected = f"({self.n},)" if ndim == 1 else f"({self.n}, k)"
+            raise ValueError(
+                f"the operand has shape {tuple(tensor.shape)}, expected {expected}: one entry for "
+                "each row and output of the residual."
+            )
+
+    def _check_open(self) -> None:
+        if not self._parts:
+            raise ValueError("this KernelOperator was closed; build it again.")
+
+
+def _added(a: Parameters, b: Parameters) -> Parameters:
+    return tuple(x + y for x, y in zip(a, b, strict=True))

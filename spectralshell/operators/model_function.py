@@ -1,0 +1,224 @@
+"""A model as a pure function of its selected parameters."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from spectralshell.operators.checkpoints import unwrap
+from spectralshell.operators.model_guard import guarded
+
+_T = TypeVar("_T")
+_MAX_NAMES = 8
+
+Parameters = tuple[Tensor, ...]
+
+
+class _Carrier(nn.Module):
+    """Runs any thunk while the model inside carries other tensors."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, thunk: Callable[[], _T]) -> _T:
+        return thunk()
+
+
+class ModelFunction:
+    """Outputs of a model as a function of its selected parameters, all else frozen.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        Shared and never changed: the tensors are exchanged for the time of a call.
+    state : dict of str to Tensor
+        Every parameter and buffer, tied ones once.
+    names : sequence of str
+        The parameters to differentiate with respect to.
+    device, dtype
+        Where and in which floating dtype to compute.
+
+    Attributes
+    ----------
+    parameters : tuple of Tensor
+        Values of the selected parameters, in the order of ``names``.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        state: Mapping[str, Tensor],
+        names: list[str],
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
+        self.model = unwrap(model)
+        self.names = names
+        self.device = device
+        self.dtype = dtype
+        self._carrier = _Carrier(self.model)
+        moved = {name: cast(tensor.detach(), device, dtype) for name, tensor in state.items()}
+        self.parameters: Parameters = tuple(moved.pop(name) for name in names)
+        # Some models write to a buffer while they run: let them have their own.
+        self._constants = {f"model.{name}": tensor.clone() for name, tensor in moved.items()}
+
+    @property
+    def n_parameters(self) -> int:
+        """Number of selected scalars, tied ones once."""
+        return sum(parameter.numel() for parameter in self.parameters)
+
+    def guard(self) -> AbstractContextManager[None]:
+        """Return the context in which the model may be called."""
+        return guarded(self.model, self.device)
+
+    def installed(self, parameters: Parameters, thunk: Callable[[], _T]) -> _T:
+        """Run ``thunk`` while the model carries the frozen state and ``parameters``."""
+        state = dict(self._constants)
+        state.update({f"model.{name}": p for name, p in zip(self.names, parameters, strict=True)})
+        result: _T = functional_call(self._carrier, state, (thunk,))
+        return result
+
+    def poisoned(self, thunk: Callable[[], _T]) -> _T:
+        """Run ``thunk`` while every floating tensor of the model is NaN."""
+        named = dict(zip(self.names, self.parameters, strict=True))
+        state = {f"model.{name}": _nan_like(tensor) for name, tensor in named.items()}
+        state.update({name: _nan_like(tensor) for name, tensor in self._constants.items()})
+        result: _T = functional_call(self._carrier, state, (thunk,))
+        return result
+
+    def outputs(self, parameters: Parameters, inputs: Any) -> Tensor:
+        """Return the model's outputs, samples first.
+
+        Raises
+        ------
+        TypeError
+            If the model returns neither a tensor nor an object with ``.logits``.
+        """
+        # A model may write to its inputs: let it write to a copy.
+        fresh = map_tensors(torch.clone, inputs)
+        returned = self.installed(parameters, lambda: _call(self.model, fresh))
+        outputs = returned if isinstance(returned, Tensor) else getattr(returned, "logits", None)
+        if not isinstance(outputs, Tensor):
+            raise TypeError(
+                f"{type(self.model).__name__} returned {type(returned).__name__}: the outputs must "
+                "be a tensor or an object with .logits; wrap the model in a module that picks one."
+            )
+        return outputs
+
+
+def select_parameters(model: nn.Module, parameters: Any) -> list[str]:
+    r"""Return the names of the trainable parameters to differentiate with respect to.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+    parameters : None, str, or callable
+        None takes all trainable ones, a regular expression those whose name it finds
+        (``re.search``), a callable those for whose name it is true. A tied parameter has its first
+        name, and any of its names selects it.
+
+    Returns
+    -------
+    list of str
+
+    Raises
+    ------
+    ValueError
+        If the model has no trainable parameter, the expression is malformed, or none matches.
+    TypeError
+        If ``parameters`` has another type.
+
+    Examples
+    --------
+    >>> select_parameters(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1)), r"^1\\.")
+    ['1.weight', '1.bias']
+    """
+    groups: dict[int, tuple[list[str], nn.Parameter]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        groups.setdefault(id(parameter), ([], parameter))[0].append(name)
+    if not groups:
+        raise ValueError(
+            f"model: {type(model).__name__} has no parameters, so its kernel is not defined."
+        )
+    trainable = [names for names, parameter in groups.values() if parameter.requires_grad]
+    if not trainable:
+        raise ValueError(
+            f"model: all {len(groups)} parameters of {type(model).__name__} are frozen "
+            "(requires_grad=False); unfreeze those to measure."
+        )
+    wanted = _name_filter(parameters)
+    selected = [names[0] for names in trainable if any(wanted(name) for name in names)]
+    if not selected:
+        available = [names[0] for names in trainable]
+        more = f" and {len(available) - _MAX_NAMES} more" if len(available) > _MAX_NAMES else ""
+        raise ValueError(
+            f"parameters={parameters!r} selects none of the trainable parameters: "
+            f"{', '.join(available[:_MAX_NAMES])}{more}."
+        )
+    return selected
+
+
+def cast(tensor: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Move a tensor to a device, floating ones in ``dtype``."""
+    return tensor.to(device, dtype) if tensor.is_floating_point() else tensor.to(device)
+
+
+def widen(tensor: Tensor) -> Tensor:
+    """Return a tensor in float64, on the CPU where its device has no float64."""
+    if tensor.device.type == "mps":
+        return tensor.cpu().double()
+    return tensor.double()
+
+
+def map_tensors(function: Callable[[Tensor], Tensor], value: Any) -> Any:
+    """Apply a function to the tensors inside a tensor, tuple, list or mapping."""
+    if isinstance(value, Tensor):
+        return function(value)
+    if isinstance(value, Mapping):
+        return {key: map_tensors(function, item) for key, item in value.items()}
+    if isinstance(value, tuple):
+        return tuple(map_tensors(function, item) for item in value)
+    if isinstance(value, list):
+        return [map_tensors(function, item) for item in value]
+    return value
+
+
+def _nan_like(tensor: Tensor) -> Tensor:
+    if not tensor.is_floating_point():
+        return tensor
+    # One number seen in every place: no memory.
+    return torch.full((), torch.nan, dtype=tensor.dtype, device=tensor.device).expand(tensor.shape)
+
+
+def _call(model: nn.Module, inputs: Any) -> Any:
+    if isinstance(inputs, Mapping):
+        return model(**inputs)
+    if isinstance(inputs, tuple):
+        return model(*inputs)
+    return model(inputs)
+
+
+def _name_filter(parameters: Any) -> Callable[[str], bool]:
+    if parameters is None:
+        return lambda name: True
+    if isinstance(parameters, str):
+        try:
+            pattern = re.compile(parameters)
+        except re.error as error:
+            raise ValueError(
+                f"parameters={parameters!r} is not a regular expression: {error}."
+            ) from error
+        return lambda name: pattern.search(name) is not None
+    if callable(parameters):
+        return lambda name: bool(parameters(name))
+    raise TypeError(
+        "parameters must be None, a regular expression, or a callable over names, got "
+        f"{type(parameters).__name__}."
+    )

@@ -1,0 +1,71 @@
+"""Probes of a finished kernel: repeatable, symmetric, and how exact."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from spectralshell.operators.kernel_operator import KernelOperator
+from spectralshell.operators.model_function import ModelFunction
+
+NOISE_FLOOR = {torch.float64: 4e-15, torch.float32: 6e-7}
+"""Least relative rounding error that is claimed."""
+
+NOISE_LIMIT = {torch.float64: 1e-8, torch.float32: 1e-3}
+"""Above this, products are not those of one symmetric matrix."""
+
+
+def measure_noise(kernel: KernelOperator, draw: Callable[[int], Tensor]) -> None:
+    """Estimate ``kernel.noise``, and raise ValueError if products are no symmetric linear map.
+
+    Compares M(w/3) with M w/3, whose roundings differ, and ⟨u, M w⟩ with ⟨w, M u⟩. Cost: four
+    products.
+    """
+    kernel.noise = NOISE_FLOOR[kernel.dtype]
+    if kernel.device.type == "meta":
+        return
+    u = draw(kernel.n).to(kernel.residual_vector)
+    image_u = kernel.product(u)
+    kernel.n_probes += 1
+    norm_u = float(image_u.norm())
+    if norm_u == 0.0:
+        return
+    # A step of the power method: the noise is relative to the largest eigenvalue.
+    w = image_u / norm_u
+    image_w = kernel.product(w)
+    scaled = 3.0 * kernel.product(w / 3.0)
+    kernel.n_probes += 2
+    largest = max(float(image_w.norm()), norm_u / float(u.norm()))
+    linear = float((image_w - scaled).norm()) / largest
+    symmetric = abs(float(u @ image_w) - float(w @ image_u)) / (largest * float(u.norm()))
+    defect = max(linear, symmetric)
+    if not defect <= NOISE_LIMIT[kernel.dtype]:
+        raise ValueError(
+            f"model: products with its kernel are not repeatable and symmetric (relative defect "
+            f"{defect:.1e}); it may hold randomness, or change its state when differentiated."
+        )
+    kernel.noise = max(kernel.noise, defect)
+
+
+def backward_reads_model(
+    kernel: KernelOperator, function: ModelFunction, draw: Callable[[int], Tensor]
+) -> bool:
+    """Tell whether a backward pass reads the model's parameters anew, as checkpointing does.
+
+    Then products have to carry the frozen state through the backward pass too. Found by putting
+    NaN in the place of the parameters during one.
+    """
+    if kernel.device.type == "meta":
+        return False
+    vector = draw(kernel.n)
+    expected = kernel.pull(vector)
+    try:
+        found = function.poisoned(lambda: kernel.pull(vector))
+    except RuntimeError:  # the recomputed graph did not match the recorded one
+        return True
+    return any(
+        not torch.allclose(a, b, rtol=1e-3, atol=1e-6 * float(a.abs().max()) if a.numel() else 0.0)
+        for a, b in zip(expected, found, strict=True)
+    )

@@ -1,0 +1,326 @@
+"""Snapshots: one model state on one batch at one training time, the sample of every estimator."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from spectralshell.operators.checkpoints import ModelState, unwrap
+from spectralshell.parameter_checks import check_real
+
+
+class Snapshot:
+    """One model state on one batch.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        The network. The object is shared between snapshots and never changed; wrappers for data
+        parallelism and compilation are taken off.
+    inputs : Tensor, array, tuple, or mapping of str to Tensor
+        What the model is called with: ``model(inputs)``, ``model(*inputs)`` or
+        ``model(**inputs)``. Samples run along the first dimension. Arrays are copied to tensors.
+    targets : Tensor or array
+        Class labels or real values, as the residual needs them, samples first. A residual that is
+        a callable receives them as they are.
+    tau : float, default=0.0
+        Effective training time, the sum of learning rates.
+    batch : hashable, default=0
+        Label of the data batch, the group in cross-validation.
+    state : None, mapping or path, default=None
+        None copies the model's present parameters and buffers; a mapping of names to tensors is
+        copied; the path of a safetensors or ``weights_only`` checkpoint is read when it is needed.
+    name : str, optional
+        A label for runs measured side by side.
+
+    Attributes
+    ----------
+    measures : dict
+        Spectral measures already computed on this snapshot, by configuration. They travel with
+        pickles.
+
+    Raises
+    ------
+    TypeError
+        If ``model`` is not a module, or inputs, targets, ``batch`` or ``name`` have a wrong type.
+    ValueError
+        If ``tau`` is not finite, inputs hold no sample, or ``state`` does not fit the model.
+    FileNotFoundError
+        If ``state`` is a path without a file.
+
+    Notes
+    -----
+    Memory: one copy of the state for each ``Snapshot(...)``; :func:`make_snapshots` shares one
+    copy between batches. Inputs are not copied: changing them in place later is detected and is
+    an error at the next measurement.
+
+    Examples
+    --------
+    >>> import torch
+    >>> model = torch.nn.Linear(3, 2)
+    >>> snapshot = Snapshot(model, torch.ones(4, 3), torch.zeros(4, 2), tau=1.5)
+    >>> before = snapshot.load_state()["weight"].clone()
+    >>> with torch.no_grad():
+    ...     _ = model.weight.add_(1.0)
+    >>> bool(torch.equal(snapshot.load_state()["weight"], before))
+    True
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        inputs: Any,
+        targets: Any,
+        *,
+        tau: float = 0.0,
+        batch: Any = 0,
+        state: Any = None,
+        name: str | None = None,
+    ) -> None:
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}.")
+        self.model = unwrap(model)
+        self.inputs = _as_tensors("inputs", inputs)
+        self.targets = _as_tensors("targets", targets, strict=False)
+        self.tau = check_real("tau", tau)
+        self.batch = _check_hashable("batch", batch)
+        if name is not None and not isinstance(name, str):
+            raise TypeError(f"name must be a string or None, got {type(name).__name__}.")
+        self.name = name
+        self.n_samples = _count_samples(self.inputs)
+        self.state = ModelState.from_argument(self.model, state)
+        self.measures: dict[Any, Any] = {}
+        self._versions = self._current_versions()
+
+    def load_state(self) -> dict[str, Tensor]:
+        """Return parameters and buffers by name, each tied tensor once.
+
+        Returns
+        -------
+        dict of str to Tensor
+            The frozen copy (do not write to it), or what the checkpoint file holds, read now.
+
+        Raises
+        ------
+        ValueError
+            If the file is corrupt, was changed after construction, needs more than tensors to be
+            unpickled, or does not fit the model; the message names the keys.
+        """
+        return self.state.load(self.model)
+
+    def check_unchanged(self) -> None:
+        """Raise if inputs or targets were changed in place after construction.
+
+        Raises
+        ------
+        ValueError
+            If any of their tensors was written to.
+        """
+        for label, version, current in zip(
+            ("inputs", "targets"), self._versions, self._current_versions(), strict=True
+        ):
+            if version != current:
+                raise ValueError(
+                    f"{label} of {self!r} were changed in place after the snapshot was made; pass "
+                    "a copy to Snapshot, or make the snapshot again."
+                )
+
+    def _current_versions(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        return _versions(self.inputs), _versions(self.targets)
+
+    def __setstate__(self, attributes: dict[str, Any]) -> None:
+        self.__dict__.update(attributes)
+        # Version counters start anew in an unpickled tensor.
+        self._versions = self._current_versions()
+
+    def __repr__(self) -> str:
+        label = f", name={self.name!r}" if self.name is not None else ""
+        return (
+            f"Snapshot({type(self.model).__name__}, n_samples={self.n_samples}, "
+            f"tau={self.tau:g}, batch={self.batch!r}{label})"
+        )
+
+
+def make_snapshots(
+    model: nn.Module,
+    batches: Iterable[tuple[Any, Any]],
+    *,
+    tau: float = 0.0,
+    state: Any = None,
+) -> list[Snapshot]:
+    """Take one model state on several batches; the snapshots share one copy of the state.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+    batches : iterable of (inputs, targets)
+        The position becomes the snapshot's ``batch``.
+    tau : float, default=0.0
+        Effective training time of the state.
+    state : None, mapping or path, default=None
+        As for :class:`Snapshot`.
+
+    Returns
+    -------
+    list of Snapshot
+
+    Raises
+    ------
+    TypeError, ValueError
+        As for :class:`Snapshot`; also if there is no batch.
+
+    Examples
+    --------
+    >>> import torch
+    >>> batches = [(torch.ones(4, 3), torch.zeros(4, 2)) for _ in range(2)]
+    >>> first, second = make_snapshots(torch.nn.Linear(3, 2), batches, tau=0.5)
+    >>> first.state is second.state, second.batch
+    (True, 1)
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}.")
+    shared = ModelState.from_argument(unwrap(model), state)
+    snapshots = []
+    for position, pair in enumerate(batches):
+        if not isinstance(pair, Sequence) or len(pair) != 2:
+            raise TypeError(
+                f"batches[{position}] must be a pair (inputs, targets), got {type(pair).__name__}."
+            )
+        snapshots.append(Snapshot(model, pair[0], pair[1], tau=tau, batch=position, state=shared))
+    if not snapshots:
+        raise ValueError("batches is empty; pass at least one pair (inputs, targets).")
+    return snapshots
+
+
+def as_snapshots(X: Any) -> list[Snapshot]:
+    """Check the samples that an estimator received, and convert tuples.
+
+    Parameters
+    ----------
+    X : sequence of Snapshot, or of tuples (model, inputs, targets)
+        A tuple becomes a snapshot at tau 0 whose batch is its position.
+
+    Returns
+    -------
+    list of Snapshot
+
+    Raises
+    ------
+    TypeError
+        If ``X`` is not a sequence or holds anything else.
+    ValueError
+        If ``X`` is empty, or two snapshots have the same tau, batch and name.
+
+    Examples
+    --------
+    >>> import torch
+    >>> pair = (torch.nn.Linear(3, 2), torch.ones(4, 3), torch.zeros(4, 2))
+    >>> [s.batch for s in as_snapshots([pair, pair])]
+    [0, 1]
+    """
+    if isinstance(X, (Snapshot, str, bytes, Mapping)) or not isinstance(X, Iterable):
+        raise TypeError(
+            f"X must be a list of Snapshot, got {type(X).__name__}; wrap a single one in a list."
+        )
+    snapshots = [_as_snapshot(item, position) for position, item in enumerate(X)]
+    if not snapshots:
+        raise ValueError("X is empty; pass at least one Snapshot.")
+    seen: dict[tuple[Any, ...], int] = {}
+    for position, snapshot in enumerate(snapshots):
+        if not math.isfinite(snapshot.tau):
+            raise ValueError(f"X[{position}].tau must be finite, got {snapshot.tau!r}.")
+        key = (snapshot.tau, snapshot.batch, snapshot.name)
+        if key in seen:
+            raise ValueError(
+                f"X[{seen[key]}] and X[{position}] both have tau={snapshot.tau!r}, "
+                f"batch={snapshot.batch!r}, name={snapshot.name!r}; give each snapshot its own "
+                "(tau, batch), or name different runs."
+            )
+        seen[key] = position
+    return snapshots
+
+
+def _as_snapshot(item: Any, position: int) -> Snapshot:
+    if isinstance(item, Snapshot):
+        return item
+    if isinstance(item, tuple) and len(item) == 3:
+        return Snapshot(item[0], item[1], item[2], batch=position)
+    raise TypeError(
+        f"X[{position}] must be a Snapshot or a tuple (model, inputs, targets), got "
+        f"{type(item).__name__}."
+    )
+
+
+def _as_tensors(label: str, value: Any, *, strict: bool = True) -> Any:
+    if isinstance(value, Tensor):
+        return value
+    if isinstance(value, (np.ndarray, np.generic)):
+        return _array_to_tensor(label, value)
+    if isinstance(value, Mapping):
+        return {key: _as_tensors(f"{label}[{key!r}]", v, strict=False) for key, v in value.items()}
+    if isinstance(value, tuple):
+        return tuple(
+            _as_tensors(f"{label}[{position}]", v, strict=False) for position, v in enumerate(value)
+        )
+    if isinstance(value, list) and label.startswith("targets"):
+        return _array_to_tensor(label, np.asarray(value))
+    if strict:
+        raise TypeError(
+            f"{label} must be a tensor, an array, a tuple or a mapping of them, got "
+            f"{type(value).__name__}."
+        )
+    return value
+
+
+def _array_to_tensor(label: str, array: Any) -> Tensor:
+    try:
+        # A copy: writes to an array could not be detected.
+        return torch.tensor(np.asarray(array))
+    except TypeError as error:
+        raise TypeError(
+            f"{label} has dtype {np.asarray(array).dtype}, which torch has not: pass numbers."
+        ) from error
+
+
+def _check_hashable(label: str, value: Any) -> Any:
+    try:
+        hash(value)
+    except TypeError:
+        raise TypeError(
+            f"{label} must be a hashable label such as an integer or a string, got "
+            f"{type(value).__name__}."
+        ) from None
+    return value
+
+
+def iter_tensors(value: Any) -> Iterable[Tensor]:
+    """Yield the tensors inside a tensor, tuple or mapping."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from iter_tensors(item)
+    elif isinstance(value, (tuple, list)):
+        for item in value:
+            yield from iter_tensors(item)
+
+
+def _count_samples(inputs: Any) -> int:
+    for tensor in iter_tensors(inputs):
+        if tensor.ndim:
+            if tensor.shape[0] == 0:
+                raise ValueError("inputs hold no sample (first dimension 0); pass a full batch.")
+            return int(tensor.shape[0])
+    raise ValueError(
+        "inputs hold no tensor with a sample dimension; samples must run along the first one."
+    )
+
+
+def _versions(value: Any) -> tuple[int, ...]:
+    # Tensors made under inference_mode keep no version counter.
+    return tuple(-1 if t.is_inference() else t._version for t in iter_tensors(value))
