@@ -1,1 +1,30 @@
-"""."""
+"""Krylov and dense spectral measures of a vector under a symmetric operator.
+
+Everything here knows only torch, numpy and scipy: an operator is a function that multiplies a
+vector, a measure is nodes and weights. :func:`lanczos` builds the basis, :func:`gauss` turns the
+recurrence into a quadrature rule, :class:`CumulativeBounds` says with certainty how much energy
+lies below an edge, and :func:`eigenmeasure` is the dense reference.
+"""
+
+from spectralshell.krylov.bounds import CumulativeBounds
+from spectralshell.krylov.dense import DenseSpectrum, eigenmeasure
+from spectralshell.krylov.lanczos import (
+    LanczosResult,
+    Recurrence,
+    lanczos,
+    lanczos_recurrence,
+)
+from spectralshell.krylov.quadrature import gauss, radau_matrix, residual_norms
+
+__all__ = [
+    "CumulativeBounds",
+    "DenseSpectrum",
+    "LanczosResult",
+    "Recurrence",
+    "eigenmeasure",
+    "gauss",
+    "lanczos",
+    "lanczos_recurrence",
+    "radau_matrix",
+    "residual_norms",
+]
