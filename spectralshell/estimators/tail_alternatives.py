@@ -1,0 +1,177 @@
+"""What else could have made the tail: competing densities, and the power of the cutoff."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+
+from spectralshell.estimators.tail_intervals import (
+    jackknife_t,
+    profile_interval,
+    profile_threshold,
+)
+from spectralshell.estimators.tail_linear import TailParameters
+from spectralshell.estimators.tail_models import (
+    EXPONENTIAL,
+    FREE_POWER,
+    LOGNORMAL,
+    POWER_LAW,
+    TEMPLATE,
+    TailModel,
+)
+from spectralshell.estimators.tail_problem import TailProblem
+from spectralshell.estimators.tail_profile import profile_fit, profile_grid
+
+COMPARED = (POWER_LAW, TEMPLATE, EXPONENTIAL, LOGNORMAL)
+COMPARISON_COLUMNS = (
+    "model",
+    "slope",
+    "n_parameters",
+    "aic",
+    "delta_aic",
+    "log_likelihood",
+    "rank",
+)
+FALSIFIER_FIELDS = (
+    "power",
+    "lower",
+    "upper",
+    "slope",
+    "template_power",
+    "frozen_power",
+    "contains_template",
+    "contains_frozen",
+    "status",
+)
+# Models whose AIC differ by less are not told apart (Burnham and Anderson 2002, section 2.6).
+AIC_TIE = 2.0
+# Residuals this small are rounding; ln of their square would rank rounding.
+SMALLEST_SQUARE = 1e-20
+N_PROFILE = 221
+
+
+def compare(
+    problem: TailProblem, fits: dict[TailModel, TailParameters], shared: bool
+) -> pd.DataFrame:
+    """Rank the compared models.
+
+    Parameters
+    ----------
+    problem : TailProblem
+        The data.
+    fits : dict of TailModel to TailParameters
+        All of :data:`COMPARED`.
+    shared : bool
+        Whether κ_j = K τ_j, which has fewer parameters.
+
+    Returns
+    -------
+    DataFrame
+        ``model, slope, n_parameters, aic, delta_aic, log_likelihood, rank``: AIC from the weighted
+        Gaussian residuals of ln ε; the mean log-likelihood of ln ε of a batch that was left out,
+        per point (NaN with one batch); rank by AIC, equal within 2 of the best. A lognormal has no
+        slope (NaN).
+    """
+    n, n_taus = problem.n_points, problem.n_taus
+    rows = []
+    for model in COMPARED:
+        fit = fits[model]
+        extra = {"power": 0, "lognormal": n_taus}.get(model.kind, 1 if shared else n_taus)
+        n_parameters = n_taus + 1 + extra
+        aic = n * np.log(max(fit.sse[0] / n, SMALLEST_SQUARE)) + 2.0 * n_parameters
+        slope = np.nan if model.kind == "lognormal" else fit.theta[0]
+        rows.append((model.name, slope, n_parameters, aic, 0.0, _held_out(problem, fit), 0))
+    table = pd.DataFrame(rows, columns=list(COMPARISON_COLUMNS))
+    table["delta_aic"] = table["aic"] - table["aic"].min()
+    tied = np.where(table["delta_aic"] < AIC_TIE, 0.0, table["delta_aic"])
+    table["rank"] = pd.Series(tied).rank(method="min").astype(int)
+    return table
+
+
+def empty_comparison() -> pd.DataFrame:
+    """Return the comparison of a fit that could not be made."""
+    rows = [(model.name, np.nan, 0, np.nan, np.nan, np.nan, 0) for model in COMPARED]
+    return pd.DataFrame(rows, columns=list(COMPARISON_COLUMNS))
+
+
+def falsify(problem: TailProblem, ratios: np.ndarray | None, confidence: float) -> pd.Series:
+    """Fit the power p of the cutoff exp(−κ λ^p) freely, with slope and cutoffs.
+
+    Returns
+    -------
+    Series
+        ``power, lower, upper, slope`` of that fit; ``template_power`` = slope − 1, the power that
+        the template would need at that slope; ``frozen_power`` = 1; whether the interval contains
+        either; ``status``.
+    """
+    fit = profile_fit(FREE_POWER, problem.log_density, problem.weights, problem.grid, ratios)
+    power, slope = float(fit.theta[0]), float(fit.slope[0])
+    low, high = FREE_POWER.bounds
+    if not low + 1e-6 < power < high - 1e-6 or not (fit.coefficient[0] != 0).any():
+        return empty_falsifier("flat profile: the power of the cutoff is not determined")
+    if problem.n_batches > 1:
+        half = float(jackknife_t(fit.theta, confidence)[0])
+        lower, upper = power - half, power + half
+    else:
+        theta = np.linspace(low, high, N_PROFILE)
+        profile = profile_grid(
+            FREE_POWER, theta, problem.log_density, problem.weights, problem.grid, ratios
+        )
+        n_parameters = 2 + problem.n_taus + (1 if ratios is not None else problem.n_taus)
+        limit = profile_threshold(fit.sse[0], problem.n_points, n_parameters, confidence)
+        lower, upper = profile_interval(theta, profile.sse, power, limit)
+    return pd.Series(
+        dict(
+            zip(
+                FALSIFIER_FIELDS,
+                (
+                    power,
+                    lower,
+                    upper,
+                    slope,
+                    slope - 1.0,
+                    1.0,
+                    _contains_template(fit, lower, upper, confidence),
+                    bool(lower <= 1.0 <= upper),
+                    "ok",
+                ),
+                strict=True,
+            )
+        ),
+        name="falsifier",
+        dtype=object,
+    )
+
+
+def empty_falsifier(status: str) -> pd.Series:
+    """Return the falsifier of a fit that could not be made."""
+    values = (np.nan, np.nan, np.nan, np.nan, np.nan, 1.0, False, False, status)
+    return pd.Series(
+        dict(zip(FALSIFIER_FIELDS, values, strict=True)), name="falsifier", dtype=object
+    )
+
+
+def _contains_template(fit: TailParameters, lower: float, upper: float, confidence: float) -> bool:
+    """Return whether p = b − 1 is tenable: the slope is uncertain too, and correlated with p."""
+    gap = fit.theta - (fit.slope - 1.0)
+    if len(gap) > 1:
+        return bool(abs(gap[0]) <= jackknife_t(gap, confidence)[0])
+    return bool(lower <= fit.slope[0] - 1.0 <= upper)
+
+
+def _held_out(problem: TailProblem, fit: TailParameters) -> float:
+    """Mean Gaussian log-likelihood of ln ε of each batch under the fit to the others."""
+    if problem.n_batches == 1:
+        return np.nan
+    data = problem.data
+    counts = data.present.sum(axis=1)[:, None]
+    full = problem.weights[0]
+    variance = np.divide(counts, full, out=np.ones_like(full), where=full > 0)[:, None]
+    width = np.log(problem.means) - problem.log_density[0]
+    energies = data.energies
+    scored = (energies > 0) & (problem.weights[1:] > 0).transpose(1, 0, 2)
+    held_out = np.log(np.where(scored, energies, 1.0)) - width[:, None]
+    # The mean of ln lies half a variance below ln of the mean.
+    error = held_out - fit.mean[1:].transpose(1, 0, 2) + 0.5 * variance
+    value = -0.5 * (np.log(2.0 * np.pi * variance) + error**2 / variance)
+    return float(value[scored].mean()) if scored.any() else np.nan

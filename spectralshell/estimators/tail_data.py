@@ -1,0 +1,276 @@
+"""From a wide frame or an array to the rows, shells and replicates of a tail fit."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from spectralshell.parameter_checks import check_real
+from spectralshell.shells.partition import NULL, edges_from_names
+
+# Energies below this part of a row's total are what float64 subtraction leaves over.
+ROUNDING = 1e-13
+# Edges that agree to this relative precision are the same edge.
+EDGE_TOLERANCE = 1e-9
+MAX_DEFAULT_SHELLS = 1000
+
+
+@dataclass(frozen=True)
+class ShellLayout:
+    """What the columns of X are.
+
+    Attributes
+    ----------
+    edges : ndarray of shape (n_shells + 1,)
+        Shell edges, increasing and positive.
+    has_null : bool
+        Whether a column ``null`` comes first.
+    floor : float
+        Resolution floor (absolute λ); 0 where none is known.
+    lambda_max : float
+        Largest eigenvalue; infinite where none is known.
+    """
+
+    edges: np.ndarray
+    has_null: bool
+    floor: float = 0.0
+    lambda_max: float = np.inf
+
+    @property
+    def widths(self) -> np.ndarray:
+        """Shell widths."""
+        return np.diff(self.edges)
+
+    def shells_of(self, values: np.ndarray) -> np.ndarray:
+        """Return the columns of ``values`` that are shells."""
+        return values[:, 1:] if self.has_null else values
+
+    def whole_shells(self, window: tuple[float, float]) -> np.ndarray:
+        """Return which shells lie in the window and above the floor, as booleans."""
+        lower, upper = self.edges[:-1], self.edges[1:]
+        return (
+            (lower >= window[0] * (1.0 - EDGE_TOLERANCE))
+            & (upper <= window[1] * (1.0 + EDGE_TOLERANCE))
+            & (lower >= self.floor * (1.0 - EDGE_TOLERANCE))
+        )
+
+
+@dataclass(frozen=True)
+class BatchedEnergies:
+    """Energies by tau, batch and shell.
+
+    Attributes
+    ----------
+    taus : ndarray of shape (n_taus,)
+        Increasing.
+    energies : ndarray of shape (n_taus, n_batches, n_shells)
+        Zero where a batch is missing.
+    present : ndarray of bool, shape (n_taus, n_batches)
+        Which batches there are.
+    totals : ndarray of shape (n_taus,)
+        Mean row total, ``null`` included.
+    """
+
+    taus: np.ndarray
+    energies: np.ndarray
+    present: np.ndarray
+    totals: np.ndarray
+
+    @property
+    def n_batches(self) -> int:
+        """Number of distinct batches."""
+        return self.energies.shape[1]
+
+    def replicates(self) -> tuple[np.ndarray, np.ndarray]:
+        """Mean energies of the full sample and with each batch left out.
+
+        Returns
+        -------
+        means : ndarray of shape (1 + n_batches, n_taus, n_shells)
+        counts : ndarray of shape (1 + n_batches, n_taus)
+            Batches behind each mean. With one batch there is only the full sample.
+        """
+        total, count = self.energies.sum(axis=1), self.present.sum(axis=1)
+        if self.n_batches == 1:
+            sums, counts = total[None], count[None]
+        else:
+            sums = np.concatenate([total[None], total - self.energies.transpose(1, 0, 2)])
+            counts = np.concatenate([count[None], count - self.present.T.astype(int)])
+        # Subtraction leaves rounding where the other batches hold nothing.
+        sums = np.where(sums > ROUNDING * total, sums, 0.0)
+        return sums / np.maximum(counts, 1)[..., None], counts
+
+
+def is_wide_frame(X: Any) -> bool:
+    """Return whether X is meant as a frame of shell energies rather than as a plain table."""
+    if not isinstance(X, pd.DataFrame):
+        return False
+    named = any(
+        isinstance(column, str) and (column == NULL or column.startswith("shell["))
+        for column in X.columns
+    )
+    return named or "tau" in X.index.names
+
+
+def read_layout(X: Any, n_columns: int, edges: Any, floor: Any) -> ShellLayout:
+    """Read shells from a frame's columns, or from ``edges``, or take ratio 2.
+
+    Parameters
+    ----------
+    X : DataFrame or array
+        What was passed to ``fit``.
+    n_columns : int
+        Its number of columns.
+    edges : array-like of shape (n_columns + 1,) or None
+        Edges of a plain array's shells.
+    floor : float or None
+        Resolution floor; None takes the frame's.
+
+    Raises
+    ------
+    ValueError
+        For foreign or unordered columns, and for edges that do not fit.
+    """
+    if is_wide_frame(X):
+        found = edges_from_names(list(X.columns))
+        default_floor = X.attrs.get("resolution_floor", 0.0)
+        lambda_max = float(X.attrs.get("lambda_max", np.inf))
+        has_null = X.columns[0] == NULL
+    else:
+        found = check_edges(edges, n_columns)
+        default_floor, lambda_max, has_null = 0.0, np.inf, False
+    floor = check_real("floor", default_floor if floor is None else floor, low=0.0)
+    return ShellLayout(found, bool(has_null), floor, lambda_max)
+
+
+def check_edges(edges: Any, n_columns: int) -> np.ndarray:
+    """Return the edges of ``n_columns`` consecutive shells.
+
+    Raises
+    ------
+    ValueError
+        If there are not n_columns + 1 positive increasing edges.
+    """
+    if edges is None:
+        if n_columns > MAX_DEFAULT_SHELLS:
+            raise ValueError(
+                f"X has {n_columns} columns, too many for consecutive shells of ratio 2; pass "
+                "edges with one more entry than columns."
+            )
+        return 2.0 ** np.arange(n_columns + 1)
+    array = np.asarray(edges, dtype=np.float64)
+    if array.ndim != 1 or array.size != n_columns + 1:
+        raise ValueError(
+            f"edges must have one more entry than X has columns ({n_columns}), got shape "
+            f"{array.shape}; pass the lower edge of every shell and the last upper edge."
+        )
+    if not np.isfinite(array).all() or array[0] <= 0 or (np.diff(array) <= 0).any():
+        raise ValueError(
+            "edges must be finite, positive and strictly increasing; sort the shells by their "
+            "lower edge, columns of X alike."
+        )
+    return array
+
+
+def read_labels(
+    X: Any, n_rows: int, tau: Any = None, batch: Any = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return tau and the code of the batch for each row.
+
+    A frame's index gives them where they are not passed. Without any, tau is 0, and rows of equal
+    tau are batches by their position.
+
+    Returns
+    -------
+    taus : ndarray of float, shape (n_rows,)
+    codes : ndarray of int, shape (n_rows,)
+
+    Raises
+    ------
+    ValueError
+        If tau is not finite, lengths differ, or a (tau, batch) occurs twice.
+    """
+    levels = list(X.index.names) if isinstance(X, pd.DataFrame) else []
+    if tau is None and "tau" in levels:
+        tau = X.index.get_level_values("tau")
+    if batch is None and "batch" in levels:
+        kept = [X.index.get_level_values(level) for level in levels if level in ("batch", "name")]
+        batch = list(zip(*kept, strict=True))
+    taus = np.zeros(n_rows) if tau is None else _check_taus(tau, n_rows)
+    if batch is None:
+        return taus, pd.Series(taus).groupby(taus).cumcount().to_numpy()
+    labels = list(batch)
+    if len(labels) != n_rows:
+        raise ValueError(f"batch must have one entry per row of X ({n_rows}), got {len(labels)}.")
+    codes = pd.factorize(_as_objects(labels))[0]
+    pairs = pd.DataFrame({"tau": taus, "batch": codes})
+    if pairs.duplicated().any():
+        row = int(np.flatnonzero(pairs.duplicated())[0])
+        raise ValueError(
+            f"X has two rows with tau={taus[row]!r} and batch={labels[row]!r}; give every row its "
+            "own (tau, batch), or average repeated measurements first."
+        )
+    return taus, codes
+
+
+def collect(
+    values: np.ndarray, taus: np.ndarray, codes: np.ndarray, layout: ShellLayout
+) -> BatchedEnergies:
+    """Sort rows into (tau, batch, shell)."""
+    levels, which = np.unique(taus, return_inverse=True)
+    shape = (len(levels), int(codes.max()) + 1)
+    shells = layout.shells_of(values)
+    energies = np.zeros((*shape, shells.shape[1]))
+    present = np.zeros(shape, dtype=bool)
+    energies[which, codes] = shells
+    present[which, codes] = True
+    totals = np.bincount(which, weights=values.sum(axis=1)) / np.bincount(which)
+    return BatchedEnergies(levels, energies, present, totals)
+
+
+def choose_window(
+    window: tuple[float, float] | None, data: BatchedEnergies, layout: ShellLayout
+) -> tuple[float, float]:
+    """Return the window, by default the resolved shells from the peak of the density upwards.
+
+    The peak is that of ln density averaged over tau, so every tau has the same say; the window ends
+    at the largest eigenvalue or where the first shell is empty. (NaN, NaN) means that no shell is
+    left.
+    """
+    if window is not None:
+        return window
+    mean = data.replicates()[0][0]
+    usable = mean > ROUNDING * data.totals[:, None]
+    shells = layout.whole_shells((layout.edges[0], layout.lambda_max)) & usable.any(axis=0)
+    if not shells.any():
+        return np.nan, np.nan
+    log_density = np.log(np.where(usable, mean, 1.0) / layout.widths)
+    level = np.where(usable, log_density, 0.0).sum(axis=0) / np.maximum(usable.sum(axis=0), 1)
+    # Shells in which some tau has run out of energy lie beyond the peak, not at it.
+    common = shells & usable.all(axis=0) if (shells & usable.all(axis=0)).any() else shells
+    first = int(np.argmax(np.where(common, level, -np.inf)))
+    gaps = np.flatnonzero(~shells[first:])
+    last = first + int(gaps[0]) if gaps.size else len(shells)
+    return float(layout.edges[first]), float(layout.edges[last])
+
+
+def _check_taus(tau: Any, n_rows: int) -> np.ndarray:
+    taus = np.asarray(tau, dtype=np.float64)
+    if taus.shape != (n_rows,):
+        raise ValueError(
+            f"tau must have one entry per row of X ({n_rows}), got shape {taus.shape}."
+        )
+    if not np.isfinite(taus).all():
+        raise ValueError("tau holds NaN or infinity, expected finite effective times.")
+    return taus
+
+
+def _as_objects(labels: list[Any]) -> np.ndarray:
+    # A list of tuples would become a two-dimensional array.
+    objects = np.empty(len(labels), dtype=object)
+    for position, label in enumerate(labels):
+        objects[position] = label
+    return objects
