@@ -12,6 +12,7 @@ DENSITY_LABEL = r"energy density $\varepsilon$  (loss $\times$ $\tau$)"
 MAX_LEGEND_TAUS = 6
 _MARKERS = "os^Dv>"
 _DEEPEST_VIEW = 1e-10  # values this far below the largest one are rounding, not signal
+_MAX_MINOR_TICKS = 100
 _BAND_ROOM = 10.0  # how far below the lowest value a band may pull the view
 
 
@@ -80,6 +81,7 @@ class TauScale:
         # the last 15 % of viridis is too light to read on white
         shades = colormaps["viridis"](np.linspace(0.0, 0.85, 256))
         self._cmap = ListedColormap(shades).with_extremes(under="0.55")
+        self._norm: Any = None
         self.uses_colorbar = len(self.taus) > MAX_LEGEND_TAUS
         positive = self.taus[self.taus > 0]
         self.is_log = bool(
@@ -96,7 +98,7 @@ class TauScale:
     def _rank(self, tau: float) -> int:
         return int(np.argmin(np.abs(self.taus - tau)))
 
-    def colour(self, tau: float) -> tuple[float, ...]:
+    def colour(self, tau: float) -> Any:
         """Return the RGBA colour of one τ."""
         if not self.uses_colorbar:
             return self._cmap(self._rank(tau) / max(len(self.taus) - 1, 1))
@@ -110,7 +112,7 @@ class TauScale:
 
     def label(self, tau: float) -> str:
         """Return the legend text of one τ."""
-        return rf"$\tau$ = {distinct_labels(self.taus)[self._rank(tau)]}"
+        return rf"$\tau$ = {distinct_labels(self.taus.tolist())[self._rank(tau)]}"
 
     def draw_colorbar(self, axes: list[Any]) -> Any:
         """Add the colour bar beside ``axes`` and return it."""
@@ -135,9 +137,10 @@ class TauScale:
         return float(self._norm.vmin), float(self._norm.vmax)
 
 
-def write_counts(counts: Sequence[int]) -> str:
+def write_counts(counts: Iterable[int]) -> str:
     """Return ``"3"`` or, where counts differ, ``"2–5"``."""
-    low, high = min(counts), max(counts)
+    different = sorted(set(counts))
+    low, high = different[0], different[-1]
     return str(low) if low == high else f"{low}–{high}"
 
 
@@ -154,9 +157,8 @@ def set_log_ticks(axis: Any, low: float, high: float) -> None:
     axis.set_major_locator(LogLocator(subs=subs, numticks=8))
     write = format_number if low >= 5e-4 and high <= 5e4 else format_power
     axis.set_major_formatter(FuncFormatter(lambda value, _: write(value)))
-    axis.set_minor_locator(
-        LogLocator(subs=np.arange(1.0, 10.0), numticks=200 if decades < 8 else 8)
-    )
+    minor = np.arange(1.0, 10.0).tolist() if decades <= 6 else [1.0]
+    axis.set_minor_locator(LogLocator(subs=minor, numticks=_MAX_MINOR_TICKS))
     axis.set_minor_formatter(NullFormatter())
 
 
@@ -239,4 +241,4 @@ def draw_legend(ax: Any, handles: Sequence[Any], *, place: str) -> Any:
 
 def _positive(values: np.ndarray) -> np.ndarray:
     values = np.asarray(values, dtype=float).ravel()
-    return values[np.isfinite(values) & (values > 0)]
+    return np.asarray(values[np.isfinite(values) & (values > 0)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -111,12 +112,20 @@ def shell_curves(tidy: pd.DataFrame, quantity: str) -> pd.DataFrame:
         .reset_index()
     )
     middle = np.sqrt(curves["lambda_lo"] * curves["lambda_hi"])
-    curves.insert(curves.columns.get_loc("lambda_hi") + 1, "lambda_mid", middle)
+    curves.insert(list(curves.columns).index("lambda_hi") + 1, "lambda_mid", middle)
     if quantity == "density":
         width = curves["lambda_hi"] - curves["lambda_lo"]
         values = ["value", "batch_lower", "batch_upper", "bound_lower", "bound_upper"]
         curves[values] = curves[values].div(width, axis=0)
     return curves
+
+
+def split_curves(curves: pd.DataFrame) -> Iterator[tuple[float, Any, pd.DataFrame]]:
+    """Yield (τ, name, rows) of every curve, by τ; the name is None where τ tells them apart."""
+    keys = curve_keys(curves)
+    for key, curve in curves.groupby(keys, sort=True, dropna=False):
+        values: tuple[Any, ...] = key if isinstance(key, tuple) else (key,)
+        yield float(values[0]), values[1] if len(keys) > 1 else None, curve
 
 
 def share_outside(tidy: pd.DataFrame) -> np.ndarray:

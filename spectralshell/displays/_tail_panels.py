@@ -9,11 +9,13 @@ import numpy as np
 import pandas as pd
 
 from spectralshell.displays import _axes, _marks
-from spectralshell.displays._frames import curve_keys
+from spectralshell.displays._frames import split_curves
 
 DENSITIES = ["density", "density_lower", "density_upper"]
 RESIDUALS = ["residual", "residual_lower", "residual_upper"]
 _MARKER_SIZE = 4.5
+# Models whose AIC differ by less are not told apart (Burnham and Anderson 2002, section 2.6).
+AIC_TIE = 2.0
 _WINDOW_LOOK = {"facecolor": "0.95", "edgecolor": "0.75", "linewidth": 0.8, "zorder": 0}
 
 
@@ -63,8 +65,8 @@ def draw_fit(
     _axes.set_log_view(ax, "y", limits, keep=False)
     handles = [] if scale.uses_colorbar else _tau_handles(drawn, scale)
     any_invisible = False
-    for key, curve in drawn.groupby(curve_keys(drawn), dropna=False):
-        colour, marker = scale.colour(key[0]), scale.marker(key[0])
+    for tau, _, curve in split_curves(drawn):
+        colour, marker = scale.colour(tau), scale.marker(tau)
         values = curve[["lambda_mid"]].assign(value=curve["density"])
         any_invisible |= _marks.draw_invisible(ax, values, colour)
         _draw_points(ax, curve, DENSITIES, colour, marker)
@@ -93,8 +95,8 @@ def draw_residuals(
     """Draw ln(data / fit) in the window, with the range over batches."""
     ends = drawn[["lambda_lo", "lambda_hi"]].to_numpy()
     _axes.set_log_view(ax, "x", _axes.log_limits(ends), keep=False)
-    for key, curve in drawn.groupby(curve_keys(drawn), dropna=False):
-        _draw_points(ax, curve, RESIDUALS, scale.colour(key[0]), scale.marker(key[0]))
+    for tau, _, curve in split_curves(drawn):
+        _draw_points(ax, curve, RESIDUALS, scale.colour(tau), scale.marker(tau))
     ax.axhline(0.0, color="0.3", linewidth=1.0, zorder=1)
     values = drawn[RESIDUALS].to_numpy()
     values = values[np.isfinite(values)]
@@ -108,17 +110,23 @@ def draw_residuals(
     ax.set_ylabel(r"$\ln$(data / fit)")
 
 
-def draw_alternatives(ax: Any, aic: pd.Series) -> None:
-    """Draw the AIC of each model above the smallest as bars, best first."""
-    ranked = aic.sort_values()
+def draw_alternatives(ax: Any, alternatives: pd.DataFrame) -> None:
+    """Draw the AIC of each model above the smallest as bars, best first.
+
+    Models within 2 of the best are not told apart and have its colour.
+    """
+    ranked = alternatives["delta_aic"].sort_values()
     places = np.arange(len(ranked))
     lengths = ranked.fillna(0.0).to_numpy()
-    colours = ["#31688e" if value == 0 else "0.7" for value in ranked]
+    colours = ["#31688e" if value < AIC_TIE else "0.7" for value in ranked]
     ax.barh(places, lengths, color=colours, height=0.55)
     ax.plot(ranked, places, "o", color="0.25", markersize=_MARKER_SIZE, clip_on=False)
-    reach = max(lengths.max() * 1.35, 1.0)
-    for place, value in zip(places, ranked, strict=True):
-        text = "no fit" if np.isnan(value) else _axes.format_number(value)
+    reach = max(lengths.max() * 2.6, 1.0)  # room for the text after the longest bar
+    slopes = alternatives["slope"].reindex(ranked.index)
+    for place, value, slope in zip(places, ranked, slopes, strict=True):
+        text = "no fit" if np.isnan(value) else f"{value:.1f}"
+        if np.isfinite(slope) and np.isfinite(value):
+            text += f" ($b$ = {slope:.2f})"
         ax.annotate(
             text,
             (0.0 if np.isnan(value) else value, place),

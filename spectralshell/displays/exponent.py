@@ -148,7 +148,7 @@ class ExponentDisplay:
         if label is None:
             label = next((str(c) for c in frame.columns if c not in _NOT_LABELS), None)
         missing = [column for column in (label, *_VALUES) if column not in frame.columns]
-        if missing:
+        if label is None or missing:
             raise ValueError(
                 f"frame must have a label column (such as fold, window or q) and b, b_lower, "
                 f"b_upper, got columns {[str(c) for c in frame.columns]}; name the label column "
@@ -171,7 +171,7 @@ class ExponentDisplay:
         """
         drawn = self.exponents[[self.label, *_VALUES]].reset_index(drop=True)
         if self._is_numeric():
-            position = drawn[self.label].astype(float)
+            position = drawn[self.label].to_numpy(dtype=float)
         else:
             position = np.arange(len(drawn), dtype=float)
         drawn.insert(1, "position", position)
@@ -245,8 +245,9 @@ class ExponentDisplay:
         values = values[np.isfinite(values)]
         low, high = (values.min(), values.max()) if values.size else (0.0, 2.0)
         margin = max(0.08 * (high - low), 0.02)
-        self.ax_.set_ylim(low - 1.5 * margin, high + margin)
-        return self.ax_.get_ylim()
+        view = (float(low - 1.5 * margin), float(high + margin))
+        self.ax_.set_ylim(view)
+        return view
 
     def _draw_estimates(self, drawn: pd.DataFrame, low: float, high: float) -> list[Any]:
         there = drawn[np.isfinite(drawn["b"])]
@@ -288,7 +289,7 @@ class ExponentDisplay:
         missing = drawn[~np.isfinite(drawn["b"])]
         if missing.empty:
             return []
-        return self.ax_.plot(
+        marks: list[Any] = self.ax_.plot(
             missing["position"],
             np.full(len(missing), 0.03),
             transform=self.ax_.get_xaxis_transform(),
@@ -298,6 +299,7 @@ class ExponentDisplay:
             color="#b5443a",
             label="no estimate",
         )
+        return marks
 
     def _draw_reference(self, low: float, high: float) -> list[Any]:
         if self.reference is None or not np.isfinite(self.reference[0]):

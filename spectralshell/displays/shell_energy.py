@@ -13,6 +13,7 @@ from spectralshell.displays._frames import (
     resolution_floor_of,
     share_outside,
     shell_curves,
+    split_curves,
     tidy_energies,
 )
 from spectralshell.parameter_checks import check_option
@@ -196,10 +197,11 @@ class ShellEnergyDisplay:
             bounded = curves["bound_lower"].notna().any()
             band = "batches" if many else "bounds" if bounded else "none"
         source = {"batches": "batch", "bounds": "bound"}.get(band)
-        lower, upper = np.nan, np.nan
+        lower: Any = np.nan
+        upper: Any = np.nan
         if source is not None:
             lower, upper = curves[f"{source}_lower"], curves[f"{source}_upper"]
-        position = curves.columns.get_loc("value") + 1
+        position = list(curves.columns).index("value") + 1
         curves.insert(position, "lower", lower)
         curves.insert(position + 1, "upper", upper)
         unused = ["batch_lower", "batch_upper", "bound_lower", "bound_upper"]
@@ -276,13 +278,10 @@ class ShellEnergyDisplay:
 
         self.lines_, self.bands_ = [], []
         handles, any_invisible = [], False
-        keys = curve_keys(curves)
-        names = list(dict.fromkeys(curves["name"])) if "name" in keys else []
-        for key, curve in curves.groupby(keys, sort=True, dropna=False):
-            tau = float(key[0])
-            dash = _LINE_STYLES[names.index(key[1]) % len(_LINE_STYLES)] if names else "-"
-            look = {"color": scale.colour(tau), "linestyle": dash}
-            label = scale.label(tau) + (f", {key[1]}" if names else "")
+        dashes = _dashes_of(curves)
+        for tau, name, curve in split_curves(curves):
+            look: dict[str, Any] = {"color": scale.colour(tau), "linestyle": dashes.get(name, "-")}
+            label = scale.label(tau) + (f", {name}" if dashes else "")
             self.bands_ += _marks.draw_band(self.ax_, curve, look["color"], style)
             draw = _marks.draw_steps if style == "step" else _marks.draw_line
             marker = scale.marker(tau)
@@ -292,9 +291,10 @@ class ShellEnergyDisplay:
                 shown = marker if style == "line" else None
                 handles.append(Line2D([], [], marker=shown, markersize=4.5, label=label, **look))
         if scale.uses_colorbar:
-            for i, name in enumerate(names):
-                dash = _LINE_STYLES[i % len(_LINE_STYLES)]
-                handles.append(Line2D([], [], color="0.3", linestyle=dash, label=str(name)))
+            handles += [
+                Line2D([], [], color="0.3", linestyle=dash, label=str(name))
+                for name, dash in dashes.items()
+            ]
         if style == "line" and not curves["resolved"].all():
             handles.append(_marks.handle("o", "not resolved"))
         if any_invisible:
@@ -324,12 +324,12 @@ class ShellEnergyDisplay:
         ).sort_values("tau")
         known = known[known["tau"].isin(scale.taus) & known["frontier"].between(left, right)]
         label = r"frontier $\lambda^*$"
-        for i, row in enumerate(known.itertuples(index=False)):
-            look = {"color": scale.colour(row.tau), "linewidth": 1.0}
-            line = self.ax_.axvline(row.frontier, linestyle=(0, (4, 3)), zorder=1, **look)
+        for i, (tau, frontier, lower, upper) in enumerate(known.to_numpy(dtype=float)):
+            look = {"color": scale.colour(tau), "linewidth": 1.0}
+            line = self.ax_.axvline(frontier, linestyle=(0, (4, 3)), zorder=1, **look)
             self.frontier_lines_.append(line)
-            if row.frontier_lower > 0 and not scale.uses_colorbar:
-                ends = np.clip([row.frontier_lower, row.frontier_upper], left, right)
+            if lower > 0 and not scale.uses_colorbar:
+                ends = np.clip([lower, upper], left, right)
                 label = r"frontier $\lambda^*$, bar: interval"
                 height = 0.985 - 0.02 * i
                 self.ax_.plot(
@@ -353,6 +353,14 @@ class ShellEnergyDisplay:
             label += f"\n({span} % of energy in no shell)"
         patch = _axes.shade_below_floor(self.ax_, self.resolution_floor, label)
         return [] if patch is None else [patch]
+
+
+def _dashes_of(curves: pd.DataFrame) -> dict[Any, Any]:
+    """Return a line style for each name, nothing where τ tells the curves apart."""
+    if "name" not in curve_keys(curves):
+        return {}
+    names = dict.fromkeys(curves["name"])
+    return {name: _LINE_STYLES[i % len(_LINE_STYLES)] for i, name in enumerate(names)}
 
 
 def _has_frontiers(step: Any) -> bool:

@@ -36,7 +36,7 @@ class TailFitDisplay:
     window : tuple of float or None, default=None
         (λ_lo, λ_hi) of the fit.
     comparison : DataFrame or None, default=None
-        One row per model with its name (column ``model``, or the index) and ``aic``, as in
+        One row per model: ``model`` (its name), ``aic`` and, where known, ``slope``, as in
         ``GRSDTailFitter.comparison_``.
     status : str, default="ok"
         The fit's status, written over the plot unless it is ``"ok"``.
@@ -156,7 +156,7 @@ class TailFitDisplay:
         frame, fitted : DataFrame
             Measured and fitted energies, each tidy or wide; both are averaged over batches.
         b, b_interval, confidence, window, comparison, status
-            As for the class; without a window every shell with a fit counts.
+            As for the class; without a window every shell counts.
 
         Returns
         -------
@@ -180,8 +180,7 @@ class TailFitDisplay:
         tail = data.merge(fit, on=keys, how="left", validate="one_to_one")
         tail = tail.rename(columns=dict(zip(_VALUES, _tail_panels.DENSITIES, strict=True)))
         ends = _window_ends(window)
-        overlap = (tail["lambda_hi"] > ends[0]) & (tail["lambda_lo"] < ends[1])
-        tail["in_window"] = overlap & (tail["fit"] > 0)
+        tail["in_window"] = (tail["lambda_hi"] > ends[0]) & (tail["lambda_lo"] < ends[1])
         return cls(
             tail=tail.drop(columns=["bound_lower", "bound_upper", "resolved"]),
             b=float(b),
@@ -231,15 +230,16 @@ class TailFitDisplay:
         """
         plt = _axes.require_pyplot("TailFitDisplay.plot")
         legend_ax = None
+        alternatives = self._alternatives()
         if ax is None:
-            axes, legend_ax = _tail_panels.make_panels(plt, self._alternatives() is not None)
+            axes, legend_ax = _tail_panels.make_panels(plt, alternatives is not None)
         else:
             axes = list(np.ravel(ax))
             if not 1 <= len(axes) <= 3:
                 raise ValueError(
                     f"ax must be one to three Axes (fit, residuals, alternatives), got {len(axes)}."
                 )
-        if self._alternatives() is None:
+        if alternatives is None:
             axes = axes[:2]
         self.axes_ = np.array(axes, dtype=object)
         self.ax_, self.figure_ = axes[0], axes[0].figure
@@ -251,8 +251,8 @@ class TailFitDisplay:
         if len(axes) > 1:
             _tail_panels.draw_residuals(axes[1], drawn, scale, self.window)
             axes[1].set_xlim(axes[0].get_xlim())
-        if len(axes) > 2:
-            _tail_panels.draw_alternatives(axes[2], self._alternatives())
+        if alternatives is not None and len(axes) > 2:
+            _tail_panels.draw_alternatives(axes[2], alternatives)
         self.colorbar_ = scale.draw_colorbar(axes[:2]) if scale.uses_colorbar else None
         if legend_ax is not None:
             self.legend_ = _tail_panels.fill_legend_panel(legend_ax, handles, len(axes) > 2)
@@ -260,14 +260,12 @@ class TailFitDisplay:
             self.legend_ = _axes.draw_legend(axes[0], handles, place="inside")
         return self
 
-    def _alternatives(self) -> pd.Series | None:
-        """Return AIC above the smallest, by model; None where no AIC is known."""
-        if self.comparison is None or "aic" not in self.comparison:
+    def _alternatives(self) -> pd.DataFrame | None:
+        """Return ``delta_aic`` and ``slope`` by model; None where no AIC is known."""
+        if self.comparison is None or self.comparison["aic"].isna().all():
             return None
-        named = "model" in self.comparison
-        names = self.comparison["model"] if named else self.comparison.index
-        aic = pd.Series(self.comparison["aic"].to_numpy(dtype=float), index=pd.Index(names))
-        return aic - aic.min() if aic.notna().any() else None
+        table = self.comparison.set_index("model").reindex(columns=["aic", "slope"]).astype(float)
+        return table.assign(delta_aic=table["aic"] - table["aic"].min())
 
     def _title(self) -> str:
         lower, upper = self.b_interval
@@ -289,8 +287,10 @@ def _window_ends(window: Any) -> tuple[float, float]:
         return -np.inf, np.inf
     if np.isnan(np.asarray(window, dtype=float)).any():
         return np.nan, np.nan
-    return check_window("window", tuple(window))
+    low, high = window
+    check_window("window", (low, high))
+    return float(low), float(high)
 
 
 def _log(values: pd.Series) -> pd.Series:
-    return np.log(values.where(values > 0))
+    return pd.Series(np.log(values.where(values > 0)), index=values.index)

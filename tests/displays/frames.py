@@ -87,6 +87,7 @@ def comparison_frame():
                 "power law, exp(-kappa lambda)",
                 "lognormal",
             ],
+            "slope": [1.9, 1.6, 1.45, np.nan],
             "aic": [12.0, -30.5, -28.1, -11.0],
         }
     )
