@@ -5,11 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 
-from spectralshell.estimators.tail_intervals import (
-    jackknife_t,
-    profile_interval,
-    profile_threshold,
-)
+from spectralshell.estimators.tail_intervals import jackknife_t
 from spectralshell.estimators.tail_linear import TailParameters
 from spectralshell.estimators.tail_models import (
     EXPONENTIAL,
@@ -20,7 +16,7 @@ from spectralshell.estimators.tail_models import (
     TailModel,
 )
 from spectralshell.estimators.tail_problem import TailProblem
-from spectralshell.estimators.tail_profile import profile_fit, profile_grid
+from spectralshell.estimators.tail_profile import likelihood_interval, profile_fit
 
 COMPARED = (POWER_LAW, TEMPLATE, EXPONENTIAL, LOGNORMAL)
 COMPARISON_COLUMNS = (
@@ -47,7 +43,6 @@ FALSIFIER_FIELDS = (
 AIC_TIE = 2.0
 # Residuals this small are rounding; ln of their square would rank rounding.
 SMALLEST_SQUARE = 1e-20
-N_PROFILE = 221
 
 
 def compare(
@@ -113,13 +108,17 @@ def falsify(problem: TailProblem, ratios: np.ndarray | None, confidence: float) 
         half = float(jackknife_t(fit.theta, confidence)[0])
         lower, upper = power - half, power + half
     else:
-        theta = np.linspace(low, high, N_PROFILE)
-        profile = profile_grid(
-            FREE_POWER, theta, problem.log_density, problem.weights, problem.grid, ratios
-        )
         n_parameters = 2 + problem.n_taus + (1 if ratios is not None else problem.n_taus)
-        limit = profile_threshold(fit.sse[0], problem.n_points, n_parameters, confidence)
-        lower, upper = profile_interval(theta, profile.sse, power, limit)
+        lower, upper = likelihood_interval(
+            FREE_POWER,
+            fit,
+            problem.log_density,
+            problem.weights,
+            problem.grid,
+            ratios,
+            n_parameters,
+            confidence,
+        )
     return pd.Series(
         dict(
             zip(

@@ -17,13 +17,11 @@ from spectralshell.estimators.tail_alternatives import (
 from spectralshell.estimators.tail_intervals import (
     jackknife_t,
     no_cutoff_p_value,
-    profile_interval,
-    profile_threshold,
 )
 from spectralshell.estimators.tail_linear import TailParameters
 from spectralshell.estimators.tail_models import POWER_LAW, TEMPLATE, TailModel
 from spectralshell.estimators.tail_problem import TailProblem
-from spectralshell.estimators.tail_profile import profile_fit, profile_grid
+from spectralshell.estimators.tail_profile import likelihood_interval, profile_fit
 
 # Level of the test of κ = 0; it decides the model, so it does not follow ``confidence``.
 CUTOFF_LEVEL = 0.05
@@ -32,7 +30,6 @@ NO_CUTOFF = "no cutoff in window"
 TOO_FEW = "fewer than min_shells usable shells"
 FLAT = "flat profile: b is not determined"
 OPTIMISTIC = "one batch: the interval is from the profile likelihood and optimistic"
-N_PROFILE = 441
 FRAME_COLUMNS = (
     "tau",
     "amplitude",
@@ -224,12 +221,16 @@ def _interval(
         half = float(jackknife_t(fit.theta, confidence)[0])
         return best - half, best + half
     extra = 0 if chosen is POWER_LAW else (1 if ratios is not None else problem.n_taus)
-    limit = profile_threshold(fit.sse[0], problem.n_points, problem.n_taus + 1 + extra, confidence)
-    theta = np.linspace(*chosen.bounds, N_PROFILE)
-    profile = profile_grid(
-        chosen, theta, problem.log_density, problem.weights, problem.grid, ratios
+    return likelihood_interval(
+        chosen,
+        fit,
+        problem.log_density,
+        problem.weights,
+        problem.grid,
+        ratios,
+        problem.n_taus + 1 + extra,
+        confidence,
     )
-    return profile_interval(theta, profile.sse, best, limit)
 
 
 def _tau_frame(

@@ -92,9 +92,9 @@ class GRSDTailFitter(TransformerMixin, BaseEstimator):
 
     Notes
     -----
-    A cutoff near b = 1 imitates any power law. So κ = 0 is tested first, at 5 %, with variances over
-    batches; where it stands, b is the pure slope and the status says ``no cutoff in window``. Where
-    it falls and |b − 1| < 0.05 the status says ``degenerate``. b ≤ 1 is reported as it is.
+    A cutoff near b = 1 imitates any power law. So κ = 0 is tested first, at 5 %, with variances
+    over batches; where it stands, b is the pure slope and the status says ``no cutoff in window``.
+    Where it falls and |b − 1| < 0.05 the status says ``degenerate``. b ≤ 1 is reported as it is.
 
     With one batch the interval is a profile likelihood's; shells are not independent, so it is
     optimistic, and ``status_`` says so.
@@ -248,7 +248,7 @@ class GRSDTailFitter(TransformerMixin, BaseEstimator):
         Returns
         -------
         DataFrame or ndarray of shape (n_rows, n_features_in_)
-            A κ^… energies A ∫ λ^−b exp(−κ λ^(b−1)) dλ over every shell, 0 in ``null``. Outside
+            Energies A ∫ λ^−b exp(−κ λ^(b−1)) dλ over every shell, 0 in ``null``. Outside
             ``window_`` they are extrapolations.
         """
         check_is_fitted(self)

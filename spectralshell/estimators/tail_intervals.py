@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 from scipy import special, stats
 
@@ -9,6 +11,9 @@ from spectralshell.estimators.tail_data import BatchedEnergies
 
 # Variances below this part of the median are zero by accident: identical or single batches.
 SMALLEST_VARIANCE = 1e-6
+# Each bracket shrinks the ends of a profile interval 32-fold.
+N_BRACKETS = 4
+N_BRACKET_POINTS = 33
 
 
 def relative_deviations(data: BatchedEnergies, means: np.ndarray) -> np.ndarray:
@@ -116,31 +121,51 @@ def profile_threshold(sse: float, n_points: int, n_parameters: int, confidence: 
 
 
 def profile_interval(
-    theta: np.ndarray, sse: np.ndarray, best: float, threshold: float
+    squares: Callable[[np.ndarray], np.ndarray],
+    best: float,
+    threshold: float,
+    bounds: tuple[float, float],
 ) -> tuple[float, float]:
-    """Ends of {θ: sse(θ) ≤ threshold} around the minimum, by linear interpolation.
+    """Return the ends of {θ: sse(θ) ≤ threshold} around the minimum.
+
+    Parameters
+    ----------
+    squares : callable
+        sse at an array of θ.
+    best : float
+        Where the minimum is.
+    threshold : float
+        As :func:`profile_threshold` gives.
+    bounds : tuple of float
+        Range of θ.
 
     Returns
     -------
     lower, upper : float
-        Infinite where the profile stays below the threshold up to the end of the grid.
+        Infinite where the profile stays below the threshold up to the bound.
+
+    Examples
+    --------
+    >>> lower, upper = profile_interval(lambda t: (t - 1.0) ** 2, 1.0, 0.25, (-3.0, 8.0))
+    >>> round(lower, 4), round(upper, 4)
+    (0.5, 1.5)
     """
 
-    def crossing(side: np.ndarray, far: float) -> float:
-        values = sse[side]
-        above = np.flatnonzero(values > threshold)
-        if above.size == 0:
-            return far
-        k = above[0]
-        if k == 0:
-            return float(theta[side[0]])
-        low, high = values[k - 1], values[k]
-        share = (threshold - low) / (high - low)
-        return float(theta[side[k - 1]] + share * (theta[side[k]] - theta[side[k - 1]]))
+    def crossing(far: float) -> float:
+        near = best
+        for _ in range(N_BRACKETS):
+            theta = np.linspace(near, far, N_BRACKET_POINTS)
+            above = np.flatnonzero(squares(theta[1:]) > threshold)
+            if above.size == 0:
+                return float(far)
+            near, far = theta[above[0]], theta[above[0] + 1]
+        return 0.5 * float(near + far)
 
-    right = np.flatnonzero(theta > best)
-    left = np.flatnonzero(theta < best)[::-1]
-    return crossing(left, -np.inf), crossing(right, np.inf)
+    ends = crossing(bounds[0]), crossing(bounds[1])
+    return (
+        -np.inf if ends[0] == bounds[0] else ends[0],
+        np.inf if ends[1] == bounds[1] else ends[1],
+    )
 
 
 def no_cutoff_p_value(

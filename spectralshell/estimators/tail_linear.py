@@ -15,6 +15,8 @@ from spectralshell.estimators.tail_models import ShellGrid, TailModel, box_cox, 
 
 # Squared norms below this fraction of the data's own weight are rounding, not information.
 SINGULAR = 1e-12
+# Relative change of the sum of squares below which a step ends the search.
+CONVERGED = 1e-10
 # Largest move of a shared exponent in one step.
 MAX_MOVE = 0.5
 # The two branches of the template, b < 1 and b > 1, have cutoffs at opposite ends.
@@ -111,13 +113,15 @@ def solve(
         residual = residual - intercept[..., None]
         sse = (weights * residual**2).sum(axis=(-1, -2))
         better = sse <= best_sse
+        settled = np.isfinite(best_sse)
+        settled[settled] = np.abs(best_sse - sse)[settled] <= CONVERGED * best_sse[settled]
         best = tuple(_pick(better, new, old) for new, old in zip(point, best, strict=True))
         best_rest = (
             _pick(better, intercept, best_rest[0]),
             _pick(better, shells.mean + intercept[..., None], best_rest[1]),
         )
         best_sse = np.where(better, sse, best_sse)
-        if step == n_steps:
+        if step == n_steps or settled.all():
             break
         proposal = _propose(model, point, residual, shells, weights, centred, ratios, move_theta)
         target = tuple(

@@ -103,7 +103,7 @@ def box_cox(x: np.ndarray, power: np.ndarray) -> np.ndarray:
 
 
 def box_cox_derivative(x: np.ndarray, power: np.ndarray, value: np.ndarray) -> np.ndarray:
-    """Derivative of :func:`box_cox` in the power, given its value."""
+    """Return the derivative of :func:`box_cox` in the power, given its value."""
     near = np.abs(power) < 1e-5  # where the quotient would cancel
     safe = np.where(near, 1.0, power)
     exact = (x * np.exp(np.minimum(safe * x, 700.0)) - value) / safe

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from spectralshell.estimators.tail_intervals import profile_interval, profile_threshold
 from spectralshell.estimators.tail_linear import TailParameters, solve
 from spectralshell.estimators.tail_models import ShellGrid, TailModel
 
@@ -57,6 +58,42 @@ def profile_grid(
         move_theta=False,
         n_steps=N_GRID_STEPS,
     )
+
+
+def likelihood_interval(
+    model: TailModel,
+    fit: TailParameters,
+    log_density: np.ndarray,
+    weights: np.ndarray,
+    grid: ShellGrid,
+    ratios: np.ndarray | None,
+    n_parameters: int,
+    confidence: float,
+) -> tuple[float, float]:
+    """Profile-likelihood interval of θ for one sample, with independent points.
+
+    Parameters
+    ----------
+    model, log_density, weights, grid, ratios
+        As in :func:`profile_fit`, with one replicate.
+    fit : TailParameters
+        Its best fit.
+    n_parameters : int
+        Number of fitted parameters.
+    confidence : float
+        Nominal coverage.
+
+    Returns
+    -------
+    lower, upper : float
+        Infinite where the data do not bound θ.
+    """
+
+    def squares(theta: np.ndarray) -> np.ndarray:
+        return profile_grid(model, theta, log_density, weights, grid, ratios).sse
+
+    limit = profile_threshold(fit.sse[0], int((weights > 0).sum()), n_parameters, confidence)
+    return profile_interval(squares, float(fit.theta[0]), limit, model.bounds)
 
 
 def profile_fit(
