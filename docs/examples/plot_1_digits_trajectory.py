@@ -16,7 +16,7 @@ import matplotlib.pyplot as plt
 
 from spectralshell.datasets import load_digits_trajectory
 
-X = load_digits_trajectory(n_snapshots=5, n_batches=6, batch_size=32, hidden=(48,), max_iter=1000)
+X = load_digits_trajectory(n_snapshots=4, n_batches=6, batch_size=24, hidden=(32,), max_iter=500)
 len(X), sorted({snapshot.tau for snapshot in X})
 
 # %%
@@ -66,7 +66,7 @@ fitter.comparison_
 
 from spectralshell import TailFitDisplay
 
-TailFitDisplay.from_estimator(pipe).plot()
+TailFitDisplay.from_estimator(pipe, X).plot()
 plt.show()
 
 # %%

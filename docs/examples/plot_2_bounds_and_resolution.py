@@ -13,16 +13,17 @@ ends, how a false peak looks, and how to choose the shell ratio.
 
 import matplotlib.pyplot as plt
 import numpy as np
+import torch
 
 from spectralshell import ShellEnergyEstimator
 from spectralshell.datasets import load_digits_trajectory
 
-X = load_digits_trajectory(n_snapshots=2, n_batches=6, batch_size=32, hidden=(48,), max_iter=400)
+X = load_digits_trajectory(n_snapshots=2, n_batches=6, batch_size=24, hidden=(32,), max_iter=400)
 last = [snapshot for snapshot in X if snapshot.tau == X[-1].tau]
 
-exact = ShellEnergyEstimator(solver="exact").fit(last).spectral_measures(last)[0]
-coarse = ShellEnergyEstimator(solver="lanczos", n_steps=15).fit(last).spectral_measures(last)[0]
-fine = ShellEnergyEstimator(solver="lanczos", n_steps=60).fit(last).spectral_measures(last)[0]
+(exact,) = ShellEnergyEstimator(solver="exact").spectral_measures(last[:1])
+(coarse,) = ShellEnergyEstimator(solver="lanczos", n_steps=15).spectral_measures(last[:1])
+(fine,) = ShellEnergyEstimator(solver="lanczos", n_steps=60).spectral_measures(last[:1])
 
 edges = np.geomspace(1e-5 * exact.lambda_max, exact.lambda_max, 200)
 truth = exact.cumulative(edges)[1]
@@ -55,8 +56,6 @@ rates = np.geomspace(1e-6, 1.0, n)
 
 def ritz_density(n_steps, bins):
     """Energy per unit ln λ of the Gauss rule after ``n_steps`` steps, binned."""
-    import torch
-
     diagonal = torch.from_numpy(rates)
     result = lanczos(lambda v: diagonal * v, torch.ones(n, dtype=torch.float64), n_steps)
     nodes, shares, _ = gauss(result.alpha, result.beta)
@@ -76,15 +75,20 @@ plt.show()
 
 # %%
 # The dotted lines are 10 λ_max/m². To the left of them the histogram shows the rule, not the
-# measure. The estimator knows: its first edge lies at its resolution floor, and shells with wide
-# bounds are marked.
+# measure. The estimator knows: its first edge lies at its resolution floor, shells with wide bounds
+# are marked, and a profile that is largest next to the floor gets a warning.
 
-for n_steps in (15, 60):
-    estimator = ShellEnergyEstimator(solver="lanczos", n_steps=n_steps, q=1.5).fit(last)
+import warnings
+
+for n_steps in (15, 30, 60):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        estimator = ShellEnergyEstimator(solver="lanczos", n_steps=n_steps, q=1.5).fit(last)
     shells = estimator.shells_[estimator.shells_["shell"].str.startswith("shell")]
     print(
-        f"{n_steps} steps: floor {estimator.resolution_floor_:.3g}, "
-        f"{estimator.n_shells_} shells, {shells['resolved'].mean():.0%} of the rows resolved"
+        f"{n_steps} steps: floor {estimator.resolution_floor_:.3g}, {estimator.n_shells_} shells, "
+        f"{shells['resolved'].mean():.0%} of the rows resolved, "
+        f"warnings: {[warning.category.__name__ for warning in caught] or 'none'}"
     )
 
 # %%
@@ -99,7 +103,7 @@ from sklearn.model_selection import GridSearchCV, GroupKFold
 from spectralshell import largest_q_within_one_se
 
 search = GridSearchCV(
-    ShellEnergyEstimator(),
+    ShellEnergyEstimator(solver="exact"),
     {"q": [1.1, 1.25, 1.5, 2.0, 3.0, 4.0, 8.0]},
     cv=GroupKFold(n_splits=3),
     refit=largest_q_within_one_se,
