@@ -1,5 +1,6 @@
 """Logarithmic shells: partitions, spectral measures, and the frames made of them."""
 
+from spectralshell.shells.batch_mean import mean_measure
 from spectralshell.shells.frames import (
     average_over_batches,
     energy_frame,
@@ -7,7 +8,7 @@ from spectralshell.shells.frames import (
     shell_frame,
     write_frame,
 )
-from spectralshell.shells.measure import SpectralMeasure, mean_measure
+from spectralshell.shells.measure import SpectralMeasure
 from spectralshell.shells.partition import (
     ShellPartition,
     edges_from_names,

@@ -50,9 +50,10 @@ def shell_frame(measures: Sequence[SpectralMeasure], partition: ShellPartition) 
     -----
     ``energy_lower`` and ``energy_upper`` are certified where the measure's bounds are. A shell is
     ``resolved`` if it begins at or above the measure's floor and its bounds are no further apart
-    than its energy; ``unresolved`` never is, ``null`` is for counted measures. ``status`` says why
-    not, whether the last shell holds energy above its edge, how many nodes are negative, and what
-    the measure itself reports.
+    than its energy; ``unresolved`` never is, ``null`` is for counted measures. An empty shell of a
+    Lanczos measure has an upper bound at rounding and is not resolved. ``status`` says why not,
+    whether the last shell holds energy above its edge, how many nodes are negative, and what the
+    measure itself reports.
 
     Examples
     --------
