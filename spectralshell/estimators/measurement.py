@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from joblib import Memory, Parallel, delayed, effective_n_jobs
 from tqdm.auto import tqdm
@@ -19,6 +20,8 @@ from spectralshell.shells.resolution import resolution_floor
 from spectralshell.snapshots import Snapshot
 
 _NO_ERROR = "zero error"
+# A forward-mode and a backward pass through the recorded graph, each between one and two.
+_EVALUATIONS_PER_PRODUCT = 3.0
 
 
 @dataclass(frozen=True)
@@ -90,6 +93,8 @@ def measure_snapshots(
     -----
     A new Lanczos measure costs ``n_steps`` products with M, an exact one n, and a few probes.
     """
+    for snapshot in snapshots:
+        snapshot.check_unchanged()
     missing = [s for s in snapshots if config not in s.measures]
     bar = tqdm(
         total=len(snapshots),
@@ -139,7 +144,8 @@ def measure_snapshot(
     ) as kernel:
         solver = config.solver
         if solver == "auto":
-            solver = choose_solver(kernel.n, config.n_steps, kernel.product_cost).solver
+            operations = _EVALUATIONS_PER_PRODUCT * kernel.forward_flops
+            solver = choose_solver(kernel.n, config.n_steps, operations).solver
         solve = _solve_exact if solver == "exact" else _solve_lanczos
         return solve(kernel, config.n_steps)
 
@@ -148,8 +154,8 @@ def _solve_lanczos(kernel: KernelOperator, n_steps: int) -> SpectralMeasure:
     result = lanczos(kernel.matvec, kernel.residual_vector, n_steps)
     total = 0.5 * result.norm**2
     nodes, shares, last = gauss(result.alpha, result.beta)
-    lambda_max = float(nodes[-1]) if nodes.size else 0.0
-    noise = kernel.noise * abs(lambda_max)
+    # The products' error goes with ‖M‖, which a short run has not reached yet.
+    noise = kernel.noise * (np.abs(nodes).max(initial=0.0) + result.beta_last)
     bounds = CumulativeBounds.from_lanczos(
         result.alpha, result.beta, result.beta_last, total, noise, result.exhausted
     )

@@ -24,6 +24,7 @@ from spectralshell.estimators.measurement_parameters import (
     probe_seed,
 )
 from spectralshell.estimators.shell_density import ShellDensity
+from spectralshell.estimators.shell_placement import place_shells
 from spectralshell.parameter_checks import check_real, check_window
 from spectralshell.shells import ShellPartition, SpectralMeasure, energy_frame, shell_frame
 from spectralshell.snapshots import Snapshot, as_snapshots
@@ -57,8 +58,8 @@ class ShellEnergyEstimator(CallbackSupportMixin, TransformerMixin, BaseEstimator
     n_steps : int, default=100
         Lanczos steps m. A smooth measure is resolved down to about 40 λ_max/m².
     floor : "auto" or float, default="auto"
-        Resolution floor, 1/τ; the first edge lies at or above it. ``"auto"`` takes the highest
-        floor of the training snapshots.
+        Resolution floor, 1/τ; the first edge lies at or above it, in the shell of the lowest rate
+        that has energy. ``"auto"`` takes the highest floor of the training snapshots.
     window : (float, float), optional
         Rates on which `score` compares; by default from the resolution floor to the largest
         eigenvalue of the training snapshots.
@@ -240,10 +241,14 @@ class ShellEnergyEstimator(CallbackSupportMixin, TransformerMixin, BaseEstimator
         DataFrame of shape (n_snapshots, 1 + n_shells)
             Index levels ``tau`` and ``batch`` (and ``name`` where set). Column ``null`` holds the
             energy below the first edge, the others E_α; a row sums to ½‖e‖². Energy above the
-            last edge is in the last shell. ``attrs`` carry ``resolution_floor`` and
-            ``lambda_max``.
+            last edge is in the last shell. ``attrs`` carry ``resolution_floor`` (the fitted
+            one, or a higher one of these snapshots if ``floor="auto"``) and ``lambda_max``.
         """
-        return energy_frame(self.spectral_measures(X), self._fitted_partition())
+        frame = energy_frame(self.spectral_measures(X), self._fitted_partition())
+        fitted = self.resolution_floor_
+        new = frame.attrs["resolution_floor"]
+        frame.attrs["resolution_floor"] = max(fitted, new) if self.floor == "auto" else fitted
+        return frame
 
     def shell_frame(self, X: Sequence[Any]) -> pd.DataFrame:
         """Return the tidy frame of new snapshots in the fitted shells.
@@ -342,22 +347,14 @@ class ShellEnergyEstimator(CallbackSupportMixin, TransformerMixin, BaseEstimator
         )
 
     def _place_shells(self, measures: list[SpectralMeasure]) -> None:
-        self.lambda_max_ = max(m.lambda_max for m in measures)
-        automatic = max(m.floor for m in measures)
-        self.resolution_floor_ = automatic if self.floor == "auto" else float(self.floor)
-        if self.floor != "auto" and 0.0 < self.lambda_max_ <= self.resolution_floor_:
-            raise ValueError(
-                f"floor must lie below the largest eigenvalue, {self.lambda_max_:.6g}, got "
-                f"{self.floor!r}; lower it or leave floor='auto'."
-            )
-        # A kernel that is zero has no rates to place shells by; one shell at lambda_0 is legal.
-        top = self.lambda_max_ if self.lambda_max_ > 0.0 else self.lambda_0
-        bottom = min(self.resolution_floor_, top) if self.resolution_floor_ > 0.0 else top
-        self._partition = ShellPartition.covering(bottom, top, q=self.q, lambda_0=self.lambda_0)
-        self.edges_ = self._partition.edges
-        self.n_shells_ = len(self.edges_) - 1
+        placed = place_shells(measures, q=self.q, lambda_0=self.lambda_0, floor=self.floor)
+        self._partition = placed.partition
+        self.edges_ = placed.partition.edges
+        self.n_shells_ = placed.partition.n_shells
+        self.resolution_floor_ = placed.floor
+        self.lambda_max_ = placed.lambda_max
         window = check_window("window", self.window)
-        self.window_ = window if window is not None else (bottom, top)
+        self.window_ = placed.range if window is None else window
 
     def _summarise(self, measures: list[SpectralMeasure]) -> None:
         solvers = {m.solver for m in measures}

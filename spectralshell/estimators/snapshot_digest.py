@@ -13,9 +13,9 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import astuple
 from typing import Any
 
+import cloudpickle
 import joblib
 import torch
-from joblib.externals import cloudpickle
 from torch import Tensor, nn
 
 from spectralshell._version import __version__
