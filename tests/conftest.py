@@ -1,0 +1,25 @@
+"""Fixtures that several parts share."""
+
+import pytest
+
+from spectralshell.datasets import load_digits_trajectory
+
+SMALL_TRAJECTORY = {
+    "n_snapshots": 3,
+    "n_batches": 4,
+    "batch_size": 8,
+    "hidden": (12,),
+    "max_iter": 200,
+}
+
+
+@pytest.fixture
+def trajectory():
+    """Twelve snapshots of a small network on the digits, n = 80 each, without measures."""
+    return load_digits_trajectory(**SMALL_TRAJECTORY)
+
+
+@pytest.fixture(scope="session")
+def measured_trajectory():
+    """The same snapshots for the whole run: they keep the measures of the first test."""
+    return load_digits_trajectory(**SMALL_TRAJECTORY)
