@@ -141,17 +141,13 @@ def lanczos_recurrence(
     n = start.shape[0]
     m = min(check_integer("n_steps", n_steps, low=0), n)
     vector = start.detach().to(torch.float64)
-    # Dividing by the largest entry first keeps the norm from overflow and underflow.
-    largest = vector.abs().max()
-    safe = torch.where(largest > 0, largest, torch.ones_like(largest))
-    norm = torch.linalg.vector_norm(vector / safe) * safe
+    norm = _norm(vector)
     # Stored by rows: a basis vector is contiguous and both passes are plain matrix products.
     rows = vector.new_zeros((m, n))
     alpha, beta = vector.new_zeros(m), vector.new_zeros(m)
     alive_steps = torch.zeros(m, dtype=torch.bool, device=vector.device)
-    alive = largest > 0
-    unit = vector / safe
-    current = unit / torch.where(alive, torch.linalg.vector_norm(unit), 1.0)
+    alive = norm > 0
+    current = vector / torch.where(alive, norm, 1.0)
     scale = vector.new_zeros(())
     dtype = torch.float64
     for step in range(m):
@@ -159,7 +155,7 @@ def lanczos_recurrence(
         product = _checked_product(matvec(current), n)
         dtype = product.dtype
         remainder, coefficient = _orthogonalize(product.to(torch.float64), rows[: step + 1])
-        length = torch.linalg.vector_norm(remainder)
+        length = _norm(remainder)
         alpha[step] = torch.where(alive, coefficient, 0.0)
         beta[step] = torch.where(alive, length, 0.0)
         alive_steps[step] = alive
@@ -272,6 +268,13 @@ def _checked_product(product: torch.Tensor, n: int) -> torch.Tensor:
             f"matvec must return shape ({n},) like its input, got {tuple(product.shape)}."
         )
     return product
+
+
+def _norm(vector: torch.Tensor) -> torch.Tensor:
+    """Euclidean norm; dividing by the largest entry keeps it from overflow and underflow."""
+    largest = vector.abs().max()
+    safe = torch.where(largest > 0, largest, 1.0)
+    return torch.linalg.vector_norm(vector / safe) * largest
 
 
 def _orthogonalize(product: torch.Tensor, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

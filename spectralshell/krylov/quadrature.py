@@ -57,11 +57,10 @@ def gauss(alpha: ArrayLike, beta: ArrayLike) -> tuple[Array, Array, Array]:
     diagonal, off_diagonal = check_jacobi(alpha, beta)
     if not diagonal.size:
         return np.zeros(0), np.zeros(0), np.zeros(0)
-    nodes, vectors = eigh_tridiagonal(diagonal, off_diagonal, lapack_driver="stev")
-    nodes, vectors = np.asarray(nodes, dtype=np.float64), np.asarray(vectors, dtype=np.float64)
-    first = vectors[0]
-    last = np.where(first < 0, -vectors[-1], vectors[-1])
-    return nodes, first**2, last
+    pairs = eigh_tridiagonal(diagonal, off_diagonal, lapack_driver="stev")
+    nodes = np.asarray(pairs[0], dtype=np.float64)
+    first, final = np.asarray(pairs[1], dtype=np.float64)[[0, -1]]
+    return nodes, first**2, np.asarray(np.where(first < 0, -final, final))
 
 
 def radau_matrix(

@@ -41,7 +41,7 @@ HEAVY = 0.05
 # Rounding errors, in eps, of one evaluation of f relative to the sum of its terms.
 ROUNDINGS = 8.0
 # Doubles per work array: bounds the memory and keeps it in cache.
-CHUNK = 1 << 18
+CHUNK = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ class RadauFamily:
         """
         x = points / self.scale
         rank = np.searchsorted(self.poles, x, side="right")
-        ratio = self.couplings / self._offsets(x, rank)
+        ratio = self.couplings / self._offsets(x)
         corner = x - ratio @ self.couplings
         first_gap, last_gap = self._gaps_to_sum(rank)
         point, gap = _ranges(first_gap, last_gap)
@@ -112,11 +112,10 @@ class RadauFamily:
             part = slice(begin, begin + step)
             weights[part], errors[part] = self._nodes_in(gap[part], corner[point[part]])
         own = rank[point]
-        below, at, above = (
-            np.bincount(point, np.where(mask, weights, 0.0), minlength=len(x))
-            for mask in (gap < own, gap == own, gap > own)
-        )
-        slack = 2.0 * np.sqrt(np.bincount(point, errors**2, minlength=len(x)))
+        below = _sum_by(point, np.where(gap < own, weights, 0.0), len(x))
+        at = _sum_by(point, np.where(gap == own, weights, 0.0), len(x))
+        above = _sum_by(point, np.where(gap > own, weights, 0.0), len(x))
+        slack = 2.0 * np.sqrt(_sum_by(point, errors**2, len(x)))
         below = np.where(first_gap > 0, np.maximum(1.0 - at - above, 0.0), below)
         above = np.where(last_gap < len(self.poles), np.maximum(1.0 - at - below, 0.0), above)
         return below, at, above, slack
@@ -125,13 +124,16 @@ class RadauFamily:
         """Weight at each point of the rule through it, and the count of Ritz values up to it."""
         x = points / self.scale
         rank = np.searchsorted(self.poles, x, side="right")
-        ratio = self.couplings / self._offsets(x, rank)
+        ratio = self.couplings / self._offsets(x)
         return (ratio @ self.first) ** 2 / (1.0 + np.einsum("ij,ij->i", ratio, ratio)), rank
 
-    def _offsets(self, x: Array, rank: Index) -> Array:
+    def _offsets(self, x: Array) -> Array:
         offsets = x[:, None] - self.poles
-        sign = np.where(np.arange(len(self.poles)) < rank[:, None], 1.0, -1.0)
-        return np.asarray(sign * np.maximum(np.abs(offsets), OFFSET_FLOOR))
+        tiny = np.abs(offsets) < OFFSET_FLOOR
+        if tiny.any():
+            # A point on a pole counts as just above it, as its rank does.
+            offsets[tiny] = np.where(offsets[tiny] < 0, -OFFSET_FLOOR, OFFSET_FLOOR)
+        return offsets
 
     def _gaps_to_sum(self, rank: Index) -> tuple[Index, Index]:
         """First and last gap whose nodes are computed; the node's own gap is ``rank``.
@@ -158,11 +160,13 @@ class RadauFamily:
         left, right = np.maximum(gap - 1, 0), np.minimum(gap, m - 1)
         inner = (gap > 0) & (gap < m)
         half = 0.5 * (poles[right] - poles[left])
-        # Take the nearer pole as origin: the sign of f halfway says which one that is. The outer
-        # gaps reach to infinity and have one pole only.
-        middle = poles[left] + half
-        inverse = 1.0 / np.where(inner[:, None], middle[:, None] - poles, 1.0)
-        from_left = (gap == m) | (inner & (middle - corner - inverse @ squares >= 0.0))
+        # Take the nearer pole as origin: the sign of f halfway says which one that is. It is found
+        # from distances too, since in a cluster the midpoint itself rounds. The outer gaps reach
+        # to infinity and have one pole only.
+        offsets = half[:, None] - (poles - poles[left][:, None])
+        inverse = 1.0 / np.where(inner[:, None], offsets, 1.0)
+        halfway = (poles[left] - corner) + half - inverse @ squares
+        from_left = (gap == m) | (inner & (halfway >= 0.0))
         origin = np.where(from_left, left, right)
         sign = np.where(from_left, 1.0, -1.0)
         distances = sign[:, None] * (poles - poles[origin][:, None])
@@ -186,6 +190,10 @@ def _ranges(first: Index, last: Index) -> tuple[Index, Index]:
     point = np.repeat(np.arange(len(counts)), counts)
     starts = np.cumsum(counts) - counts
     return point, np.arange(len(point)) - np.repeat(starts - first, counts)
+
+
+def _sum_by(group: Index, values: Array, n_groups: int) -> Array:
+    return np.asarray(np.bincount(group, values, minlength=n_groups), dtype=np.float64)
 
 
 def _solve(distances: Array, squares: Array, origin: Index, constant: Array, high: Array) -> Array:

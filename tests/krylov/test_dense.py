@@ -1,0 +1,58 @@
+"""The dense reference against constructed spectra."""
+
+import numpy as np
+import pytest
+import torch
+
+from spectralshell.krylov import eigenmeasure
+from tests.krylov.zoo import KINDS, random_case
+
+# Eigenvalues are good to the float64 noise of the design, relative to the norm.
+EIGENVALUES = 4e-15
+
+
+@pytest.mark.parametrize("seed", range(2 * len(KINDS)))
+def test_spectrum_and_energies(seed):
+    case = random_case(seed)
+    spectrum = eigenmeasure(torch.tensor(case.matrix), torch.tensor(case.start), 0.0, vectors=True)
+    scale = case.lambda_max
+    np.testing.assert_allclose(
+        spectrum.eigenvalues, np.sort(case.eigenvalues), atol=EIGENVALUES * scale
+    )
+    np.testing.assert_allclose(spectrum.energies.sum(), case.mass, rtol=1e-12)
+    np.testing.assert_allclose(spectrum.mass, case.mass, rtol=1e-12)
+    vectors = spectrum.vectors.numpy()
+    np.testing.assert_allclose(
+        (vectors * spectrum.eigenvalues) @ vectors.T, case.matrix, atol=10 * EIGENVALUES * scale
+    )
+    assert spectrum.status == "ok"
+
+
+def test_asymmetry_is_removed_and_reported():
+    matrix = torch.tensor([[1.0, 0.5], [0.0, 1.0]])
+    spectrum = eigenmeasure(matrix, torch.ones(2), 1e-6)
+    np.testing.assert_allclose(spectrum.eigenvalues, [0.75, 1.25])
+    assert spectrum.asymmetry == pytest.approx(0.25 * np.sqrt(2))
+    assert spectrum.status.startswith("asymmetry 3.5e-01")
+    assert spectrum.vectors is None
+
+
+def test_zero_start_and_zero_matrix():
+    spectrum = eigenmeasure(torch.zeros(3, 3), torch.zeros(3), 0.0)
+    assert spectrum.mass == 0.0
+    assert spectrum.bounds().at([1.0]) == (0.0, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("matrix", "start", "error", "match"),
+    [
+        (np.eye(2), torch.ones(2), TypeError, "must be torch tensors"),
+        (torch.eye(2), torch.ones(3), ValueError, "must have shape"),
+        (torch.ones(2, 3), torch.ones(2), ValueError, "must have shape"),
+        (torch.zeros(0, 0), torch.zeros(0), ValueError, "must have shape"),
+        (torch.eye(2) * float("nan"), torch.ones(2), ValueError, "must be finite"),
+    ],
+)
+def test_wrong_input_is_named(matrix, start, error, match):
+    with pytest.raises(error, match=match):
+        eigenmeasure(matrix, start, 0.0)
