@@ -295,7 +295,8 @@ class ShellEnergyDisplay:
                 Line2D([], [], color="0.3", linestyle=dash, label=str(name))
                 for name, dash in dashes.items()
             ]
-        if style == "line" and not curves["resolved"].all():
+        in_view = curves["value"] > self.ax_.get_ylim()[0]
+        if style == "line" and (in_view & ~curves["resolved"]).any():
             handles.append(_marks.handle("o", "not resolved"))
         if any_invisible:
             handles.append(_marks.handle("v", "zero, or below the view"))

@@ -34,6 +34,7 @@ def test_values_are_means_over_batches(make):
     mean = wide.groupby(level="tau").mean().drop(columns="null").to_numpy().ravel()
     width = (curves["lambda_hi"] - curves["lambda_lo"]).to_numpy()
     assert_allclose(curves["value"] * width, mean, rtol=1e-12)
+    assert_allclose(curves["lambda_mid"] ** 2, curves["lambda_lo"] * curves["lambda_hi"])
     low = wide.groupby(level="tau").min().drop(columns="null").to_numpy().ravel()
     assert_allclose(curves["lower"] * width, low, rtol=1e-12)
 
@@ -140,6 +141,8 @@ def test_unresolved_shells_are_hollow():
     hollow = [ln for ln in display.ax_.lines if ln.get_markerfacecolor() == "white"]
     assert [len(line.get_xdata()) for line in hollow] == [2, 2, 2]
     assert "not resolved" in legend_texts(display)
+    clear = ShellEnergyDisplay.from_frame(tidy_frame(unresolved=0)).plot()
+    assert "not resolved" not in legend_texts(clear)
 
 
 def test_used_axes_are_widened():

@@ -5,6 +5,7 @@ from matplotlib.figure import Figure
 from numpy.testing import assert_allclose, assert_array_equal
 
 from spectralshell.displays import TailFitDisplay
+from spectralshell.estimators.tail_fit import GRSDTailFitter
 from tests.displays.frames import comparison_frame, fitted_frame, wide_frame
 
 WINDOW = (0.4, 51.2)
@@ -197,6 +198,19 @@ def test_from_estimator_fits_the_mean_over_batches(in_pipeline):
     assert fitter.seen_.attrs == wide_frame().attrs
     assert display.confidence == 0.9
     assert display.window == WINDOW
+
+
+def test_a_fitted_tail_runs_through_its_data():
+    wide = wide_frame(taus=(1.0, 30.0), n_batches=4)
+    fitter = GRSDTailFitter(window=WINDOW).fit(wide)
+    display = TailFitDisplay.from_estimator(fitter, wide)
+    drawn = display.frame()
+    assert display.b == fitter.b_
+    assert drawn["in_window"].sum() == 2 * 7
+    # 20 % noise, four batches: residuals of a tenth, and none left over on average
+    assert drawn["residual"].abs().max() < 0.4
+    assert abs(drawn["residual"].mean()) < 0.05
+    assert display.plot().axes_.size == 3
 
 
 @pytest.mark.parametrize(
