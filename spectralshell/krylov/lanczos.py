@@ -274,7 +274,8 @@ def _norm(vector: torch.Tensor) -> torch.Tensor:
     """Euclidean norm; dividing by the largest entry keeps it from overflow and underflow."""
     largest = vector.abs().max()
     safe = torch.where(largest > 0, largest, 1.0)
-    return torch.linalg.vector_norm(vector / safe) * largest
+    length: torch.Tensor = torch.linalg.vector_norm(vector / safe) * largest
+    return length
 
 
 def _orthogonalize(product: torch.Tensor, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
