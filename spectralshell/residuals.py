@@ -289,7 +289,7 @@ def _probabilities(outputs: Tensor, targets: Targets) -> Tensor:
 
 
 def _negative_log_likelihood(outputs: Tensor, targets: Targets) -> Tensor:
-    log_p = _label_rows(outputs, targets).log_softmax(-1)
+    log_p: Tensor = _label_rows(outputs, targets).log_softmax(-1)
     return -log_p.gather(1, targets.values.unsqueeze(1)).squeeze(1)
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from spectralshell.operators.checkpoints import ModelState, unwrap
+from spectralshell.operators.model_function import iterate_tensors
 from spectralshell.parameter_checks import check_real
 
 
@@ -298,20 +299,8 @@ def _check_hashable(label: str, value: Any) -> Any:
     return value
 
 
-def iter_tensors(value: Any) -> Iterable[Tensor]:
-    """Yield the tensors inside a tensor, tuple or mapping."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, Mapping):
-        for item in value.values():
-            yield from iter_tensors(item)
-    elif isinstance(value, (tuple, list)):
-        for item in value:
-            yield from iter_tensors(item)
-
-
 def _count_samples(inputs: Any) -> int:
-    for tensor in iter_tensors(inputs):
+    for tensor in iterate_tensors(inputs):
         if tensor.ndim:
             if tensor.shape[0] == 0:
                 raise ValueError("inputs hold no sample (first dimension 0); pass a full batch.")
@@ -323,4 +312,4 @@ def _count_samples(inputs: Any) -> int:
 
 def _versions(value: Any) -> tuple[int, ...]:
     # Tensors made under inference_mode keep no version counter.
-    return tuple(-1 if t.is_inference() else t._version for t in iter_tensors(value))
+    return tuple(-1 if t.is_inference() else t._version for t in iterate_tensors(value))

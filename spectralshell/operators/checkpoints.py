@@ -56,7 +56,8 @@ def copy_state(model: nn.Module) -> dict[str, Tensor]:
     ValueError
         If a lazy parameter has no shape yet.
     """
-    return {names[0]: tensor.detach().clone() for names, tensor in _tied_groups(model)}
+    with torch.inference_mode(False):  # its tensors could never take part in a derivative
+        return {names[0]: tensor.detach().clone() for names, tensor in _tied_groups(model)}
 
 
 def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Tensor]:

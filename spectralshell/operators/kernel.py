@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from spectralshell.operators.kernel_operator import KernelOperator, Part
-from spectralshell.operators.ladder import DifferentiationError, climb, is_out_of_memory
+from spectralshell.operators.ladder import Climb, DifferentiationError, climb, is_out_of_memory
 from spectralshell.operators.linearizations import VectorFunction
 from spectralshell.operators.model_function import (
     ModelFunction,
@@ -130,19 +130,21 @@ def assemble_kernel(
     check_finite_state(state, trainable)
     check_finite_inputs(snapshot.inputs)
     working, notes = resolve_dtype(dtype, state, where)
-    function = ModelFunction(snapshot.model, state, names, where, working)
-    draw = _drawing(generator, where, working)
     size = None if chunk_size is None or chunk_size >= snapshot.n_samples else chunk_size
-    while True:
-        try:
-            kernel = _assemble(function, snapshot, resolved, size, draw, rungs)
-            break
-        except Exception as error:
-            if not is_out_of_memory(error):
-                raise
-            size = _halved(size or snapshot.n_samples, error)
-            notes = [n for n in notes if not n.startswith("memory")]
-            notes.append(f"memory ran out: computed in chunks of {size} samples")
+    draw = _drawing(generator, where, working)
+    # Tensors made under the user's inference mode could not be differentiated.
+    with torch.inference_mode(False):
+        function = ModelFunction(snapshot.model, state, names, where, working)
+        while True:
+            try:
+                kernel = _assemble(function, snapshot, resolved, size, draw, rungs)
+                break
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
+                size = _halved(size or snapshot.n_samples, error)
+    if size is not None and size != chunk_size:
+        notes.append(f"memory ran out: computed in chunks of {size} samples")
     if notes:
         kernel.status = "; ".join(notes)
     return kernel
@@ -168,45 +170,62 @@ def _assemble(
         error, values = _error_and_values(residual, outputs, targets)
         local = targets.to(function.device, function.dtype)
         rows_per_sample = outputs.shape[1:-1].numel()
-        parts: list[Part] = []
-        refused: dict[str, str] = {}
-        n_probes = first = 0
-        for piece, (start, stop) in zip(pieces, bounds, strict=True):
-            chunk = local.samples(start, stop, n_samples, rows_per_sample)
-            size_here = residual.jacobian_of(outputs[start:stop], chunk).numel()
-            if size_here == 0:
-                continue  # no row of this chunk is labelled
-            vector = _vector_function(function, residual, piece, chunk)
-            # One chunk that passes speaks for the others: they run the same operations.
-            tried = rungs if not parts else (parts[0].rung,)
-            try:
-                step = climb(
-                    vector,
-                    function.parameters,
-                    function.names,
-                    draw,
-                    streamed=size is not None,
-                    rungs=tried,
-                )
-            except DifferentiationError as failure:
-                where = name_offending_module(function, piece, draw)
-                raise DifferentiationError(
-                    f"model: no way to differentiate it multiplies by its Jacobian correctly; the "
-                    f"fault starts in {where}. Tried {failure}"
-                ) from failure
-            parts.append(Part(slice(first, first + size_here), step.linearization, step.rung))
-            refused.update(step.refused)
-            n_probes += step.n_probes
-            first += size_here
-        kernel = KernelOperator(function, parts, residual, targets.n_rows, error, values)
-        kernel.refused = refused
-        kernel.n_samples = n_samples
-        kernel.chunk_size = size
-        kernel.forward_flops = max(flops, 2.0 * n_samples * function.n_parameters)
-        kernel.n_probes = n_probes
-        kernel.reads_model = backward_reads_model(kernel, function, draw)
-        measure_noise(kernel, draw)
-    return kernel
+        chunks = [
+            (piece, local.samples(start, stop, n_samples, rows_per_sample), outputs[start:stop])
+            for piece, (start, stop) in zip(pieces, bounds, strict=True)
+        ]
+
+        def finish() -> KernelOperator:
+            parts, steps = _differentiate(function, residual, chunks, draw, size, rungs)
+            kernel = KernelOperator(function, parts, residual, targets.n_rows, error, values)
+            kernel.refused = {name: why for step in steps for name, why in step.refused.items()}
+            kernel.n_probes = sum(step.n_probes for step in steps)
+            kernel.n_samples = n_samples
+            kernel.chunk_size = size
+            kernel.forward_flops = max(flops, 2.0 * n_samples * function.n_parameters)
+            kernel.reads_model = backward_reads_model(kernel, function, draw)
+            measure_noise(kernel, draw)
+            return kernel
+
+        return function.installed(None, finish)
+
+
+def _differentiate(
+    function: ModelFunction,
+    residual: Residual,
+    chunks: list[tuple[Any, Targets, Tensor]],
+    draw: Callable[[int], Tensor],
+    size: int | None,
+    rungs: Sequence[str] | None,
+) -> tuple[list[Part], list[Climb]]:
+    parts: list[Part] = []
+    steps: list[Climb] = []
+    first = 0
+    for inputs, targets, outputs in chunks:
+        n_entries = residual.jacobian_of(outputs, targets).numel()
+        if n_entries == 0:
+            continue  # no row of this chunk is labelled
+        vector = _vector_function(function, residual, inputs, targets)
+        try:
+            step = climb(
+                vector,
+                function.parameters,
+                function.names,
+                draw,
+                streamed=size is not None,
+                # The first chunk chooses for all: they run the same operations.
+                rungs=(steps[0].rung,) if steps else rungs,
+            )
+        except DifferentiationError as failure:
+            where = name_offending_module(function, inputs, draw)
+            raise DifferentiationError(
+                "model: no way to differentiate it multiplies by its Jacobian correctly; the fault "
+                f"starts in {where}. Tried {failure}"
+            ) from failure
+        steps.append(step)
+        parts.append(Part(slice(first, first + n_entries), step.linearization))
+        first += n_entries
+    return parts, steps
 
 
 def _vector_function(
@@ -215,8 +234,9 @@ def _vector_function(
     scale = targets.n_rows**-0.5
 
     def vector(*parameters: Tensor) -> Tensor:
-        outputs = function.outputs(parameters, inputs)
-        return residual.jacobian_of(outputs, targets).reshape(-1) * scale
+        values = residual.jacobian_of(function.outputs(parameters, inputs), targets)
+        scaled: Tensor = values.reshape(-1) * scale
+        return scaled
 
     return vector
 

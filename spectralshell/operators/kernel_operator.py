@@ -25,7 +25,6 @@ class Part:
 
     entries: slice
     linearization: Linearization
-    rung: str
 
 
 class KernelOperator:
@@ -128,20 +127,19 @@ class KernelOperator:
         """
         self._check_rows(block, 2)
         self.n_matvecs += int(block.shape[1])
-        columns = self._narrow(block).T
-        return widen(self._run(lambda: self._apply_blockwise(columns)).T.contiguous())
+        product = self._run(lambda: self._apply_blockwise(self._narrow(block).T))
+        return widen(product.T.contiguous())
 
     def rmatvec(self, vector: Tensor) -> Parameters:
         """Return Jᵀu as tensors in the shapes of the parameters, in ``dtype``."""
         self._check_rows(vector, 1)
-        u = self._narrow(vector)
-        return self._run(lambda: self.pull(u))
+        pulled: Parameters = self._run(lambda: self.pull(self._narrow(vector)))
+        return pulled
 
     def jvp(self, tangents: Sequence[Tensor]) -> Tensor:
         """Return J t in float64, shape (n,), for a tangent as :meth:`rmatvec` returns it."""
         self._check_open()
-        t = tuple(cast(tangent, self.device, self.dtype) for tangent in tangents)
-        return widen(self._run(lambda: self.push(t)))
+        return widen(self._run(lambda: self.push(tuple(map(self._narrow, tangents)))))
 
     def velocity(self) -> Parameters:
         """Return the parameter velocity dθ/dτ that the residual goes with (design table)."""
@@ -195,8 +193,7 @@ class KernelOperator:
 
     def product(self, vector: Tensor) -> Tensor:
         """Return M v as :meth:`matvec` does, without counting it: for probes."""
-        v = self._narrow(vector)
-        return widen(self._run(lambda: self.push(self.pull(v))))
+        return widen(self._run(lambda: self.push(self.pull(self._narrow(vector)))))
 
     def pull(self, vector: Tensor) -> Parameters:
         """Return Jᵀv in the working dtype; where the model is called, inside its guard."""
@@ -216,7 +213,7 @@ class KernelOperator:
         while True:
             try:
                 if columns.shape[0] > 1 and size > 1 and self._can_use_blocks(columns):
-                    blocks = [self._apply_block(part) for part in columns.split(size)]
+                    blocks = [self._apply_block(part) for part in torch.split(columns, size)]
                     return torch.cat(blocks)
                 return torch.stack([self.push(self.pull(column)) for column in columns])
             except Exception as error:
@@ -244,16 +241,17 @@ class KernelOperator:
         return max(1, min(_MAX_BLOCK, _BLOCK_BYTES // max(1, per_column)))
 
     def _run(self, thunk: Callable[[], Any]) -> Any:
-        calls_model = any(part.linearization.calls_model for part in self._parts)
-        if not (calls_model or self.reads_model):
-            return thunk()
-        with self._function.guard():
-            if self.reads_model:
-                return self._function.installed(self._function.parameters, thunk)
-            return thunk()
+        with torch.inference_mode(False):
+            calls_model = any(part.linearization.calls_model for part in self._parts)
+            if not (calls_model or self.reads_model):
+                return thunk()
+            with self._function.guard():
+                if self.reads_model:
+                    return self._function.installed(None, thunk)
+                return thunk()
 
     def _narrow(self, vector: Tensor) -> Tensor:
-        return vector.detach().to(self.device, self.dtype)
+        return cast(vector.detach(), self.device, self.dtype)
 
     def _check_rows(self, tensor: Tensor, ndim: int) -> None:
         self._check_open()

@@ -141,9 +141,8 @@ class ForwardMode(Linearization):
     def push(self, tangents: Parameters) -> Tensor:
         """Return J t, shape (n,)."""
         with quiet_differentiation():
-            _, pushed = jvp(self.function, self.parameters, tangents)
-        result: Tensor = pushed
-        return result
+            pushed: Tensor = jvp(self.function, self.parameters, tangents)[1]
+        return pushed
 
 
 class Streamed(Linearization):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from typing import Any, TypeVar
 
@@ -78,8 +78,14 @@ class ModelFunction:
         """Return the context in which the model may be called."""
         return guarded(self.model, self.device)
 
-    def installed(self, parameters: Parameters, thunk: Callable[[], _T]) -> _T:
-        """Run ``thunk`` while the model carries the frozen state and ``parameters``."""
+    def installed(self, parameters: Parameters | None, thunk: Callable[[], _T]) -> _T:
+        """Run ``thunk`` while the model carries the frozen state and ``parameters``.
+
+        None installs the frozen values, requiring gradients: a backward pass that evaluates part
+        of the model anew, as under checkpointing, has to find what the forward pass found.
+        """
+        if parameters is None:
+            parameters = tuple(p.detach().requires_grad_() for p in self.parameters)
         state = dict(self._constants)
         state.update({f"model.{name}": p for name, p in zip(self.names, parameters, strict=True)})
         result: _T = functional_call(self._carrier, state, (thunk,))
@@ -88,7 +94,7 @@ class ModelFunction:
     def poisoned(self, thunk: Callable[[], _T]) -> _T:
         """Run ``thunk`` while every floating tensor of the model is NaN."""
         named = dict(zip(self.names, self.parameters, strict=True))
-        state = {f"model.{name}": _nan_like(tensor) for name, tensor in named.items()}
+        state = {f"model.{name}": _nan_like(t).requires_grad_() for name, t in named.items()}
         state.update({name: _nan_like(tensor) for name, tensor in self._constants.items()})
         result: _T = functional_call(self._carrier, state, (thunk,))
         return result
@@ -137,7 +143,7 @@ def select_parameters(model: nn.Module, parameters: Any) -> list[str]:
 
     Examples
     --------
-    >>> select_parameters(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1)), r"^1\\.")
+    >>> select_parameters(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1)), r"^1\.")
     ['1.weight', '1.bias']
     """
     groups: dict[int, tuple[list[str], nn.Parameter]] = {}
@@ -166,8 +172,9 @@ def select_parameters(model: nn.Module, parameters: Any) -> list[str]:
 
 
 def cast(tensor: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """Move a tensor to a device, floating ones in ``dtype``."""
-    return tensor.to(device, dtype) if tensor.is_floating_point() else tensor.to(device)
+    """Move a tensor to a device, floating ones in ``dtype``; never an inference tensor."""
+    moved = tensor.to(device, dtype) if tensor.is_floating_point() else tensor.to(device)
+    return moved.clone() if moved.is_inference() else moved
 
 
 def widen(tensor: Tensor) -> Tensor:
@@ -195,6 +202,18 @@ def _nan_like(tensor: Tensor) -> Tensor:
         return tensor
     # One number seen in every place: no memory.
     return torch.full((), torch.nan, dtype=tensor.dtype, device=tensor.device).expand(tensor.shape)
+
+
+def iterate_tensors(value: Any) -> Iterator[Tensor]:
+    """Yield the tensors inside a tensor, tuple, list or mapping."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from iterate_tensors(item)
+    elif isinstance(value, (tuple, list)):
+        for item in value:
+            yield from iterate_tensors(item)
 
 
 def _call(model: nn.Module, inputs: Any) -> Any:

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from spectralshell.operators.model_function import ModelFunction, map_tensors
+from spectralshell.operators.ladder import is_out_of_memory
+from spectralshell.operators.model_function import ModelFunction, iterate_tensors, map_tensors
 from spectralshell.operators.module_trace import first_nonfinite_module, first_random_module
 
 REPEAT_TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
@@ -139,24 +140,20 @@ def take_samples(inputs: Any, positions: list[int] | slice, n_samples: int) -> A
 
 
 def _evaluate_part(function: ModelFunction, inputs: Any) -> Tensor:
-    outputs = function.outputs(function.parameters, inputs)
-    n_samples = first_dimension(inputs)
+    try:
+        outputs = function.outputs(function.parameters, inputs)
+    except (RuntimeError, ValueError, IndexError, AttributeError, KeyError) as error:
+        if is_out_of_memory(error):
+            raise
+        shapes = [tuple(tensor.shape) for tensor in iterate_tensors(inputs)]
+        raise ValueError(
+            f"model: {type(function.model).__name__} failed on the inputs of shape "
+            f"{', '.join(map(str, shapes))}: {error}"
+        ) from error
+    n_samples = next(t.shape[0] for t in iterate_tensors(inputs) if t.ndim)
     if outputs.ndim == 0 or outputs.shape[0] != n_samples:
         raise ValueError(
             f"model: the outputs have shape {tuple(outputs.shape)} for {n_samples} samples; the "
             "first dimension must be the sample dimension, not a mean or a sum over samples."
         )
     return outputs
-
-
-def first_dimension(inputs: Any) -> int:
-    """Return the number of samples: the first dimension of the first tensor that has one."""
-    sizes: list[int] = []
-
-    def note(tensor: Tensor) -> Tensor:
-        if tensor.ndim:
-            sizes.append(int(tensor.shape[0]))
-        return tensor
-
-    map_tensors(note, inputs)
-    return sizes[0]

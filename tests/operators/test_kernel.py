@@ -1,0 +1,254 @@
+"""The matrix-free kernel against dense float64 references, over the zoo."""
+
+import pytest
+import torch
+
+from spectralshell.operators import build_kernel
+from spectralshell.operators.kernel import assemble_kernel
+from spectralshell.snapshots import Snapshot
+from tests.zoo import (
+    CASES,
+    CASES_BY_NAME,
+    RESIDUALS,
+    build_model,
+    dense_reference,
+    make_inputs,
+    make_snapshot,
+    make_targets,
+)
+
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4}
+"""Relative to the largest entry norm; a few hundred roundings of the respective precision."""
+
+SMALL_MODELS = ["mlp", "tied language model", "cnn batchnorm", "weight norm"]
+# Tracing takes a second for the larger members: the whole ladder on two kinds, the rung that all
+# members share on the others.
+LADDER_OF = {kind: ["double-vjp"] for kind in ("mse labels", "brier", "cross-entropy", "callable")}
+case_names = pytest.mark.parametrize("case", CASES, ids=lambda case: case["name"])
+dtypes = pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["f64", "f32"])
+
+
+def relative(a: torch.Tensor, b: torch.Tensor) -> float:
+    return float((a - b).norm() / b.norm())
+
+
+@case_names
+@dtypes
+@pytest.mark.parametrize("kind", RESIDUALS)
+def test_products_equal_the_dense_kernel(case, kind, dtype):
+    snapshot = make_snapshot(case, kind, dtype)
+    reference = dense_reference(snapshot.model, snapshot.inputs, snapshot.targets, kind)
+    kernel = assemble_kernel(snapshot, residual=RESIDUALS[kind], rungs=LADDER_OF.get(kind))
+    block = torch.randn(kernel.n, 3, generator=torch.Generator().manual_seed(1)).double()
+    expected = reference["kernel"] @ block
+    assert relative(kernel.matmat(block), expected) < TOLERANCE[dtype]
+    assert relative(kernel.matvec(block[:, 0]), expected[:, 0]) < TOLERANCE[dtype]
+    assert relative(kernel.residual_vector, reference["error"]) < TOLERANCE[dtype]
+    assert kernel.residual_vector.dtype == torch.float64
+    assert kernel.n_matvecs == 4
+    if kind not in LADDER_OF:
+        assert kernel.rung == case.get("rung", "linearize")
+
+
+@pytest.mark.parametrize("rung", ["linearize", "double-vjp", "jvp"])
+@pytest.mark.parametrize("name", ["mlp", "tied language model", "cnn batchnorm", "checkpointed"])
+def test_every_rung_gives_the_same_kernel(name, rung):
+    snapshot = make_snapshot(CASES_BY_NAME[name], "brier")
+    reference = dense_reference(snapshot.model, snapshot.inputs, snapshot.targets, "brier")
+    kernel = assemble_kernel(snapshot, residual="brier", rungs=[rung])
+    assert kernel.rung == rung
+    assert relative(kernel.to_dense(), reference["kernel"]) < TOLERANCE[torch.float64]
+
+
+@pytest.mark.parametrize("chunk_size", [1, 2, 4])
+@pytest.mark.parametrize("kind", ["nll", "mse", "callable"])
+@pytest.mark.parametrize("name", SMALL_MODELS)
+def test_chunks_change_nothing(name, kind, chunk_size):
+    snapshot = make_snapshot(CASES_BY_NAME[name], kind)
+    reference = dense_reference(snapshot.model, snapshot.inputs, snapshot.targets, kind)
+    kernel = build_kernel(snapshot, residual=RESIDUALS[kind], chunk_size=chunk_size)
+    assert relative(kernel.to_dense(), reference["kernel"]) < TOLERANCE[torch.float64]
+    assert relative(kernel.residual_vector, reference["error"]) < TOLERANCE[torch.float64]
+
+
+@pytest.mark.parametrize("kind", ["mse", "mse labels", "brier", "nll", "callable"])
+def test_error_moves_by_minus_the_kernel_along_its_velocity(kind):
+    kernel = build_kernel(make_snapshot(CASES_BY_NAME["mlp"], kind), residual=RESIDUALS[kind])
+    rate = kernel.error_jvp(kernel.velocity())
+    assert relative(rate, -kernel.matvec(kernel.residual_vector)) < 1e-10
+
+
+@pytest.mark.parametrize("kind", ["brier", "cross-entropy", "nll", "mse labels"])
+@pytest.mark.parametrize("name", ["mlp", "tied language model"])
+def test_error_jvp_is_the_derivative_of_the_error(name, kind):
+    case = CASES_BY_NAME[name]
+    kernel = build_kernel(make_snapshot(case, kind), residual=RESIDUALS[kind])
+    velocity = kernel.velocity()
+    errors = []
+    step = 1e-5  # cube root of eps: truncation and rounding balance near 1e-10
+    for sign in (1, -1):
+        model = build_model(case)
+        with torch.no_grad():
+            for parameter, rate in zip(model.parameters(), velocity, strict=True):
+                parameter.add_(sign * step * rate)
+        moved = dense_reference(model, make_inputs(case), make_targets(case, kind), kind)
+        errors.append(moved["error"])
+    difference = (errors[0] - errors[1]) / (2 * step)
+    assert relative(kernel.error_jvp(velocity), difference) < 1e-7
+
+
+def test_cross_entropy_dissipates_its_own_loss():
+    case = CASES_BY_NAME["mlp"]
+    snapshot = make_snapshot(case, "cross-entropy")
+    kernel = build_kernel(snapshot, residual="cross-entropy")
+    model = build_model(case)
+    loss = torch.nn.functional.cross_entropy(model(snapshot.inputs), snapshot.targets)
+    gradient = torch.autograd.grad(loss, list(model.parameters()))
+    for velocity, slope in zip(kernel.velocity(), gradient, strict=True):
+        torch.testing.assert_close(velocity, -slope)
+    e = kernel.residual_vector
+    assert float(e @ kernel.matvec(e)) == pytest.approx(
+        float(sum((g**2).sum() for g in gradient)), rel=1e-10
+    )
+
+
+def test_training_velocity_of_nll_descends_the_mean_loss():
+    case = CASES_BY_NAME["tied language model"]
+    snapshot = make_snapshot(case, "nll")
+    model = build_model(case)
+    loss = torch.nn.functional.cross_entropy(
+        model(snapshot.inputs).flatten(0, 1), snapshot.targets.flatten()
+    )
+    gradient = torch.autograd.grad(loss, list(model.parameters()))
+    kernel = build_kernel(snapshot, residual="nll")
+    for velocity, slope in zip(kernel.training_velocity(), gradient, strict=True):
+        torch.testing.assert_close(velocity, -slope)
+
+
+@pytest.mark.parametrize("kind", ["mse", "nll", "callable"])
+def test_duplicated_data_leave_the_spectrum_unchanged(kind):
+    case = CASES_BY_NAME["mlp"]
+    inputs, targets = make_inputs(case), make_targets(case, kind)
+    model = build_model(case)
+    once = build_kernel(Snapshot(model, inputs, targets), residual=RESIDUALS[kind])
+    twice = build_kernel(
+        Snapshot(model, torch.cat([inputs, inputs]), torch.cat([targets, targets])),
+        residual=RESIDUALS[kind],
+    )
+    few = torch.linalg.eigvalsh(once.to_dense())
+    many = torch.linalg.eigvalsh(twice.to_dense())
+    assert relative(many[-len(few) :], few) < 1e-10
+    assert float(many[: -len(few)].abs().max()) < 1e-10 * float(few[-1])
+    assert float(once.residual_vector.norm()) == pytest.approx(
+        float(twice.residual_vector.norm()), rel=1e-12
+    )
+
+
+@pytest.mark.parametrize("selection", [r"^2\.", lambda name: name.startswith("2.")])
+def test_parameters_select_a_layer_s_own_kernel(selection):
+    snapshot = make_snapshot(CASES_BY_NAME["mlp"])
+    kernel = build_kernel(snapshot, parameters=selection)
+    reference = dense_reference(snapshot.model, snapshot.inputs, snapshot.targets, "mse")
+    layer = reference["jacobian"][:, -18:]
+    assert kernel.parameter_names == ("2.weight", "2.bias")
+    assert kernel.n_parameters == 18
+    assert relative(kernel.to_dense(), layer @ layer.T) < TOLERANCE[torch.float64]
+
+
+def test_layer_kernels_add_up():
+    snapshot = make_snapshot(CASES_BY_NAME["mlp"])
+    layers = [build_kernel(snapshot, parameters=p).to_dense() for p in (r"^0\.", r"^2\.")]
+    assert relative(sum(layers), build_kernel(snapshot).to_dense()) < TOLERANCE[torch.float64]
+
+
+def test_tied_parameters_count_once():
+    kernel = build_kernel(make_snapshot(CASES_BY_NAME["tied language model"], "nll"))
+    assert kernel.parameter_names == ("embedding.weight", "mix.weight", "mix.bias")
+    assert kernel.n_parameters == 40
+    by_alias = build_kernel(
+        make_snapshot(CASES_BY_NAME["tied language model"], "nll"), parameters="head"
+    )
+    assert by_alias.parameter_names == ("embedding.weight",)
+
+
+def test_frozen_parameters_do_not_count():
+    kernel = build_kernel(make_snapshot(CASES_BY_NAME["two inputs, frozen layer"]))
+    assert not any(name.startswith("left") for name in kernel.parameter_names)
+
+
+@pytest.mark.parametrize("half", [torch.float16, torch.bfloat16])
+def test_half_precision_models_are_measured_in_float32(half):
+    snapshot = make_snapshot(CASES_BY_NAME["mlp"], dtype=half)
+    kernel = build_kernel(snapshot)
+    reference = dense_reference(snapshot.model, snapshot.inputs, snapshot.targets, "mse")
+    assert kernel.dtype == torch.float32
+    assert "measured in float32" in kernel.status
+    assert relative(kernel.to_dense(), reference["kernel"]) < TOLERANCE[torch.float32]
+
+
+def test_dtype_raises_the_precision_of_a_float32_model():
+    snapshot = make_snapshot(CASES_BY_NAME["mlp"], dtype=torch.float32)
+    reference = dense_reference(snapshot.model, snapshot.inputs, snapshot.targets, "mse")
+    kernel = build_kernel(snapshot, dtype="float64")
+    assert relative(kernel.to_dense(), reference["kernel"]) < TOLERANCE[torch.float64]
+
+
+def test_adjoints_fit_together():
+    kernel = build_kernel(make_snapshot(CASES_BY_NAME["mlp"]))
+    generator = torch.Generator().manual_seed(2)
+    u = torch.randn(kernel.n, generator=generator).double()
+    t = [torch.randn(p.shape, generator=generator).double() for p in kernel.rmatvec(u)]
+    pulled = kernel.rmatvec(u)
+    expected = sum(float((a * b).sum()) for a, b in zip(pulled, t, strict=True))
+    assert float(u @ kernel.jvp(t)) == pytest.approx(expected, rel=1e-12)
+
+
+def test_a_tangent_map_that_changes_with_use_is_refused():
+    kernel = build_kernel(make_snapshot(CASES_BY_NAME["gru"], "nll"), residual="nll")
+    assert "wrong" in kernel.refused["linearize"]
+
+
+def test_a_snapshot_is_measured_at_its_own_state():
+    case = CASES_BY_NAME["checkpointed"]
+    snapshot = make_snapshot(case)
+    before = build_kernel(snapshot).to_dense()
+    with torch.no_grad():
+        for parameter in snapshot.model.parameters():
+            parameter.mul_(0.5)
+    assert relative(build_kernel(snapshot).to_dense(), before) < 1e-14
+
+
+def test_a_kernel_survives_training_of_the_model():
+    # Checkpointing reads the model again during the backward pass.
+    for name in ("checkpointed", "mlp"):
+        snapshot = make_snapshot(CASES_BY_NAME[name])
+        kernel = build_kernel(snapshot)
+        before = kernel.to_dense()
+        with torch.no_grad():
+            for parameter in snapshot.model.parameters():
+                parameter.mul_(0.5)
+        assert kernel.reads_model is (name == "checkpointed")
+        assert relative(kernel.to_dense(), before) < 1e-14
+
+
+def test_a_closed_kernel_refuses():
+    with build_kernel(make_snapshot(CASES_BY_NAME["mlp"])) as kernel:
+        kernel.matvec(kernel.residual_vector)
+    with pytest.raises(ValueError, match="closed"):
+        kernel.matvec(kernel.residual_vector)
+
+
+def test_operands_of_another_length_are_named():
+    kernel = build_kernel(make_snapshot(CASES_BY_NAME["mlp"]))
+    with pytest.raises(ValueError, match=r"shape \(5,\), expected \(18,\)"):
+        kernel.matvec(torch.ones(5))
+
+
+@dtypes
+def test_noise_is_at_least_the_floor_and_covers_the_products(dtype):
+    snapshot = make_snapshot(CASES_BY_NAME["layernorm mlp"], dtype=dtype)
+    reference = dense_reference(snapshot.model, snapshot.inputs, snapshot.targets, "mse")["kernel"]
+    kernel = build_kernel(snapshot)
+    assert kernel.noise >= {torch.float64: 4e-15, torch.float32: 6e-7}[dtype]
+    error = torch.linalg.matrix_norm(kernel.to_dense() - reference, 2)
+    assert float(error / torch.linalg.matrix_norm(reference, 2)) <= kernel.noise
