@@ -16,7 +16,7 @@ import matplotlib.pyplot as plt
 
 from spectralshell.datasets import load_digits_trajectory
 
-X = load_digits_trajectory(n_snapshots=4, n_batches=6, batch_size=24, hidden=(32,), max_iter=500)
+X = load_digits_trajectory(n_snapshots=4, n_batches=6, batch_size=16, hidden=(32,), max_iter=500)
 len(X), sorted({snapshot.tau for snapshot in X})
 
 # %%

@@ -18,7 +18,7 @@ import torch
 from spectralshell import ShellEnergyEstimator
 from spectralshell.datasets import load_digits_trajectory
 
-X = load_digits_trajectory(n_snapshots=2, n_batches=6, batch_size=24, hidden=(32,), max_iter=400)
+X = load_digits_trajectory(n_snapshots=2, n_batches=6, batch_size=16, hidden=(32,), max_iter=400)
 last = [snapshot for snapshot in X if snapshot.tau == X[-1].tau]
 
 (exact,) = ShellEnergyEstimator(solver="exact").spectral_measures(last[:1])
