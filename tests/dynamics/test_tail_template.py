@@ -85,6 +85,15 @@ def test_wide_windows_with_a_late_cutoff():
     assert average == pytest.approx(math.log(exact / hi), abs=1e-13)
 
 
+@pytest.mark.parametrize(("b", "power"), [(-1.0, 1.0), (0.2, 0.4), (3.0, -1.0), (2.0, -0.25)])
+def test_a_peak_inside_a_wide_window_is_a_gamma_function(b, power):
+    kappa, order = 0.7, (1.0 - b) / power
+    window = [1e-40, 1e30] if power > 0 else [1e-30, 1e40]
+    average = log_shell_average(window, b, kappa, power)[0]
+    exact = math.lgamma(order) - math.log(abs(power)) - order * math.log(kappa)
+    assert average == pytest.approx(exact - math.log(window[1]), abs=2e-13)
+
+
 @pytest.mark.parametrize("b", [0.6, 1.0, 1.7, 3.0])
 @pytest.mark.parametrize("kappa", [1e-6, 0.8, 60.0])
 def test_derivatives_match_differences(b, kappa):
