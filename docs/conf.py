@@ -1,6 +1,7 @@
 """Sphinx configuration. Nothing here needs the network, unless intersphinx is switched on."""
 
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -67,3 +68,17 @@ html_theme_options = {
 
 copybutton_prompt_text = r">>> |\.\.\. |\$ "
 copybutton_prompt_is_regexp = True
+
+
+def _escape_bars(app, what, name, obj, options, lines):
+    """Bars in the docstrings are absolute values, which reST would take for substitutions."""
+    for i, line in enumerate(lines):
+        if not line.lstrip().startswith((">>>", "...")):
+            parts = re.split(r"(``.*?``|`[^`]*`)", line)
+            parts[::2] = [re.sub(r"\|(\S|\S[^|]*\S)\|", r"\\|\1\\|", part) for part in parts[::2]]
+            lines[i] = "".join(parts)
+
+
+def setup(app):
+    """Register the hook, after numpydoc's."""
+    app.connect("autodoc-process-docstring", _escape_bars, priority=900)
