@@ -16,6 +16,7 @@ _DROP = 45.0
 # cutoff variable grows by at most e².
 _DROP_PER_PANEL = 10.0
 _GROWTH_PER_PANEL = 2.0
+_LARGEST_EXPONENT = 700.0
 
 
 class ShellAverageGradient(NamedTuple):
@@ -102,59 +103,71 @@ def _integrate(
     """Return ln of the averages, the nodes ln λ, ln of their shares, and broadcast p and κ."""
     edges = check_edges(edges)
     slope, cutoff, exponent = _check_parameters(b, kappa, power)
-    log_lo, length = np.log(edges[:-1]), np.log(edges[1:] / edges[:-1])
-    with np.errstate(over="ignore"):
-        scale = cutoff * np.exp(exponent * log_lo)  # κ lo^p
-    base = (1.0 - slope) * log_lo - scale
-    finite = np.isfinite(base)
+    rise, log_edges = 1.0 - slope, np.log(edges)
+    peak, scale = _peak(rise, cutoff, exponent, log_edges)
+    finite = np.isfinite(scale)
+    base = np.where(finite, rise * peak - scale, -np.inf)
     scale = np.where(finite, scale, 0.0)
-    start, stop, n_panels = _effective_range(1.0 - slope, scale, exponent, length)
+    # Measured from the peak, so that nothing large cancels; widths come from the edges themselves.
+    length = np.log(edges[1:] / edges[:-1])
+    below, above = peak - log_edges[:-1], log_edges[1:] - peak
+    below = np.where(above == 0.0, length, below)
+    above = np.where(below == 0.0, length, above)
+    start, stop, n_panels = _effective_range(rise, scale, exponent, below, above)
     offsets = (np.arange(n_panels)[:, None] + 0.5 * (_NODES + 1.0)).ravel() / n_panels
     nodes = start[..., None] + (stop - start)[..., None] * offsets
-    slope, scale, exponent = (values[..., None] for values in (slope, scale, exponent))
-    with np.errstate(over="ignore"):
-        log_terms = (1.0 - slope) * nodes - scale * np.expm1(exponent * nodes)
+    rise, scale, exponent = (values[..., None] for values in (rise, scale, exponent))
+    log_terms = rise * nodes - scale * _expm1(exponent * nodes)
     log_terms = log_terms + np.log(np.tile(_WEIGHTS, n_panels))
-    peak = log_terms.max(axis=-1, keepdims=True)
-    log_sum = np.log(np.exp(log_terms - peak).sum(axis=-1)) + peak[..., 0]
+    log_sum = np.log(np.exp(log_terms).sum(axis=-1))
     log_integral = base + log_sum + np.log((stop - start) / (2.0 * n_panels))
-    value = np.where(finite, log_integral - np.log(np.diff(edges)), -np.inf)
+    value = log_integral - np.log(np.diff(edges))
     log_shares = log_terms - log_sum[..., None]
-    return value, nodes + log_lo[:, None], log_shares, exponent, cutoff[..., None]
+    return value, nodes + peak[..., None], log_shares, exponent, cutoff[..., None]
+
+
+def _peak(
+    rise: Floats, cutoff: Floats, exponent: Floats, log_edges: Floats
+) -> tuple[Floats, Floats]:
+    """Return where in each shell rise·x − κ e^(p x) peaks, as ln λ, and κλ^p there."""
+    lo, hi = log_edges[:-1], log_edges[1:]
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+        falling = rise - cutoff * exponent * np.exp(exponent * lo) <= 0.0
+        rising = rise - cutoff * exponent * np.exp(exponent * hi) >= 0.0
+        inside = np.clip(np.nan_to_num(np.log(rise / (cutoff * exponent)) / exponent), lo, hi)
+        peak = np.where(falling, lo, np.where(rising, hi, inside))
+        return peak, cutoff * np.exp(exponent * peak)
 
 
 def _effective_range(
-    rise: Floats, scale: Floats, exponent: Floats, length: Floats
+    rise: Floats, scale: Floats, exponent: Floats, below: Floats, above: Floats
 ) -> tuple[Floats, Floats, int]:
-    """Return where in [0, length] the integrand exp(rise·u − scale·e^(p u)) matters, and panels.
+    """Return how far from the peak the integrand matters, down and up, and how many panels.
 
-    With y = p (u − peak), ln of the integrand falls from its peak by a linear part plus
+    With y = p·(ln λ − peak), ln of the integrand falls from its peak by a linear part plus
     z (e^y − 1 − y), z = κλ^p at the peak. Either part alone bounds how far the range extends;
     e^y − 1 − y = k is solved within the bounds y ≤ ln(1 + k + √2k) and −y ≤ k + √2k.
     """
+    gradient = np.abs(rise - scale * exponent)
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
-        peak = np.log(rise / (scale * exponent)) / exponent
-        falling = rise - scale * exponent <= 0.0
-        rising = rise - scale * exponent * np.exp(exponent * length) >= 0.0
-        inside = np.clip(np.nan_to_num(peak), 0.0, length)
-        peak = np.where(falling, 0.0, np.where(rising, length, inside))
-        at_peak = scale * np.exp(exponent * peak)
-        gradient = np.abs(rise - at_peak * exponent)
         linear = _DROP / gradient
-        excess = _DROP / at_peak
+        excess = _DROP / scale
         growing = np.log1p(excess + np.sqrt(2.0 * excess)) / np.abs(exponent)
         shrinking = (excess + np.sqrt(2.0 * excess)) / np.abs(exponent)
     upwards = np.fmin(linear, np.where(exponent > 0.0, growing, shrinking))
     downwards = np.fmin(linear, np.where(exponent > 0.0, shrinking, growing))
-    start = np.maximum(peak - np.fmin(downwards, length), 0.0)
-    stop = np.minimum(peak + np.fmin(upwards, length), length)
+    start, stop = -np.fmin(downwards, below), np.fmin(upwards, above)
     panels = 1.0
     for end in (start, stop):
-        reach = exponent * (end - peak)
-        drop = gradient * np.abs(end - peak) + at_peak * (np.expm1(reach) - reach)
+        drop = gradient * np.abs(end) + scale * (_expm1(exponent * end) - exponent * end)
         panels = max(panels, float(drop.max()) / _DROP_PER_PANEL)
     growth = float((np.abs(exponent) * (stop - start)).max()) / _GROWTH_PER_PANEL
     return start, stop, int(np.ceil(max(panels, growth)))
+
+
+def _expm1(values: Floats) -> Floats:
+    # Only without a cutoff can the argument be this large, and then the result is multiplied by 0.
+    return np.expm1(np.minimum(values, _LARGEST_EXPONENT))
 
 
 def check_edges(edges: ArrayLike) -> Floats:

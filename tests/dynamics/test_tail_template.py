@@ -77,6 +77,13 @@ def test_large_cutoffs_underflow_but_keep_their_logarithm():
     assert log_shell_average([10.0, 20.0], 1.0, 1.0, 400.0)[0] == -math.inf
 
 
+def test_the_widest_window_does_not_overflow():
+    average = log_shell_average([1e-300, 1e300], 1.0, [0.0, 1e-290], 1.0)[:, 0]
+    late = -np.euler_gamma + math.log(1e290) + 300.0 * math.log(10.0)
+    expected = np.log([600.0 * math.log(10.0), late]) - 300.0 * math.log(10.0)
+    np.testing.assert_allclose(average, expected, rtol=1e-14)
+
+
 def test_wide_windows_with_a_late_cutoff():
     """The integrand is flat in ln λ over thirty decades and then falls off a cliff."""
     lo, hi, kappa = 1e-30, 1e6, 1e-3
