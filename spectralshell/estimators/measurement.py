@@ -13,10 +13,15 @@ from tqdm.auto import tqdm
 
 from spectralshell.estimators.snapshot_digest import configuration_digest, snapshot_digest
 from spectralshell.estimators.solver_choice import choose_solver
-from spectralshell.krylov import CumulativeBounds, eigenmeasure, gauss, lanczos
+from spectralshell.krylov import (
+    CumulativeBounds,
+    eigenmeasure,
+    gauss,
+    lanczos,
+    residual_norms,
+)
 from spectralshell.operators import KernelOperator, build_kernel
-from spectralshell.shells import SpectralMeasure
-from spectralshell.shells.resolution import resolution_floor
+from spectralshell.shells import SpectralMeasure, noise_floor, quadrature_floor
 from spectralshell.snapshots import Snapshot
 
 _NO_ERROR = "zero error"
@@ -159,6 +164,10 @@ def _solve_lanczos(kernel: KernelOperator, n_steps: int) -> SpectralMeasure:
     bounds = CumulativeBounds.from_lanczos(
         result.alpha, result.beta, result.beta_last, total, noise, result.exhausted
     )
+    lambda_max = _largest_rate(nodes)
+    floor = noise_floor(noise, lambda_max, n=1)
+    if not result.exhausted:
+        floor = quadrature_floor(bounds, total, lambda_max, floor)
     return _measure(
         kernel,
         solver="lanczos",
@@ -166,46 +175,48 @@ def _solve_lanczos(kernel: KernelOperator, n_steps: int) -> SpectralMeasure:
         weights=total * shares,
         total=total,
         noise=noise,
+        floor=floor,
         bounds=bounds,
-        residual_norms=abs(result.beta_last * last),
-        status=result.status,
+        residual_norms=residual_norms(last, result.beta_last),
+        status=_NO_ERROR if total == 0.0 else result.status,
     )
 
 
 def _solve_exact(kernel: KernelOperator, n_steps: int) -> SpectralMeasure:
     del n_steps  # the whole spectrum, whatever the number of steps
     spectrum = eigenmeasure(kernel.to_dense(), kernel.residual_vector, kernel.noise)
-    nodes, weights = spectrum.eigenvalues, spectrum.energies
-    noise = kernel.noise * float(max(abs(nodes[-1]), abs(nodes[0])))
+    nodes = spectrum.eigenvalues
     return _measure(
         kernel,
         solver="exact",
         nodes=nodes,
-        weights=weights,
-        total=float(weights.sum()),
-        noise=noise,
-        bounds=CumulativeBounds.from_spectrum(nodes, weights, noise),
+        weights=spectrum.energies,
+        total=float(spectrum.energies.sum()),
+        noise=spectrum.noise,
+        floor=noise_floor(spectrum.noise, _largest_rate(nodes), n=nodes.size),
+        bounds=spectrum.bounds(),
         residual_norms=None,
-        status="ok",
+        status=_NO_ERROR if spectrum.mass == 0.0 else spectrum.status,
     )
 
 
 def _measure(kernel: KernelOperator, *, status: str, **fields: Any) -> SpectralMeasure:
-    nodes, total, noise = fields["nodes"], fields["total"], fields["noise"]
-    lambda_max = max(float(nodes[-1]), 0.0) if nodes.size else 0.0
-    phrases = [kernel.status, status, _NO_ERROR if total == 0.0 else "ok"]
+    phrases = [phrase for phrase in (kernel.status, status) if phrase != "ok"]
     return SpectralMeasure(
-        lambda_max=lambda_max,
-        floor=resolution_floor(fields["bounds"], total, lambda_max, noise),
+        lambda_max=_largest_rate(fields["nodes"]),
         rung=kernel.rung,
         n_matvecs=kernel.n_matvecs,
         n_probes=kernel.n_probes,
         n_outputs=kernel.n,
         n_rows=kernel.n_rows,
         dynamics_exact=kernel.dynamics_exact,
-        status="; ".join(p for p in dict.fromkeys(phrases) if p != "ok") or "ok",
+        status="; ".join(phrases) or "ok",
         **fields,
     )
+
+
+def _largest_rate(nodes: np.ndarray) -> float:
+    return max(float(nodes[-1]), 0.0) if nodes.size else 0.0
 
 
 def _computed(

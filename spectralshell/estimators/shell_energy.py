@@ -368,7 +368,7 @@ class ShellEnergyEstimator(CallbackSupportMixin, TransformerMixin, BaseEstimator
         shells = energies.drop(["null", "unresolved"]).to_numpy()
         peak = int(shells.argmax())
         hidden = energies["unresolved"] > _HIDDEN_SHARE * shells[peak]
-        if peak < _SHELLS_NEAR_FLOOR < len(shells) and hidden:
+        if peak < _SHELLS_NEAR_FLOOR and hidden:
             warnings.warn(
                 f"The energy per shell is largest {self._partition.names[peak]}, next to the "
                 f"resolution floor {self.resolution_floor_:.3g}, and energy lies unresolved "

@@ -222,6 +222,33 @@ class CumulativeBounds:
         lower = np.minimum(np.maximum(lower, 0.0), upper)
         return lower[inverse].reshape(wanted.shape), upper[inverse].reshape(wanted.shape)
 
+    def unwidened(self, edges: ArrayLike) -> tuple[Array, Array]:
+        """Bounds of the energy of the computed operator M̃ strictly below each edge.
+
+        They hold for M itself in exact arithmetic only. Their middle is the estimate of the
+        energy, since it does not move with the allowance for rounding, and their distance is what
+        the number of steps has left open.
+
+        Parameters
+        ----------
+        edges : array-like of shape (p,)
+            Finite edges in the operator's unit.
+
+        Returns
+        -------
+        lower, upper : ndarrays of shape (p,)
+            0 <= lower <= upper <= mass.
+
+        Examples
+        --------
+        >>> bounds = CumulativeBounds.from_lanczos([2.0], [], 0.5, 1.0, 1e-3, False)
+        >>> [(float(a), float(b)) for a, b in zip(*bounds.unwidened([1.0, 3.0]))]
+        [(0.0, 0.2), (0.8, 1.0)]
+        """
+        below, at, _, _ = self.quadrature_at(np.asarray(edges, dtype=np.float64))
+        lower = np.clip(self.mass * below, 0.0, self.mass)
+        return lower, np.clip(self.mass * (below + at), lower, self.mass)
+
     def quadrature_at(self, points: ArrayLike) -> tuple[Array, Array, Array, Array]:
         """Shares of the computed operator's energy, without widening for rounding.
 

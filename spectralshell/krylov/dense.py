@@ -27,9 +27,10 @@ class DenseSpectrum:
     mass : float
         ½‖e‖².
     noise : float
-        Norm bound of the matrix's rounding error, absolute, as given.
+        Norm bound of the matrix's rounding error, absolute.
     asymmetry : float
-        Frobenius norm of the antisymmetric part that symmetrising removed, absolute.
+        Root mean square norm of a column of the antisymmetric part that symmetrising removed,
+        absolute; rounding errors of products show in it.
     status : str
         ``"ok"``, or that the asymmetry exceeds the noise.
     """
@@ -60,7 +61,7 @@ def eigenmeasure(
     start : Tensor of shape (n,)
         The vector e, on the same device; zero is allowed.
     noise : float
-        Norm bound of the matrix's rounding error, in the matrix's unit.
+        Norm bound of the matrix's rounding error, relative to its norm.
     vectors : bool, default=False
         Whether to keep the eigenvectors.
 
@@ -91,16 +92,17 @@ def eigenmeasure(
     half = 0.5 * (square - square.T)
     values, columns = torch.linalg.eigh(square - half)
     energies = 0.5 * (columns.T @ vector) ** 2
-    asymmetry = float(torch.linalg.matrix_norm(half))
+    absolute = noise * float(values.abs().max())
+    asymmetry = float(torch.linalg.matrix_norm(half)) / len(values) ** 0.5
     status = "ok"
-    if asymmetry > noise:
-        status = f"asymmetry {asymmetry:.1e} above the noise {noise:.1e}"
+    if asymmetry > absolute:
+        status = f"asymmetry {asymmetry:.1e} above the noise {absolute:.1e}"
     return DenseSpectrum(
         eigenvalues=values.cpu().numpy(),
         energies=energies.cpu().numpy(),
         vectors=columns if vectors else None,
         mass=0.5 * float(vector @ vector),
-        noise=noise,
+        noise=absolute,
         asymmetry=asymmetry,
         status=status,
     )

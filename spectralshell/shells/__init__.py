@@ -15,6 +15,7 @@ from spectralshell.shells.partition import (
     parse_shell_name,
     shell_name,
 )
+from spectralshell.shells.resolution import noise_floor, quadrature_floor
 
 __all__ = [
     "ShellPartition",
@@ -23,7 +24,9 @@ __all__ = [
     "edges_from_names",
     "energy_frame",
     "mean_measure",
+    "noise_floor",
     "parse_shell_name",
+    "quadrature_floor",
     "read_frame",
     "shell_frame",
     "shell_name",

@@ -26,6 +26,9 @@ class EnergyBounds(Protocol):
     def at(self, edges: Floats, /) -> tuple[Floats, Floats]:
         """Return (lower, upper), each of the shape of ``edges``."""
 
+    def unwidened(self, edges: Floats, /) -> tuple[Floats, Floats]:
+        """Return (lower, upper) before any allowance for rounding; their middle estimates."""
+
 
 @dataclass(frozen=True, eq=False)
 class SpectralMeasure:
@@ -75,9 +78,9 @@ class SpectralMeasure:
     Notes
     -----
     A measure is *counted* if it is exact or has no bounds: energies are sums of weights, and nodes
-    below ``noise`` are null. Otherwise the energy below an edge is the middle of its bounds, and
-    shell energies are the differences of these. The bounds are first made monotone in λ, which
-    only tightens them, so energies are never negative and lie within their bounds.
+    below ``noise`` are null. Otherwise the energy below an edge is the middle of its bounds before
+    their widening for rounding, kept within the widened ones, and shell energies are the
+    differences of these. All are made monotone in λ, so energies are never negative.
 
     Examples
     --------
@@ -168,8 +171,7 @@ class SpectralMeasure:
         if self.counted:
             return self._counted_cumulative(checked)
         lower, upper = self._monotone_bounds(checked)
-        mid = 0.5 * (lower + upper)
-        return lower, mid, upper
+        return lower, np.clip(self._estimate(checked), lower, upper), upper
 
     def energies(self, edges: ArrayLike) -> Floats:
         """Return ``null`` and the shell energies E_α.
@@ -264,6 +266,12 @@ class SpectralMeasure:
         lower = np.maximum.accumulate(np.clip(lower, 0.0, self.total))
         upper = np.minimum.accumulate(np.clip(upper, 0.0, self.total)[::-1])[::-1]
         return np.minimum(lower, upper), np.maximum(lower, upper)
+
+    def _estimate(self, edges: Floats) -> Floats:
+        if self.bounds is None:
+            raise TypeError("bounds is None, expected an object with unwidened(edges).")
+        lower, upper = self.bounds.unwidened(edges)
+        return np.maximum.accumulate(0.5 * (lower + upper))
 
     def _bins(self, edges: Floats) -> NDArray[np.intp]:
         bins = np.minimum(np.searchsorted(edges, self.nodes, side="right"), edges.size - 1)

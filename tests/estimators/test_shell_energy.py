@@ -153,15 +153,31 @@ def test_score_is_a_likelihood(measured_trajectory):
         assert mass == pytest.approx(1.0, rel=1e-12)
 
 
-def test_a_flat_profile_warns_before_anyone_calls_it_unimodal():
-    """Energies flat in ln λ down to 1e-8 λ_max: Lanczos with 15 steps cannot see the shape."""
+def flat_profile():
+    """Energies flat in ln λ from 1e-8 λ_max to λ_max: nothing has a peak."""
     n = 200
     scale = torch.logspace(-4, 0, n, dtype=torch.float64)
     model = torch.nn.Linear(n, 1, bias=False, dtype=torch.float64)
     torch.nn.init.zeros_(model.weight)
-    X = [(model, torch.diag(scale) * n**0.5, torch.ones(n, 1, dtype=torch.float64))]
+    return [(model, torch.diag(scale) * n**0.5, torch.ones(n, 1, dtype=torch.float64))]
+
+
+def test_a_flat_profile_warns_before_anyone_calls_it_unimodal():
     with pytest.warns(ResolutionWarning, match="do not call the profile unimodal"):
-        ShellEnergyEstimator(solver="lanczos", n_steps=15).fit(X)
+        ShellEnergyEstimator(solver="lanczos", n_steps=15).fit(flat_profile())
+
+
+@pytest.mark.parametrize("n_steps", [20, 40])
+def test_floor_of_a_smooth_measure_falls_as_the_square_of_the_steps(n_steps):
+    """Above it a flat profile is flat; the known range of the constant is 10 to 80."""
+    estimator = ShellEnergyEstimator(solver="lanczos", n_steps=n_steps)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ResolutionWarning)
+        energies = estimator.fit_transform(flat_profile()).iloc[0, 1:-1]
+    constant = estimator.resolution_floor_ * n_steps**2 / estimator.lambda_max_
+    assert 10 < constant < 80
+    # Seven or eight of the 200 modes fall into an octave.
+    np.testing.assert_allclose(energies, energies.mean(), rtol=0.15)
 
 
 def test_zero_error_gives_zero_energies_and_a_status():

@@ -32,8 +32,8 @@ def test_asymmetry_is_removed_and_reported():
     matrix = torch.tensor([[1.0, 0.5], [0.0, 1.0]])
     spectrum = eigenmeasure(matrix, torch.ones(2), 1e-6)
     np.testing.assert_allclose(spectrum.eigenvalues, [0.75, 1.25])
-    assert spectrum.asymmetry == pytest.approx(0.25 * np.sqrt(2))
-    assert spectrum.status.startswith("asymmetry 3.5e-01")
+    assert spectrum.asymmetry == pytest.approx(0.25)  # per column
+    assert spectrum.status.startswith("asymmetry 2.5e-01")
     assert spectrum.vectors is None
 
 

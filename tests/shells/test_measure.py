@@ -31,6 +31,9 @@ class WobblyBounds:
         slack = self.width * self.weights.sum()
         return below - slack * rng.random(below.size), below + slack * rng.random(below.size)
 
+    def unwidened(self, edges):
+        return self.at(edges)
+
 
 def measure_of(nodes, weights, **changes):
     nodes, weights = np.asarray(nodes, float), np.asarray(weights, float)
