@@ -109,7 +109,9 @@ def _integrate(
     base = np.where(finite, rise * peak - scale, -np.inf)
     scale = np.where(finite, scale, 0.0)
     # Measured from the peak, so that nothing large cancels; widths come from the edges themselves.
-    length = np.log(edges[1:] / edges[:-1])
+    with np.errstate(over="ignore"):
+        ratio = edges[1:] / edges[:-1]
+    length = np.where(np.isfinite(ratio), np.log(ratio), np.diff(log_edges))
     below, above = peak - log_edges[:-1], log_edges[1:] - peak
     below = np.where(above == 0.0, length, below)
     above = np.where(below == 0.0, length, above)
@@ -117,7 +119,7 @@ def _integrate(
     offsets = (np.arange(n_panels)[:, None] + 0.5 * (_NODES + 1.0)).ravel() / n_panels
     nodes = start[..., None] + (stop - start)[..., None] * offsets
     rise, scale, exponent = (values[..., None] for values in (rise, scale, exponent))
-    log_terms = rise * nodes - scale * _expm1(exponent * nodes)
+    log_terms = rise * nodes - _cutoff_growth(scale, exponent * nodes)
     log_terms = log_terms + np.log(np.tile(_WEIGHTS, n_panels))
     log_sum = np.log(np.exp(log_terms).sum(axis=-1))
     log_integral = base + log_sum + np.log((stop - start) / (2.0 * n_panels))
@@ -159,15 +161,22 @@ def _effective_range(
     start, stop = -np.fmin(downwards, below), np.fmin(upwards, above)
     panels = 1.0
     for end in (start, stop):
-        drop = gradient * np.abs(end) + scale * (_expm1(exponent * end) - exponent * end)
+        drop = (
+            gradient * np.abs(end) + _cutoff_growth(scale, exponent * end) - scale * exponent * end
+        )
         panels = max(panels, float(drop.max()) / _DROP_PER_PANEL)
     growth = float((np.abs(exponent) * (stop - start)).max()) / _GROWTH_PER_PANEL
     return start, stop, int(np.ceil(max(panels, growth)))
 
 
-def _expm1(values: Floats) -> Floats:
-    # Only without a cutoff can the argument be this large, and then the result is multiplied by 0.
-    return np.expm1(np.minimum(values, _LARGEST_EXPONENT))
+def _cutoff_growth(scale: Floats, reach: Floats) -> Floats:
+    """Return z (e^y − 1); for a tiny z, e^y alone may overflow."""
+    if float(reach.max()) < _LARGEST_EXPONENT:
+        return scale * np.expm1(reach)
+    with np.errstate(divide="ignore"):
+        logarithm = np.minimum(np.log(scale) + reach, _LARGEST_EXPONENT)
+    growth = scale * np.expm1(np.minimum(reach, _LARGEST_EXPONENT))
+    return np.where(reach < _LARGEST_EXPONENT, growth, np.exp(logarithm))
 
 
 def check_edges(edges: ArrayLike) -> Floats:
