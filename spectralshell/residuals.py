@@ -265,14 +265,16 @@ def _label_rows(outputs: Tensor, targets: Targets) -> Tensor:
 
 
 def _one_hot(rows: Tensor, targets: Targets) -> Tensor:
-    return torch.zeros_like(rows).scatter(1, targets.values.unsqueeze(1), 1.0)
+    hot: Tensor = torch.zeros_like(rows).scatter(1, targets.values.unsqueeze(1), 1.0)
+    return hot
 
 
 def _mse_error(outputs: Tensor, targets: Targets) -> Tensor:
     if targets.is_labels:
         rows = _label_rows(outputs, targets)
         return _one_hot(rows, targets) - rows
-    return targets.values.to(outputs.dtype) - outputs
+    values: Tensor = targets.values.to(outputs.dtype)
+    return values - outputs
 
 
 def _mse_values(outputs: Tensor, targets: Targets) -> Tensor:
@@ -290,7 +292,8 @@ def _probabilities(outputs: Tensor, targets: Targets) -> Tensor:
 
 def _negative_log_likelihood(outputs: Tensor, targets: Targets) -> Tensor:
     log_p: Tensor = _label_rows(outputs, targets).log_softmax(-1)
-    return -log_p.gather(1, targets.values.unsqueeze(1)).squeeze(1)
+    picked: Tensor = log_p.gather(1, targets.values.unsqueeze(1)).squeeze(1)
+    return -picked
 
 
 def _call_residual(

@@ -10,7 +10,12 @@ from torch import Tensor
 
 from spectralshell.operators.kernel_operator import KernelOperator, Part
 from spectralshell.operators.ladder import Climb, DifferentiationError, climb, is_out_of_memory
-from spectralshell.operators.linearizations import VectorFunction
+from spectralshell.operators.linearizations import (
+    DoubleReverse,
+    ForwardMode,
+    Streamed,
+    VectorFunction,
+)
 from spectralshell.operators.model_function import (
     ModelFunction,
     cast,
@@ -164,16 +169,17 @@ def _assemble(
     pieces = [take_samples(inputs, slice(*bound), n_samples) for bound in bounds]
     with function.guard():
         if size is not None:
-            check_independent_samples(function, inputs, n_samples)
+            check_independent_samples(function, inputs, n_samples, size)
         outputs, flops = evaluate(function, pieces)
         targets = residual.prepare(snapshot.targets, outputs)
         error, values = _error_and_values(residual, outputs, targets)
-        local = targets.to(function.device, function.dtype)
         rows_per_sample = outputs.shape[1:-1].numel()
-        chunks = [
-            (piece, local.samples(start, stop, n_samples, rows_per_sample), outputs[start:stop])
-            for piece, (start, stop) in zip(pieces, bounds, strict=True)
-        ]
+        chunks = []
+        for piece, (start, stop) in zip(pieces, bounds, strict=True):
+            # Taken before the move to the device, which may hold no values to select by.
+            part = targets.samples(start, stop, n_samples, rows_per_sample)
+            part = part.to(function.device, function.dtype)
+            chunks.append((piece, part, outputs[start:stop]))
 
         def finish() -> KernelOperator:
             parts, steps = _differentiate(function, residual, chunks, draw, size, rungs)
@@ -184,7 +190,7 @@ def _assemble(
             kernel.chunk_size = size
             kernel.forward_flops = max(flops, 2.0 * n_samples * function.n_parameters)
             kernel.reads_model = backward_reads_model(kernel, function, draw)
-            measure_noise(kernel, draw)
+            measure_noise(kernel, draw, lambda: _in_double(kernel, function, residual, chunks))
             return kernel
 
         return function.installed(None, finish)
@@ -226,6 +232,33 @@ def _differentiate(
         parts.append(Part(slice(first, first + n_entries), step.linearization))
         first += n_entries
     return parts, steps
+
+
+def _in_double(
+    kernel: KernelOperator,
+    function: ModelFunction,
+    residual: Residual,
+    chunks: list[tuple[Any, Targets, Tensor]],
+) -> KernelOperator:
+    exact = function.in_double()
+    # Tracing a tangent map would cost more than the two products it is used for.
+    rung = ForwardMode if kernel.rung.startswith("jvp") else DoubleReverse
+    parts = []
+    labelled = [chunk for chunk in chunks if residual.jacobian_of(chunk[2], chunk[1]).numel()]
+    for part, (inputs, targets, _) in zip(kernel.parts, labelled, strict=True):
+        fine = map_tensors(lambda t: cast(t, exact.device, exact.dtype), inputs)
+        vector = _vector_function(exact, residual, fine, targets.to(exact.device, exact.dtype))
+        linearization = (
+            rung(vector, exact.parameters)
+            if kernel.chunk_size is None
+            else Streamed(rung, vector, exact.parameters)
+        )
+        parts.append(Part(part.entries, linearization))
+    reference = KernelOperator(
+        exact, parts, residual, kernel.n_rows, kernel.residual_vector, kernel.residual_vector
+    )
+    reference.reads_model = kernel.reads_model
+    return reference
 
 
 def _vector_function(

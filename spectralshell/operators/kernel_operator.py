@@ -74,11 +74,11 @@ class KernelOperator:
         values: Tensor,
     ) -> None:
         self._function = function
-        self._parts = parts
+        self.parts = parts
         self._residual = residual
         self._values = values
         self.reads_model = False
-        self._blocks_work: bool | None = None
+        self.blocks_work: bool | None = None
         self.residual_vector = residual_vector
         self.n = int(residual_vector.numel())
         self.n_rows = n_rows
@@ -172,7 +172,7 @@ class KernelOperator:
 
     def close(self) -> None:
         """Free the recorded graphs; products are errors afterwards."""
-        self._parts = []
+        self.parts = []
 
     def __enter__(self) -> KernelOperator:
         return self
@@ -198,14 +198,14 @@ class KernelOperator:
     def pull(self, vector: Tensor) -> Parameters:
         """Return Jᵀv in the working dtype; where the model is called, inside its guard."""
         total: Parameters | None = None
-        for part in self._parts:
+        for part in self.parts:
             pulled = part.linearization.pull(vector[part.entries])
             total = pulled if total is None else _added(total, pulled)
         return total or ()
 
     def push(self, tangents: Parameters) -> Tensor:
         """Return J t in the working dtype; where the model is called, inside its guard."""
-        pushed = [part.linearization.push(tangents) for part in self._parts]
+        pushed = [part.linearization.push(tangents) for part in self.parts]
         return pushed[0] if len(pushed) == 1 else torch.cat(pushed)
 
     def _apply_blockwise(self, columns: Tensor) -> Tensor:
@@ -223,18 +223,18 @@ class KernelOperator:
 
     def _apply_block(self, columns: Tensor) -> Tensor:
         total: Parameters | None = None
-        for part in self._parts:
+        for part in self.parts:
             pulled = part.linearization.pull_block(columns[:, part.entries])
             total = pulled if total is None else _added(total, pulled)
-        pushed = [part.linearization.push_block(total or ()) for part in self._parts]
+        pushed = [part.linearization.push_block(total or ()) for part in self.parts]
         return torch.cat(pushed, dim=1)
 
     def _can_use_blocks(self, columns: Tensor) -> bool:
-        if self._blocks_work is None:
-            part = self._parts[0]
-            self._blocks_work = blocks_agree(part.linearization, columns[:2, part.entries])
+        if self.blocks_work is None:
+            part = self.parts[0]
+            self.blocks_work = blocks_agree(part.linearization, columns[:2, part.entries])
             self.n_probes += 2
-        return self._blocks_work
+        return self.blocks_work
 
     def _block_size(self) -> int:
         per_column = (self.n_parameters + self.n) * self.dtype.itemsize
@@ -242,7 +242,7 @@ class KernelOperator:
 
     def _run(self, thunk: Callable[[], Any]) -> Any:
         with torch.inference_mode(False):
-            calls_model = any(part.linearization.calls_model for part in self._parts)
+            calls_model = any(part.linearization.calls_model for part in self.parts)
             if not (calls_model or self.reads_model):
                 return thunk()
             with self._function.guard():
@@ -263,7 +263,7 @@ class KernelOperator:
             )
 
     def _check_open(self) -> None:
-        if not self._parts:
+        if not self.parts:
             raise ValueError("this KernelOperator was closed; build it again.")
 
 

@@ -74,6 +74,12 @@ class ModelFunction:
         """Number of selected scalars, tied ones once."""
         return sum(parameter.numel() for parameter in self.parameters)
 
+    def in_double(self) -> ModelFunction:
+        """Return the same function at the same point, computed in float64."""
+        state = {name.removeprefix("model."): value for name, value in self._constants.items()}
+        state.update(zip(self.names, self.parameters, strict=True))
+        return ModelFunction(self.model, state, self.names, self.device, torch.float64)
+
     def guard(self) -> AbstractContextManager[None]:
         """Return the context in which the model may be called."""
         return guarded(self.model, self.device)

@@ -100,12 +100,15 @@ def evaluate(function: ModelFunction, parts: list[Any]) -> tuple[Tensor, float]:
     return outputs, flops
 
 
-def check_independent_samples(function: ModelFunction, inputs: Any, n_samples: int) -> None:
+def check_independent_samples(
+    function: ModelFunction, inputs: Any, n_samples: int, chunk_size: int
+) -> None:
     """Raise ValueError if the outputs of a sample depend on the other samples of its batch.
 
-    A few samples spread over the batch are evaluated together and in two halves.
+    A few samples spread over the batch, a chunk at most (but two), are evaluated together and in
+    two halves.
     """
-    size = min(_MAX_PROBED_SAMPLES, n_samples)
+    size = min(_MAX_PROBED_SAMPLES, n_samples, max(2, chunk_size))
     if size < 2:
         return
     picked = torch.linspace(0, n_samples - 1, size).round().long().tolist()

@@ -245,10 +245,99 @@ def test_operands_of_another_length_are_named():
 
 
 @dtypes
-def test_noise_is_at_least_the_floor_and_covers_the_products(dtype):
-    snapshot = make_snapshot(CASES_BY_NAME["layernorm mlp"], dtype=dtype)
-    reference = dense_reference(snapshot.model, snapshot.inputs, snapshot.targets, "mse")["kernel"]
-    kernel = build_kernel(snapshot)
+@pytest.mark.parametrize("kind", ["mse", "callable"])
+@pytest.mark.parametrize("name", ["layernorm mlp", "custom function", "gpt-neox", "residual cnn"])
+def test_noise_covers_the_error_of_the_products(name, kind, dtype):
+    snapshot = make_snapshot(CASES_BY_NAME[name], kind, dtype)
+    reference = dense_reference(snapshot.model, snapshot.inputs, snapshot.targets, kind)["kernel"]
+    kernel = assemble_kernel(snapshot, residual=RESIDUALS[kind], rungs=["double-vjp"])
     assert kernel.noise >= {torch.float64: 4e-15, torch.float32: 6e-7}[dtype]
     error = torch.linalg.matrix_norm(kernel.to_dense() - reference, 2)
     assert float(error / torch.linalg.matrix_norm(reference, 2)) <= kernel.noise
+
+
+def test_noise_grows_with_the_rounding_of_the_model():
+    class Rapid(torch.nn.Linear):
+        def forward(self, x):
+            return torch.sin(300.0 * super().forward(x))  # the phase loses three digits
+
+    x = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        snapshot = Snapshot(Rapid(4, 2), x, torch.zeros(6, 2))
+    coarse, fine = (build_kernel(snapshot, dtype=dtype) for dtype in ("float32", "float64"))
+    error = torch.linalg.matrix_norm(coarse.to_dense() - fine.to_dense(), 2)
+    relative_error = float(error / torch.linalg.matrix_norm(fine.to_dense(), 2))
+    assert 6e-6 < relative_error <= coarse.noise
+
+
+class Greedy(torch.nn.Linear):
+    """Has memory for two samples."""
+
+    def forward(self, x):
+        if len(x) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return super().forward(x)
+
+
+def test_chunks_take_over_when_memory_runs_out():
+    x = torch.randn(9, 4, generator=torch.Generator().manual_seed(0)).double()
+    model = Greedy(4, 2, dtype=torch.float64)
+    kernel = build_kernel(Snapshot(model, x, torch.zeros(9, 2)))
+    assert kernel.chunk_size == 2
+    assert kernel.status == "memory ran out: computed in chunks of 2 samples"
+    gram = (x @ x.T + 1) / 9
+    expected = torch.kron(gram, torch.eye(2, dtype=torch.float64))
+    assert relative(kernel.to_dense(), expected) < TOLERANCE[torch.float64]
+
+
+def test_no_memory_for_one_sample_is_an_error():
+    class Hungry(torch.nn.Linear):
+        def forward(self, x):
+            raise RuntimeError("[enforce fail] not enough memory: you tried to allocate")
+
+    with pytest.raises(MemoryError, match="a single sample"):
+        build_kernel(Snapshot(Hungry(4, 2), torch.ones(3, 4), torch.zeros(3, 2)))
+
+
+def test_blocks_fall_back_on_a_loop_where_vmap_has_no_rule():
+    class Looped(torch.autograd.Function):
+        """Twice differentiable, but opaque to vmap."""
+
+        @staticmethod
+        def forward(ctx, x):
+            ctx.save_for_backward(x)
+            return x.square()
+
+        @staticmethod
+        def backward(ctx, grad):
+            (x,) = ctx.saved_tensors
+            if grad.sum().item() is None:  # looks at a value, which vmap forbids
+                return None
+            return 2 * x * grad
+
+    class Squares(torch.nn.Linear):
+        def forward(self, x):
+            return Looped.apply(super().forward(x))
+
+    x = torch.randn(4, 3, generator=torch.Generator().manual_seed(0)).double()
+    snapshot = Snapshot(Squares(3, 2, dtype=torch.float64), x, torch.zeros(4, 2))
+    reference = dense_reference(snapshot.model, x, snapshot.targets, "mse")["kernel"]
+    kernel = build_kernel(snapshot)
+    assert relative(kernel.to_dense(), reference) < TOLERANCE[torch.float64]
+    assert kernel.blocks_work is False
+
+
+def test_zero_error_and_zero_kernel_are_ordinary():
+    model = torch.nn.Linear(3, 2, bias=False)
+    kernel = build_kernel(Snapshot(model, torch.zeros(4, 3), torch.zeros(4, 2)))
+    assert float(kernel.residual_vector.norm()) == 0.0
+    assert float(kernel.to_dense().abs().max()) == 0.0
+
+
+def test_probes_are_counted_apart_and_builds_are_deterministic():
+    first, second = (build_kernel(make_snapshot(CASES_BY_NAME["mlp"])) for _ in range(2))
+    assert (first.n_matvecs, first.n_probes) == (0, 6)
+    assert first.forward_flops == second.forward_flops > 0
+    assert torch.equal(first.to_dense(), second.to_dense())
+    assert first.n_matvecs == first.n
