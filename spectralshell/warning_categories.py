@@ -7,11 +7,3 @@ class ResolutionWarning(UserWarning):
 
 class DynamicsWarning(UserWarning):
     """A quantity needs the relation ė = −M e, which this residual does not have."""
-
-
-class DifferentiationWarning(UserWarning):
-    """A way to differentiate the model was refused or replaced by a slower one."""
-
-
-class IdentifiabilityWarning(UserWarning):
-    """A fitted parameter is not determined by the data it was fitted to."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import astuple
+from dataclasses import fields
 from typing import Any
 
 import cloudpickle
@@ -59,7 +59,8 @@ def configuration_digest(config: Any) -> str:
         A SHA-256 in hexadecimal digits.
     """
     digest = hashlib.sha256()
-    for value in astuple(config):
+    for field in fields(config):
+        value = getattr(config, field.name)
         digest.update(_callable_bytes(value) if callable(value) else repr(value).encode())
         digest.update(b"\0")
     return digest.hexdigest()

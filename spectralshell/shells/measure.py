@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from numbers import Integral
@@ -11,6 +12,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from spectralshell.parameter_checks import check_real
+from spectralshell.warning_categories import DynamicsWarning
 
 Floats = NDArray[np.float64]
 
@@ -224,7 +226,20 @@ class SpectralMeasure:
         float or ndarray of float64
             Of the shape of ``tau``. Energy without a node has eigenvalue 0 and stays. Cost: one
             exponential per node and time.
+
+        Warns
+        -----
+        DynamicsWarning
+            If ``dynamics_exact`` is False: no kernel, frozen or not, then makes the energy decay
+            at these rates.
         """
+        if not self.dynamics_exact:
+            warnings.warn(
+                "lazy_decay needs ė = −M e, which this residual does not have; measure with "
+                'residual="mse" or "brier" to predict a loss.',
+                DynamicsWarning,
+                stacklevel=2,
+            )
         elapsed = np.asarray(tau, dtype=np.float64)
         if not np.isfinite(elapsed).all():
             raise ValueError(f"tau must be finite, got {tau!r}; pass elapsed training times.")

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from spectralshell.shells import ShellPartition, SpectralMeasure, mean_measure
 from spectralshell.shells.measure import join_statuses
+from spectralshell.warning_categories import DynamicsWarning
 
 CLOSURE = 1e-12  # the contract: rows sum to half the squared norm
 SHELLS = ShellPartition(q=2.0, lambda_0=1.0, first=-6, n_shells=10)
@@ -225,3 +226,9 @@ def test_wrong_input_is_named(changes, error, match):
 def test_wrong_edges_are_named(edges):
     with pytest.raises(ValueError, match="edges must"):
         measure_of([1.0], [1.0]).energies(edges)
+
+
+def test_lazy_decay_warns_where_energies_do_not_decay_at_these_rates():
+    measure = measure_of([1.0], [0.5], dynamics_exact=False)
+    with pytest.warns(DynamicsWarning, match="needs ė = −M e"):
+        measure.lazy_decay(1.0)
