@@ -97,8 +97,8 @@ def make_grsd_spectra(
     --------
     >>> measures = make_grsd_spectra(2.0, K=0, taus=[1.0], n_batches=1, noise="none")
     >>> energies = measures[0].energies([0.01, 0.1, 1.0])[1:]  # ∝ 1/λ_lo − 1/λ_hi
-    >>> round(float(energies[0] / energies[1]), 3)
-    10.0
+    >>> bool(abs(energies[0] / energies[1] - 10.0) < 0.05)  # nodes are half a cell off an edge
+    True
     """
     b = check_real("b", b)
     window = check_window("window", window)

@@ -39,14 +39,17 @@ FALSIFIER_FIELDS = (
     "contains_frozen",
     "status",
 )
-# Models whose AIC differ by less are not told apart (Burnham and Anderson 2002, section 2.6).
+# Models whose AIC differ by less are never told apart (Burnham and Anderson 2002, section 2.6).
 AIC_TIE = 2.0
 # Residuals this small are rounding; ln of their square would rank rounding.
 SMALLEST_SQUARE = 1e-20
 
 
 def compare(
-    problem: TailProblem, fits: dict[TailModel, TailParameters], shared: bool
+    problem: TailProblem,
+    fits: dict[TailModel, TailParameters],
+    shared: bool,
+    confidence: float,
 ) -> pd.DataFrame:
     """Rank the compared models.
 
@@ -58,14 +61,17 @@ def compare(
         All of :data:`COMPARED`.
     shared : bool
         Whether κ_j = K τ_j, which has fewer parameters.
+    confidence : float
+        At which models count as different.
 
     Returns
     -------
     DataFrame
         ``model, slope, n_parameters, aic, delta_aic, log_likelihood, rank``: AIC from the weighted
         Gaussian residuals of ln ε; the mean log-likelihood of ln ε of a batch that was left out,
-        per point (NaN with one batch); rank by AIC, equal within 2 of the best. A lognormal has no
-        slope (NaN).
+        per point (NaN with one batch). Rank by AIC; models tie with the best where their AIC differ
+        by less than 2, or than its jackknife-t interval over batches, since shells are not
+        independent points. A lognormal has no slope (NaN).
     """
     n, n_taus = problem.n_points, problem.n_taus
     rows = []
@@ -78,9 +84,21 @@ def compare(
         rows.append((model.name, slope, n_parameters, aic, 0.0, _held_out(problem, fit), 0))
     table = pd.DataFrame(rows, columns=list(COMPARISON_COLUMNS))
     table["delta_aic"] = table["aic"] - table["aic"].min()
-    tied = np.where(table["delta_aic"] < AIC_TIE, 0.0, table["delta_aic"])
+    margin = _tie_margins(problem, [fits[model].sse for model in COMPARED], confidence)
+    tied = np.where(table["delta_aic"] < margin, 0.0, table["delta_aic"])
     table["rank"] = pd.Series(tied).rank(method="min").astype(int)
     return table
+
+
+def _tie_margins(problem: TailProblem, squares: list[np.ndarray], confidence: float) -> np.ndarray:
+    """Difference of AIC from the best below which a model ties with it."""
+    if problem.n_batches == 1:
+        return np.full(len(squares), AIC_TIE)
+    n = problem.n_points
+    logs = n * np.log(np.maximum(np.array(squares) / n, SMALLEST_SQUARE))
+    best = int(logs[:, 0].argmin())
+    half, _ = jackknife_t((logs - logs[best]).T, confidence)
+    return np.maximum(half, AIC_TIE)
 
 
 def empty_comparison() -> pd.DataFrame:
@@ -166,7 +184,9 @@ def _held_out(problem: TailProblem, fit: TailParameters) -> float:
     counts = data.present.sum(axis=1)[:, None]
     full = problem.weights[0]
     variance = np.divide(counts, full, out=np.ones_like(full), where=full > 0)[:, None]
-    width = np.log(problem.means) - problem.log_density[0]
+    fitted = full > 0
+    width = np.where(fitted, np.log(np.where(fitted, problem.means, 1.0)), 0.0)
+    width = width - problem.log_density[0]
     energies = data.energies
     scored = (energies > 0) & (problem.weights[1:] > 0).transpose(1, 0, 2)
     held_out = np.log(np.where(scored, energies, 1.0)) - width[:, None]

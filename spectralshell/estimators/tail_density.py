@@ -56,7 +56,7 @@ def score_rows(
     layout : ShellLayout
         The shells.
     window : tuple of float
-        Where f, the fitted density per unit ln λ, integrates to 1.
+        Where f, the fitted density per unit ln λ, integrates to 1, as far as there are shells.
     slope : float
         b.
     cutoffs : ndarray of shape (n_rows,)
@@ -72,7 +72,7 @@ def score_rows(
         return np.full(len(energies), np.nan)
     weights = energies[:, touched] * fitted_shares(layout, window, slope, cutoffs)[:, touched]
     _, mean_log = log_shell_energies(lower[touched], upper[touched], slope, cutoffs)
-    norm, _ = log_shell_energies(np.array([window[0]]), np.array([window[1]]), slope, cutoffs)
+    norm, _ = log_shell_energies(lower[touched][:1], upper[touched][-1:], slope, cutoffs)
     total, value = weights.sum(axis=1), (weights * (mean_log - norm)).sum(axis=1)
     return np.divide(value, total, out=np.full(len(energies), np.nan), where=total > 0)
 

@@ -29,7 +29,7 @@ DEGENERATE = 0.05
 NO_CUTOFF = "no cutoff in window"
 TOO_FEW = "fewer than min_shells usable shells"
 FLAT = "flat profile: b is not determined"
-OPTIMISTIC = "one batch: the interval is from the profile likelihood and optimistic"
+OPTIMISTIC = "one batch: interval and test take shells as independent, so they are optimistic"
 FRAME_COLUMNS = (
     "tau",
     "amplitude",
@@ -136,7 +136,7 @@ def estimate_tail(
     phrases = _phrases(problem, chosen, fit, cutoff)
     if FLAT in phrases:
         blank = no_estimate(taus, problem.n_shells, len(problem.shells), "; ".join(phrases))
-        return _with_evidence(blank, compare(problem, fits, shared))
+        return _with_evidence(blank, compare(problem, fits, shared, confidence))
     weights = np.zeros(len(problem.shells))
     weights[problem.shells] = problem.weights[0].mean(axis=0)
     amplitude, log_cutoff, log_frontier = natural_parameters(
@@ -154,7 +154,7 @@ def estimate_tail(
         frame=_tau_frame(problem, taus, amplitude[0], rate, log_frontier, cutoff, confidence),
         shell_weights=weights,
         status="; ".join(phrases) or "ok",
-        comparison=compare(problem, fits, shared),
+        comparison=compare(problem, fits, shared, confidence),
         falsifier=falsify(problem, ratios, confidence),
     )
 
@@ -218,6 +218,12 @@ def _interval(
 ) -> tuple[float, float]:
     best = float(fit.theta[0])
     if problem.n_batches > 1:
+        gap = np.abs(fit.theta - 1.0)
+        if chosen is TEMPLATE and gap.min() >= DEGENERATE:
+            # A cutoff says the less about b the nearer b is to 1: ln|b − 1| has even spread.
+            half = float(jackknife_t(np.log(gap), confidence)[0])
+            ends = 1.0 + np.sign(best - 1.0) * gap[0] * np.exp([-half, half])
+            return float(ends.min()), float(ends.max())
         half = float(jackknife_t(fit.theta, confidence)[0])
         return best - half, best + half
     extra = 0 if chosen is POWER_LAW else (1 if ratios is not None else problem.n_taus)

@@ -7,10 +7,12 @@ from collections.abc import Callable
 import numpy as np
 from scipy import special, stats
 
-from spectralshell.estimators.tail_data import BatchedEnergies
+from spectralshell.estimators.tail_data import ROUNDING, BatchedEnergies
 
 # Variances below this part of the median are zero by accident: identical or single batches.
 SMALLEST_VARIANCE = 1e-6
+# Relative accuracy of shell integrals; a cutoff that explains less explains rounding.
+QUADRATURE = 1e-6
 # Each bracket shrinks the ends of a profile interval 32-fold.
 N_BRACKETS = 4
 N_BRACKET_POINTS = 33
@@ -66,7 +68,8 @@ def moderated_weights(data: BatchedEnergies, means: np.ndarray, usable: np.ndarr
     squares = (relative_deviations(data, means) ** 2).sum(axis=1)
     known = usable & (freedom > 0)
     variance = np.divide(squares, freedom, out=np.zeros(usable.shape), where=known)
-    if not (variance > 0).any():
+    # Rounding of equal batches is no variance.
+    if not known.any() or np.median(variance[known]) < ROUNDING**2:
         return usable.astype(float)
     variance = np.maximum(variance, SMALLEST_VARIANCE * np.median(variance[known]))
     nu = freedom[known] / 2.0
@@ -207,6 +210,8 @@ def no_cutoff_p_value(
        Psychometrika 24 (1959).
     """
     n_taus, n_points = len(means), int((weights > 0).sum())
+    if improvement <= QUADRATURE**2 * weights.sum():
+        return 1.0
     if data.n_batches == 1:
         freedom = n_points - 2 * n_taus - 1
         if freedom < 1 or sse <= 0:
@@ -220,8 +225,8 @@ def no_cutoff_p_value(
     parts = (parts * np.sqrt(weights)[:, None]).transpose(1, 0, 2).reshape(data.n_batches, -1)
     covariance = (parts @ contrasts).T @ (parts @ contrasts)
     trace = np.trace(covariance)
-    if trace <= 1e-24 * max(sse + improvement, 1e-300):
-        return 0.0 if improvement > 1e-12 * max(sse + improvement, 1e-300) else 1.0
+    if trace <= ROUNDING**2 * weights.sum():
+        return 0.0
     freedom = trace**2 / (covariance**2).sum()
     return float(stats.f.sf(improvement / trace, freedom, freedom * (data.n_batches - 1)))
 

@@ -33,7 +33,7 @@ class TailModel:
     n_coarse: int = 67
 
 
-POWER_LAW = TailModel("power law", "power", n_coarse=12)
+POWER_LAW = TailModel("power law", "power", bounds=(-60.0, 60.0), n_coarse=25)
 TEMPLATE = TailModel("power law, template cutoff", "template")
 EXPONENTIAL = TailModel("power law, exp(-kappa lambda)", "exponential", n_coarse=23)
 LOGNORMAL = TailModel("lognormal", "lognormal", bounds=(0.0, 4.0), n_coarse=17)

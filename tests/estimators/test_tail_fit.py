@@ -1,0 +1,368 @@
+import pickle
+
+import numpy as np
+import pandas as pd
+import pytest
+from sklearn import config_context
+from sklearn.base import clone
+from sklearn.model_selection import GroupKFold, cross_validate
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import FunctionTransformer
+from sklearn.utils.estimator_checks import parametrize_with_checks
+
+from spectralshell.datasets.synthetic import make_grsd_spectra
+from spectralshell.estimators.tail_estimate import FLAT, NO_CUTOFF, OPTIMISTIC, TOO_FEW
+from spectralshell.estimators.tail_fit import OUTPUT_COLUMNS, GRSDTailFitter
+from spectralshell.shells import ShellPartition, energy_frame
+from tests.estimators.tail_data import SHELLS, WINDOW, exact_energies, frame
+
+# Differences of score between shell ratios: what a smooth measure leaves.
+SCORE_SPREAD = 5e-3
+
+
+@parametrize_with_checks([GRSDTailFitter()])
+def test_scikit_learn(estimator, check):
+    check(estimator)
+
+
+@pytest.mark.parametrize("b", [0.7, 1.6, 2.0, 3.0])
+def test_template_is_found_without_noise(b):
+    fitter = GRSDTailFitter(window=WINDOW).fit(frame("template", b, noise="none", n_batches=1))
+    assert fitter.b_ == pytest.approx(b, abs=5e-3)  # nodes are half a cell off an edge
+    assert fitter.status_ == OPTIMISTIC
+    lower, upper = fitter.b_interval_
+    assert lower <= fitter.b_ <= upper
+
+
+def test_frame_attribute_holds_cutoff_and_frontier():
+    fitter = GRSDTailFitter(window=WINDOW).fit(frame("template", 1.6))
+    table = fitter.frame_
+    assert list(table.columns) == [
+        "tau",
+        "amplitude",
+        "cutoff",
+        "frontier",
+        "frontier_lower",
+        "frontier_upper",
+        "n_shells",
+        "status",
+    ]
+    expected = table["cutoff"] ** (-1 / (fitter.b_ - 1))
+    np.testing.assert_allclose(table["frontier"], expected)
+    assert (table["frontier_lower"] < table["frontier"]).all()
+    assert (table["frontier"] < table["frontier_upper"]).all()
+    assert (table["status"] == "ok").all()
+    assert (np.diff(table["frontier"]) < 0).all()
+
+
+@pytest.mark.parametrize("b", [0.7, 1.0, 1.6, 3.0])
+def test_pure_power_law_has_no_cutoff(b):
+    fitter = GRSDTailFitter(window=WINDOW).fit(frame("pure", b))
+    assert fitter.status_ == NO_CUTOFF
+    assert fitter.b_ == pytest.approx(b, abs=0.05)
+    assert (fitter.frame_["cutoff"] == 0).all()
+    assert fitter.frame_["frontier"].isna().all()
+    assert (fitter.frame_["status"] == NO_CUTOFF).all()
+
+
+def test_degenerate_is_said():
+    """A true b of 1.02, with so little noise that its bend is seen."""
+    energies = exact_energies(1.02, 25.0, 0.02, SHELLS.edges)
+    X = energies * np.random.default_rng(0).gamma(1e7, 1e-7, size=(12, len(energies)))
+    fitter = GRSDTailFitter(edges=SHELLS.edges).fit(X)
+    assert "degenerate" in fitter.status_
+    assert fitter.b_ == pytest.approx(1.02, abs=0.03)
+
+
+def test_shared_cutoff_is_k_tau():
+    X = frame("template", 1.6)
+    table = GRSDTailFitter(window=WINDOW, cutoff="shared").fit(X).frame_
+    rate = table["cutoff"] / table["tau"]
+    np.testing.assert_allclose(rate, rate[0])
+    assert rate[0] ** (-1 / 0.6) == pytest.approx(  # λ* at τ = 1 is 85 % up the window
+        1e-3**0.15, rel=0.2
+    )
+
+
+def test_cutoff_none_is_the_power_law_of_the_comparison():
+    fitter = GRSDTailFitter(window=WINDOW, cutoff="none").fit(frame("template", 1.6))
+    assert fitter.b_ == fitter.comparison_["slope"][0]
+    assert fitter.status_ == "ok"
+
+
+def test_energies_are_averaged_before_logarithms():
+    """Strong noise in one shell: the mean of logs would lie half a variance lower."""
+    energies = exact_energies(1.5, 0.0, 1.0, SHELLS.edges)
+    rng = np.random.default_rng(0)
+    X = np.repeat(energies[None], 400, axis=0)
+    X[:, 0] *= np.exp(1.0 * rng.normal(size=400) - 0.5)
+    fitter = GRSDTailFitter(edges=SHELLS.edges, cutoff="none").fit(X)
+    assert fitter.b_ == pytest.approx(1.5, abs=0.02)
+
+
+def test_default_window_runs_from_the_peak_to_the_largest_eigenvalue():
+    X = frame("template", 2.0)
+    X.insert(1, "shell[0.0005,0.001)", 1e-9)  # below the peak
+    names = list(X.columns)
+    fitter = GRSDTailFitter(floor=0.0).fit(X)
+    assert fitter.window_[0] == 1e-3
+    assert fitter.window_[1] <= X.attrs["lambda_max"]
+    assert names[1] == "shell[0.0005,0.001)"
+
+
+def test_floor_leaves_shells_out():
+    X = frame("pure", 1.5)
+    high = GRSDTailFitter(window=WINDOW, floor=0.01).fit(X)
+    whole = (SHELLS.edges[:-1] >= 0.01) & (SHELLS.edges[1:] <= WINDOW[1])
+    assert (high.frame_["n_shells"] == whole.sum()).all()
+    X.attrs["resolution_floor"] = 0.01
+    assert GRSDTailFitter(window=WINDOW).fit(X).b_ == high.b_
+
+
+def test_frozen_kernel_ranks_first():
+    fitter = GRSDTailFitter(window=WINDOW).fit(frame("frozen", 1.5))
+    ranks = fitter.comparison_.set_index("model")["rank"]
+    assert ranks["power law, exp(-kappa lambda)"] == 1
+    assert (ranks.drop("power law, exp(-kappa lambda)") > 1).all()
+    assert fitter.falsifier_["contains_frozen"]
+    assert not fitter.falsifier_["contains_template"]
+    assert fitter.comparison_["log_likelihood"].idxmax() == 2
+
+
+def test_template_is_told_from_a_frozen_kernel():
+    # one seed of a 95 % interval
+    fitter = GRSDTailFitter(window=WINDOW).fit(frame("template", 1.6, random_state=2))
+    assert fitter.comparison_["aic"].idxmin() == 1
+    assert not fitter.falsifier_["contains_frozen"]
+    assert fitter.falsifier_["contains_template"]
+
+
+@pytest.mark.parametrize(
+    ("X", "status"),
+    [
+        (np.zeros((3, 8)), "empty tail"),
+        (np.ones((3, 2)), TOO_FEW),
+        (np.eye(8)[:1], TOO_FEW),
+    ],
+)
+def test_poor_input_gives_a_status(X, status):
+    fitter = GRSDTailFitter().fit(X)
+    assert np.isnan(fitter.b_)
+    assert np.isnan(fitter.b_interval_).all()
+    assert status in fitter.status_
+    assert len(fitter.comparison_) == 4
+    assert np.isnan(fitter.score(X))
+    assert np.isnan(fitter.transform(X)[:, :3]).all()
+
+
+def test_flat_profile_gives_a_status():
+    """A template steeper than the range of b drives the fit to the end of it."""
+    edges = 1.2 ** np.arange(9)
+    X = exact_energies(12.0, 2.0**-11, 11.0, edges)
+    X = X * np.random.default_rng(0).gamma(1e6, 1e-6, size=(12, 8))
+    fitter = GRSDTailFitter(edges=edges).fit(X)
+    assert fitter.status_ == FLAT
+    assert np.isnan(fitter.b_)
+    assert fitter.frame_["amplitude"].isna().all()
+    assert np.isfinite(fitter.comparison_["aic"]).all()
+
+
+def test_exact_power_law_has_no_cutoff_either():
+    """Without noise the test compares rounding with rounding."""
+    fitter = GRSDTailFitter().fit(exact_energies(3.0, 0.0, 1.0, 2.0 ** np.arange(9))[None])
+    assert fitter.b_ == pytest.approx(3.0, abs=1e-6)
+    assert NO_CUTOFF in fitter.status_
+
+
+def test_tau_with_too_few_shells_is_left_out():
+    X = frame("pure", 1.5)
+    last = X.index.get_level_values("tau") == X.index.get_level_values("tau").max()
+    X.iloc[last, 4:] = 0.0
+    table = GRSDTailFitter(window=WINDOW).fit(X).frame_
+    assert table["status"].iloc[-1] == TOO_FEW
+    assert table["amplitude"].isna().tolist() == [False] * 5 + [True]
+
+
+def test_batch_that_is_missing_at_a_tau():
+    X = frame("template", 1.6)
+    fitter = GRSDTailFitter(window=WINDOW).fit(X.drop(index=X.index[3]))
+    assert fitter.b_ == pytest.approx(GRSDTailFitter(window=WINDOW).fit(X).b_, abs=0.02)
+
+
+def test_order_of_rows_does_not_matter():
+    X = frame("template", 1.6)
+    one = GRSDTailFitter(window=WINDOW).fit(X)
+    other = GRSDTailFitter(window=WINDOW).fit(X.sample(frac=1, random_state=0))
+    assert one.b_ == pytest.approx(other.b_, abs=1e-9)
+    np.testing.assert_allclose(one.b_interval_, other.b_interval_, atol=1e-6)
+
+
+def test_array_with_labels_is_the_frame():
+    X = frame("template", 1.6)
+    labels = {name: X.index.get_level_values(name).to_numpy() for name in ("tau", "batch")}
+    fitter = GRSDTailFitter(window=WINDOW, edges=SHELLS.edges)
+    fitter.fit(X.to_numpy()[:, 1:], **labels)
+    assert fitter.b_ == GRSDTailFitter(window=WINDOW, floor=0.0).fit(X).b_
+    with pytest.raises(ValueError, match="tau"):
+        fitter.score(X.to_numpy()[:, 1:])
+    assert np.isfinite(fitter.score(X.to_numpy()[:, 1:], tau=labels["tau"]))
+
+
+@pytest.mark.parametrize(("kind", "slope"), [("template", 1.6), ("template", 0.7), ("pure", 1.5)])
+def test_round_trip_of_a_row_on_the_model(kind, slope):
+    X = frame(kind, slope, noise="none", n_batches=2)
+    fitter = GRSDTailFitter(window=WINDOW).fit(X)
+    out = fitter.transform(X)
+    assert out.index.equals(X.index)
+    assert list(out.columns) == list(OUTPUT_COLUMNS)
+    back = fitter.inverse_transform(out)
+    assert list(back.columns) == list(X.columns)
+    assert (back["null"] == 0).all()
+    np.testing.assert_allclose(back.iloc[:, 1:], X.iloc[:, 1:], rtol=0.05)  # misplaced cells
+
+
+def test_tail_energy_is_measured_in_the_window():
+    X = frame("template", 1.6)
+    out = GRSDTailFitter(window=(0.002, 0.256)).fit(X).transform(X)
+    np.testing.assert_allclose(out["tail_energy"], X.iloc[:, 2:9].sum(axis=1))
+
+
+def test_shared_transform_needs_tau_only_for_arrays():
+    X = frame("template", 1.6)
+    fitter = GRSDTailFitter(window=WINDOW, cutoff="shared").fit(X)
+    out = fitter.transform(X)
+    np.testing.assert_allclose(
+        out["cutoff"].groupby("tau").first(), fitter.frame_["cutoff"], rtol=1e-9
+    )
+
+
+def one_measure(kind, slope, q, window):
+    """A smooth measure whose shells of any ratio cover the window."""
+    options = {"window": (1e-5, 1.0), "n_batches": 1, "noise": "none", "taus": [1.0]}
+    cutoff = {"frontiers": [0.02]} if kind == "template" else {"K": 0}
+    measures = make_grsd_spectra(slope, **options, **cutoff)
+    return energy_frame(measures, ShellPartition.covering(1e-5, 1.0, q=q))
+
+
+@pytest.mark.parametrize(
+    ("kind", "slope"),
+    [("template", 0.7), ("template", 1.3), ("template", 2.0), ("pure", 1.0), ("pure", 2.0)],
+)
+def test_score_hardly_depends_on_the_shell_ratio(kind, slope):
+    window = (1.7e-4, 0.77)
+    scores = []
+    for q in (1.25, 1.5, 2.0, 3.0, 4.0):
+        X = one_measure(kind, slope, q, window)
+        scores.append(GRSDTailFitter(window=window).fit(X).score(X))
+    assert np.ptp(scores) <= SCORE_SPREAD
+
+
+def test_score_is_the_mean_log_density():
+    """Against the integral ∫ f ln f d ln λ for a pure law over whole shells."""
+    X = pd.DataFrame([exact_energies(1.5, 0.0, 1.0, SHELLS.edges)])
+    fitter = GRSDTailFitter(edges=SHELLS.edges).fit(X.to_numpy())
+    x = np.linspace(np.log(SHELLS.edges[0]), np.log(SHELLS.edges[-1]), 100_001)
+    f = np.exp(-0.5 * x)
+    f /= np.trapezoid(f, x)
+    assert fitter.score(X.to_numpy()) == pytest.approx(np.trapezoid(f * np.log(f), x), abs=1e-4)
+
+
+def test_score_weights_rows():
+    X = frame("template", 1.6)
+    fitter = GRSDTailFitter(window=WINDOW).fit(X)
+    samples = fitter.score_samples(X)
+    weights = np.zeros(len(X))
+    weights[3] = 2.0
+    assert fitter.score(X, sample_weight=weights) == samples[3]
+    assert fitter.score(X) == pytest.approx(samples.mean())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda X: pd.concat([X, X.iloc[:1]]), "two rows"),
+        (lambda X: X.assign(loss=1.0), "loss"),
+        (lambda X: X[["null", *X.columns[:0:-1]]], "contiguous"),
+        (lambda X: -X, "Negative"),
+        (lambda X: X * np.nan, "NaN"),
+        (lambda X: X.rename(index={X.index[0][0]: np.nan}, level="tau"), "tau"),
+    ],
+)
+def test_wrong_frame_is_named(change, message):
+    with pytest.raises(ValueError, match=message):
+        GRSDTailFitter().fit(change(frame("template", 1.6)))
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "name"),
+    [
+        ({"edges": [1, 2, 3]}, ValueError, "edges"),
+        ({"edges": [1, 2, 4, 3, 5, 6, 7, 8, 9]}, ValueError, "edges"),
+        ({"window": (2, 1)}, ValueError, "window"),
+        ({"window": 3}, TypeError, "window"),
+        ({"cutoff": "some"}, ValueError, "cutoff"),
+        ({"confidence": 1.0}, ValueError, "confidence"),
+        ({"min_shells": 2.5}, TypeError, "min_shells"),
+        ({"floor": -1.0}, ValueError, "floor"),
+    ],
+)
+def test_wrong_parameter_is_named(options, error, name):
+    with pytest.raises(error, match=name):
+        GRSDTailFitter(**options).fit(np.ones((3, 8)))
+
+
+@pytest.mark.parametrize(
+    ("labels", "name"),
+    [
+        ({"tau": [1.0, np.nan, 2.0]}, "tau"),
+        ({"tau": [1.0]}, "tau"),
+        ({"batch": [1]}, "batch"),
+        ({"batch": [1, 1, 2]}, "two rows"),
+    ],
+)
+def test_wrong_label_is_named(labels, name):
+    with pytest.raises(ValueError, match=name):
+        GRSDTailFitter().fit(np.ones((3, 8)), **labels)
+
+
+def test_clone_and_pickle():
+    X = frame("template", 1.6)
+    fitter = GRSDTailFitter(window=WINDOW).fit(X)
+    again = pickle.loads(pickle.dumps(fitter))
+    pd.testing.assert_frame_equal(again.transform(X), fitter.transform(X))
+    assert clone(fitter).fit(X).b_ == fitter.b_
+
+
+def test_set_output_and_names():
+    X = frame("template", 1.6)
+    fitter = GRSDTailFitter(window=WINDOW).set_output(transform="pandas").fit(X)
+    assert list(fitter.get_feature_names_out()) == list(OUTPUT_COLUMNS)
+    assert fitter.transform(X).index.equals(X.index)
+    assert list(fitter.feature_names_in_) == list(X.columns)
+    with pytest.raises(ValueError, match="feature names"):
+        fitter.transform(X.rename(columns={"null": "nil"}))
+
+
+def test_cross_validate_in_a_pipeline():
+    X = frame("template", 1.6)
+    pipe = make_pipeline(FunctionTransformer(), GRSDTailFitter(window=WINDOW))
+    groups = X.index.get_level_values("batch")
+    result = cross_validate(pipe, X, groups=groups, cv=GroupKFold(3))
+    assert np.isfinite(result["test_score"]).all()
+
+
+def test_metadata_is_routed():
+    X = frame("template", 1.6)
+    labels = {name: X.index.get_level_values(name).to_numpy() for name in ("tau", "batch")}
+    with config_context(enable_metadata_routing=True):
+        fitter = GRSDTailFitter(window=WINDOW, edges=SHELLS.edges)
+        fitter.set_fit_request(tau=True, batch=True)
+        fitter.set_score_request(tau=True, sample_weight=True)
+        fitter.set_transform_request(tau=True)
+        pipe = make_pipeline(FunctionTransformer(), fitter)
+        pipe.fit(X.to_numpy()[:, 1:], **labels)
+        direct = GRSDTailFitter(window=WINDOW, floor=0.0).fit(X)
+        assert pipe[-1].b_ == direct.b_
+        weights = np.arange(len(X), dtype=float)
+        routed = pipe.score(X.to_numpy()[:, 1:], tau=labels["tau"], sample_weight=weights)
+        assert routed == pytest.approx(direct.score(X, sample_weight=weights))
