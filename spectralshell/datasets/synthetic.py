@@ -22,6 +22,7 @@ _NOISES = ("lognormal", "gamma", "none")
 # Six frontiers between these shares of the window, in ln λ, where none are given.
 _INSIDE = (0.25, 0.85)
 _N_TAUS = 6
+_DEFAULT_WINDOW = (1e-3, 1.0)
 _ROUNDING = 4e-15
 
 
@@ -32,7 +33,7 @@ def make_grsd_spectra(
     K: float | None = None,
     frontiers: Sequence[float] | None = None,
     n_batches: int = 12,
-    window: tuple[float, float] = (1e-3, 1.0),
+    window: tuple[float, float] = _DEFAULT_WINDOW,
     noise: str = "lognormal",
     noise_sd: float = 0.2,
     correlation_length: float = 0.7,
@@ -101,7 +102,7 @@ def make_grsd_spectra(
     True
     """
     b = check_real("b", b)
-    window = check_window("window", window)
+    window = check_window("window", window) or _DEFAULT_WINDOW
     if K is not None and frontiers is not None:
         raise ValueError("frontiers and K both set κ; pass one of them.")
     if K is not None:
@@ -138,7 +139,7 @@ def make_lazy_spectra(
     *,
     taus: Sequence[float] | None = None,
     n_batches: int = 12,
-    window: tuple[float, float] = (1e-3, 1.0),
+    window: tuple[float, float] = _DEFAULT_WINDOW,
     noise: str = "lognormal",
     noise_sd: float = 0.2,
     correlation_length: float = 0.7,
@@ -180,7 +181,7 @@ random_state
     True
     """
     s = check_real("s", s)
-    window = check_window("window", window)
+    window = check_window("window", window) or _DEFAULT_WINDOW
     times = _check_taus(np.sort(0.5 / _inside(window)) if taus is None else taus)
     log_lambda, step = _nodes(window, nodes_per_log)
     log_density = -s * log_lambda - 2.0 * times[:, None] * np.exp(log_lambda)

@@ -259,7 +259,7 @@ def _tau_frame(
         if cutoff[position] == 0 and kind != "none":
             phrases.append(NO_CUTOFF)
         if np.isfinite(log_frontier[:, position]).all() and problem.n_batches > 1:
-            half = jackknife_t(log_frontier[:, position], confidence)[0]
+            half = float(jackknife_t(log_frontier[:, position], confidence)[0])
             with np.errstate(over="ignore"):
                 values[row, 3:] = frontier[0] * np.exp([-half, half])
         elif cutoff[position] > 0:

@@ -7,6 +7,7 @@ decouples over tau and has a closed form; the shared exponents move along what t
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,6 +22,10 @@ CONVERGED = 1e-10
 MAX_MOVE = 0.5
 # The two branches of the template, b < 1 and b > 1, have cutoffs at opposite ends.
 BRANCH_GAP = 1e-6
+
+
+# theta, slope, coefficient
+_Point = tuple[np.ndarray, np.ndarray, np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -102,7 +107,7 @@ def solve(
     def centred(values: np.ndarray) -> np.ndarray:
         return values - ((weights * values).sum(axis=-1) / scale)[..., None]
 
-    point = (theta, slope, coefficient)
+    point: _Point = (theta, slope, coefficient)
     best, target = point, point
     best_sse = np.full(len(theta), np.inf)
     best_rest = (np.zeros_like(coefficient), np.zeros((1, 1, 1)))
@@ -115,7 +120,7 @@ def solve(
         better = sse <= best_sse
         settled = np.isfinite(best_sse)
         settled[settled] = np.abs(best_sse - sse)[settled] <= CONVERGED * best_sse[settled]
-        best = tuple(_pick(better, new, old) for new, old in zip(point, best, strict=True))
+        best = _pick_point(better, point, best)
         best_rest = (
             _pick(better, intercept, best_rest[0]),
             _pick(better, shells.mean + intercept[..., None], best_rest[1]),
@@ -124,10 +129,7 @@ def solve(
         if step == n_steps or settled.all():
             break
         proposal = _propose(model, point, residual, shells, weights, centred, ratios, move_theta)
-        target = tuple(
-            _pick(better, new, 0.5 * (old + back))
-            for new, old, back in zip(proposal, target, best, strict=True)
-        )
+        target = _pick_point(better, proposal, _halfway(target, best))
         point = target
     return TailParameters(*best, best_rest[0], best_sse, best_rest[1])
 
@@ -144,7 +146,7 @@ def _shell_means(
     theta = theta[:, None, None]
     centre = 0.5 * grid.span
     if kind == "lognormal":  # common width, a location for each tau
-        base, h, sign = -theta * (x + centre) ** 2, x + centre, 0.0
+        base, h, sign = -theta * (x + centre) ** 2, x + centre, np.zeros(1)
         pieces = [(x + centre) ** 2] if move_theta else []
     elif kind == "free":
         base, h = -slope[:, None, None] * x, box_cox(x, theta)
@@ -156,7 +158,7 @@ def _shell_means(
             h = np.zeros_like(x)
         else:
             h = box_cox(x, np.ones(1) if kind == "exponential" else theta - 1.0)
-        sign = np.where(theta[..., 0] < 1.0, -1.0, 1.0) if kind == "template" else 1.0
+        sign = np.where(theta[..., 0] < 1.0, -1.0, 1.0) if kind == "template" else np.ones(1)
         pieces = [x] if move_theta else []
     h = np.broadcast_to(h, (len(theta), *x.shape))[:, None]
     logs = (base + grid.log_weights)[:, None] - coefficient[..., None, None] * h
@@ -174,10 +176,19 @@ def _shell_means(
     elif move_theta and kind == "template":
         bend = box_cox_derivative(x, theta - 1.0, h[:, 0])
         shared[0] = shared[0] + coefficient[..., None] * np.einsum("ntsq,nsq->nts", parts, bend)
-    return _Shells(np.log(norm) + top[..., 0], means[0], shared, np.asarray(sign))
+    return _Shells(np.log(norm) + top[..., 0], means[0], shared, sign)
 
 
-def _propose(model, point, residual, shells, weights, centred, ratios, move_theta):
+def _propose(
+    model: TailModel,
+    point: _Point,
+    residual: np.ndarray,
+    shells: _Shells,
+    weights: np.ndarray,
+    centred: Callable[[np.ndarray], np.ndarray],
+    ratios: np.ndarray | None,
+    move_theta: bool,
+) -> _Point:
     """Gauss-Newton point: shared parameters first, then the constrained coefficients."""
     theta, slope, coefficient = point
     # residual ≈ a − Σ Δshared·g − Δc·h, with g and h minus the derivatives
@@ -206,11 +217,21 @@ def _propose(model, point, residual, shells, weights, centred, ratios, move_thet
     return new_theta, new_slope, _cutoffs(target, h, h_square, weights, shells.sign, ratios)
 
 
-def _wants_cutoff(target, h, weights, sign):
+def _wants_cutoff(
+    target: np.ndarray, h: np.ndarray, weights: np.ndarray, sign: np.ndarray
+) -> np.ndarray:
+    """Return which taus would take a cutoff that is now at zero."""
     return -(weights * h * target).sum(axis=-1) * sign > 0
 
 
-def _cutoffs(target, h, h_square, weights, sign, ratios):
+def _cutoffs(
+    target: np.ndarray,
+    h: np.ndarray,
+    h_square: np.ndarray,
+    weights: np.ndarray,
+    sign: np.ndarray,
+    ratios: np.ndarray | None,
+) -> np.ndarray:
     """Non-negative least squares of target on −c h: one c per tau, or c_j = C·ratio_j."""
     product = -(weights * h * target).sum(axis=-1)
     floor = SINGULAR * weights.sum(axis=-1)
@@ -223,11 +244,19 @@ def _cutoffs(target, h, h_square, weights, sign, ratios):
     return best if ratios is None else best * ratios
 
 
-def _shared_moves(target, gradients, h, h_square, weights, free, ratios):
+def _shared_moves(
+    target: np.ndarray,
+    gradients: list[np.ndarray],
+    h: np.ndarray,
+    h_square: np.ndarray,
+    weights: np.ndarray,
+    free: np.ndarray,
+    ratios: np.ndarray | None,
+) -> np.ndarray:
     """Least squares of target on −Σ move_k g_k with the free cutoffs projected out."""
     floor = SINGULAR * weights.sum(axis=-1)
 
-    def project(values):
+    def project(values: np.ndarray) -> np.ndarray:
         product = (weights * h * values).sum(axis=-1) * free
         if ratios is None:
             part = np.divide(product, h_square, out=np.zeros_like(product), where=h_square > floor)
@@ -248,6 +277,18 @@ def _shared_moves(target, gradients, h, h_square, weights, free, ratios):
     gram = gram + ridge[:, None, None] * np.eye(len(rest))
     gram[trace <= 0] = np.eye(len(rest))
     return np.linalg.solve(gram, right[..., None])[..., 0]
+
+
+def _halfway(one: _Point, other: _Point) -> _Point:
+    return 0.5 * (one[0] + other[0]), 0.5 * (one[1] + other[1]), 0.5 * (one[2] + other[2])
+
+
+def _pick_point(better: np.ndarray, new: _Point, old: _Point) -> _Point:
+    return (
+        _pick(better, new[0], old[0]),
+        _pick(better, new[1], old[1]),
+        _pick(better, new[2], old[2]),
+    )
 
 
 def _pick(better: np.ndarray, new: np.ndarray, old: np.ndarray) -> np.ndarray:

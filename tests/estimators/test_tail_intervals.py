@@ -92,3 +92,16 @@ def test_jackknife_t_covers():
 @pytest.mark.parametrize("value", [1e-3, 0.3, 5.0, 1e3])
 def test_inverse_trigamma(value):
     assert special.polygamma(1, _inverse_trigamma(value)) == pytest.approx(value, rel=1e-6)
+
+
+def test_replicates_are_means_without_one_batch():
+    data = batches(0, n_batches=4)
+    data.present[1, 2] = False
+    data.energies[1, 2] = 0.0
+    means, counts = data.replicates()
+    for left_out in range(4):
+        for tau in range(3):
+            kept = data.present[tau] & (np.arange(4) != left_out)
+            expected = data.energies[tau, kept].mean(axis=0)
+            np.testing.assert_allclose(means[1 + left_out, tau], expected)
+            assert counts[1 + left_out, tau] == kept.sum()
