@@ -57,7 +57,7 @@ class ShellDensity:
         inside = shell_edges[(shell_edges > lo) & (shell_edges < hi)]
         edges = np.concatenate([[lo], inside, [np.nextafter(hi, np.inf)]])
         widths = np.diff(np.log(edges))
-        energies = np.mean([np.diff(m.cumulative(edges)[1]) for m in measures], axis=0)
+        energies = np.mean([np.diff(m.estimate(edges)) for m in measures], axis=0)
         total = energies.sum()
         uniform = 1.0 / widths.sum()
         shares = energies / total if total > 0.0 else widths * uniform

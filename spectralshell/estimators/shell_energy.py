@@ -204,10 +204,10 @@ class ShellEnergyEstimator(CallbackSupportMixin, TransformerMixin, BaseEstimator
         with tasks.running():
             measures = self._measure(snapshots, on_done=tasks.one_done)
             self._place_shells(measures)
-            self.shells_ = shell_frame(measures, self._partition)
+            self._measures, self._shells = measures, None
             self._density = ShellDensity.from_measures(measures, self.edges_, self.window_)
         self._summarise(measures)
-        self._warn_of_false_peak()
+        self._warn_of_false_peak(measures)
         return self
 
     def fit_transform(self, X: Sequence[Any], y: Any = None) -> pd.DataFrame:
@@ -282,6 +282,14 @@ class ShellEnergyEstimator(CallbackSupportMixin, TransformerMixin, BaseEstimator
         """
         self._check_parameters()
         return self._measure(as_snapshots(X))
+
+    @property
+    def shells_(self) -> pd.DataFrame:
+        """Tidy frame of the training snapshots; its bounds are computed when it is first read."""
+        check_is_fitted(self)
+        if self._shells is None:
+            self._shells = shell_frame(self._measures, self._partition)
+        return self._shells
 
     def score(self, X: Sequence[Any], y: Any = None, sample_weight: Any = None) -> float:
         """Mean log-likelihood per unit ln λ of held-out spectral nodes, in nats.
@@ -363,11 +371,12 @@ class ShellEnergyEstimator(CallbackSupportMixin, TransformerMixin, BaseEstimator
         self.n_probes_ = sum(m.n_probes for m in measures)
         self.dynamics_exact_ = all(m.dynamics_exact for m in measures)
 
-    def _warn_of_false_peak(self) -> None:
-        energies = self.shells_.groupby("shell", sort=False)["energy"].mean()
-        shells = energies.drop(["null", "unresolved"]).to_numpy()
+    def _warn_of_false_peak(self, measures: list[SpectralMeasure]) -> None:
+        energies = np.mean([m.energies(self.edges_) for m in measures], axis=0)
+        null = np.mean([m.estimate([m.noise or self.edges_[0]])[0] for m in measures])
+        shells = energies[1:]
         peak = int(shells.argmax())
-        hidden = energies["unresolved"] > _HIDDEN_SHARE * shells[peak]
+        hidden = energies[0] - null > _HIDDEN_SHARE * shells[peak]
         if peak < _SHELLS_NEAR_FLOOR and hidden:
             warnings.warn(
                 f"The energy per shell is largest {self._partition.names[peak]}, next to the "

@@ -78,8 +78,14 @@ def place_shells(
 def _without_empty_start(
     partition: ShellPartition, measures: Sequence[SpectralMeasure]
 ) -> ShellPartition:
-    energies = np.array([m.energies(partition.edges)[1:] for m in measures])
-    totals = np.array([m.total for m in measures])
-    occupied = (np.cumsum(energies, axis=1) > _NEGLIGIBLE_SHARE * totals[:, None]).any(axis=0)
-    first = int(occupied.argmax())
+    rates = [rate for measure in measures for rate in _lowest_rate(measure, partition.edges[0])]
+    first = int(partition.index(min(rates))) if rates else 0
     return replace(partition, first=partition.first + first, n_shells=partition.n_shells - first)
+
+
+def _lowest_rate(measure: SpectralMeasure, start: float) -> np.ndarray:
+    """Return the lowest node from ``start`` on at which energy has gathered, or nothing."""
+    nodes, weights = measure.nodes, measure.weights
+    inside = nodes >= start
+    gathered = np.cumsum(weights[inside]) > _NEGLIGIBLE_SHARE * measure.total
+    return nodes[inside][gathered][:1]

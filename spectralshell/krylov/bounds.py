@@ -28,7 +28,7 @@ shell dynamics" (the section that defines shell energies), with the ½ of this p
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -48,6 +48,8 @@ SMALLEST_SHIFT = 1e-6
 # ... to the edge itself, or to this many times η where the edge lies near the noise.
 LARGEST_SHIFT_IN_NOISE = 1e5
 N_SHIFTS = 24
+# Edges whose quadrature is remembered.
+MOST_KNOWN = 4096
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,10 @@ class CumulativeBounds:
     couplings: Array | None
     mass: float
     noise: float
+    # Shell edges of one ratio recur in every fold of a search over it.
+    _known: dict[float, tuple[float, float]] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
 
     @classmethod
     def from_lanczos(
@@ -242,12 +248,23 @@ class CumulativeBounds:
         Examples
         --------
         >>> bounds = CumulativeBounds.from_lanczos([2.0], [], 0.5, 1.0, 1e-3, False)
-        >>> [(float(a), float(b)) for a, b in zip(*bounds.unwidened([1.0, 3.0]))]
-        [(0.0, 0.2), (0.8, 1.0)]
+        >>> lower, upper = bounds.unwidened([1.0, 3.0])
+        >>> lower.round(9).tolist(), upper.round(9).tolist()
+        ([0.0, 0.8], [0.2, 1.0])
         """
-        below, at, _, _ = self.quadrature_at(np.asarray(edges, dtype=np.float64))
-        lower = np.clip(self.mass * below, 0.0, self.mass)
-        return lower, np.clip(self.mass * (below + at), lower, self.mass)
+        wanted = np.asarray(edges, dtype=np.float64).tolist()
+        fresh = [edge for edge in dict.fromkeys(wanted) if edge not in self._known]
+        if len(self._known) + len(fresh) > MOST_KNOWN:
+            self._known.clear()
+            fresh = list(dict.fromkeys(wanted))
+        if fresh:
+            below, at, _, _ = self.quadrature_at(np.array(fresh))
+            lower = np.clip(self.mass * below, 0.0, self.mass)
+            upper = np.clip(self.mass * (below + at), lower, self.mass)
+            pairs = zip(lower.tolist(), upper.tolist(), strict=True)
+            self._known.update(zip(fresh, pairs, strict=True))
+        both = np.array([self._known[edge] for edge in wanted]).reshape(-1, 2)
+        return both[:, 0], both[:, 1]
 
     def quadrature_at(self, points: ArrayLike) -> tuple[Array, Array, Array, Array]:
         """Shares of the computed operator's energy, without widening for rounding.

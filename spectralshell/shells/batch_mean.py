@@ -25,7 +25,7 @@ class MeanBounds:
 
     def unwidened(self, edges: Floats, /) -> tuple[Floats, Floats]:
         """Return the mean of the estimates, as both bounds."""
-        middle = np.mean([measure.cumulative(edges)[1] for measure in self.measures], axis=0)
+        middle = np.mean([measure.estimate(edges) for measure in self.measures], axis=0)
         return middle, middle
 
 

@@ -170,10 +170,39 @@ class SpectralMeasure:
             Each non-decreasing and within [0, total]; lower ≤ mid ≤ upper.
         """
         checked = _check_edges(edges)
-        if self.counted:
-            return self._counted_cumulative(checked)
+        mid = self.estimate(checked)
+        below = np.searchsorted(self.nodes, checked, side="left")
+        if not self.counted:
+            lower, upper = self._monotone_bounds(checked)
+            return np.minimum(lower, mid), mid, np.maximum(upper, mid)
+        # Nodes below the noise may lie on either side of an edge: counted as null, bounded by both.
+        strict = np.minimum(self._running()[below] + self.missing, self.total)
+        if self.bounds is None:
+            return strict, mid, mid.copy()
         lower, upper = self._monotone_bounds(checked)
-        return lower, np.clip(self._estimate(checked), lower, upper), upper
+        return np.minimum(lower, strict), mid, np.maximum(upper, mid)
+
+    def estimate(self, edges: ArrayLike) -> Floats:
+        """Return the energy strictly below each edge, without its bounds.
+
+        Parameters
+        ----------
+        edges : array-like of float, shape (k,)
+            Positive and non-decreasing.
+
+        Returns
+        -------
+        ndarray of float64, shape (k,)
+            Non-decreasing and within [0, total]; the middle of `cumulative`, at a small part of
+            its cost.
+        """
+        checked = _check_edges(edges)
+        if self.bounds is not None and not self.counted:
+            lower, upper = self.bounds.unwidened(checked)
+            return np.clip(np.maximum.accumulate(0.5 * (lower + upper)), 0.0, self.total)
+        below = np.searchsorted(self.nodes, checked, side="left")
+        null = np.searchsorted(self.nodes, self.noise, side="left")
+        return np.minimum(self._running()[np.maximum(below, null)] + self.missing, self.total)
 
     def energies(self, edges: ArrayLike) -> Floats:
         """Return ``null`` and the shell energies E_α.
@@ -193,8 +222,7 @@ class SpectralMeasure:
             energies = self._count(checked, self.weights)
             energies[0] += self.missing
             return energies
-        mid = self.cumulative(checked)[1][:-1]
-        return np.diff(mid, prepend=0.0, append=self.total)
+        return np.diff(self.estimate(checked[:-1]), prepend=0.0, append=self.total)
 
     def density(self, edges: ArrayLike) -> Floats:
         """Return ε = E_α / width of each shell, shape (n_shells,)."""
@@ -261,17 +289,8 @@ class SpectralMeasure:
             name=self.name if name is None else name,
         )
 
-    def _counted_cumulative(self, edges: Floats) -> tuple[Floats, Floats, Floats]:
-        running = np.concatenate([[0.0], np.cumsum(self.weights)])
-        below = np.searchsorted(self.nodes, edges, side="left")
-        null = np.searchsorted(self.nodes, self.noise, side="left")
-        # Nodes below the noise may lie on either side of an edge: counted as null, bounded by both.
-        strict = np.minimum(running[below] + self.missing, self.total)
-        mid = np.minimum(running[np.maximum(below, null)] + self.missing, self.total)
-        if self.bounds is None:
-            return strict, mid, mid.copy()
-        lower, upper = self._monotone_bounds(edges)
-        return np.minimum(lower, strict), mid, np.maximum(upper, mid)
+    def _running(self) -> Floats:
+        return np.concatenate([[0.0], np.cumsum(self.weights)])
 
     def _monotone_bounds(self, edges: Floats) -> tuple[Floats, Floats]:
         if self.bounds is None:
@@ -281,12 +300,6 @@ class SpectralMeasure:
         lower = np.maximum.accumulate(np.clip(lower, 0.0, self.total))
         upper = np.minimum.accumulate(np.clip(upper, 0.0, self.total)[::-1])[::-1]
         return np.minimum(lower, upper), np.maximum(lower, upper)
-
-    def _estimate(self, edges: Floats) -> Floats:
-        if self.bounds is None:
-            raise TypeError("bounds is None, expected an object with unwidened(edges).")
-        lower, upper = self.bounds.unwidened(edges)
-        return np.maximum.accumulate(0.5 * (lower + upper))
 
     def _bins(self, edges: Floats) -> NDArray[np.intp]:
         bins = np.minimum(np.searchsorted(edges, self.nodes, side="right"), edges.size - 1)
