@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -77,10 +77,10 @@ def probe_seed(random_state: Any) -> int:
 
 
 def _resolve_dtype(dtype: Any) -> torch.dtype | None:
-    resolved = _DTYPES.get(dtype, dtype) if isinstance(dtype, str) else dtype
+    resolved: Any = _DTYPES.get(dtype, dtype) if isinstance(dtype, str) else dtype
     if resolved is not None and resolved not in _DTYPES.values():
         raise ValueError(
             f"dtype must be None, 'float32' or 'float64', got {dtype!r}; "
             "half precision cannot resolve a spectrum."
         )
-    return resolved
+    return cast(torch.dtype | None, resolved)

@@ -204,7 +204,8 @@ class ShellEnergyEstimator(CallbackSupportMixin, TransformerMixin, BaseEstimator
         with tasks.running():
             measures = self._measure(snapshots, on_done=tasks.one_done)
             self._place_shells(measures)
-            self._measures, self._shells = measures, None
+            self._measures = measures
+            self._shells: pd.DataFrame | None = None
             self._density = ShellDensity.from_measures(measures, self.edges_, self.window_)
         self._summarise(measures)
         self._warn_of_false_peak(measures)

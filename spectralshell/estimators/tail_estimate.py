@@ -191,6 +191,10 @@ def _has_cutoff(problem: TailProblem, fits: dict[TailModel, TailParameters]) -> 
     return p_value < CUTOFF_LEVEL
 
 
+def _is_degenerate(chosen: TailModel, slope: float) -> bool:
+    return chosen is TEMPLATE and abs(slope - 1.0) < DEGENERATE
+
+
 def _phrases(
     problem: TailProblem, chosen: TailModel, fit: TailParameters, cutoff: str
 ) -> list[str]:
@@ -200,7 +204,7 @@ def _phrases(
         phrases.append(FLAT)
     if chosen is POWER_LAW and cutoff != "none":
         phrases.append(NO_CUTOFF)
-    if chosen is TEMPLATE and abs(fit.theta[0] - 1.0) < DEGENERATE:
+    if _is_degenerate(chosen, float(fit.theta[0])):
         phrases.append("degenerate")
     if problem.n_batches == 1:
         phrases.append(OPTIMISTIC)
@@ -217,6 +221,9 @@ def _interval(
     confidence: float,
 ) -> tuple[float, float]:
     best = float(fit.theta[0])
+    if _is_degenerate(chosen, best):
+        # Cutoff and slope imitate each other: replicates agree on a b that nothing determines.
+        return np.nan, np.nan
     if problem.n_batches > 1:
         gap = np.abs(fit.theta - 1.0)
         if chosen is TEMPLATE and gap.min() >= DEGENERATE:
@@ -261,7 +268,7 @@ def _tau_frame(
         if np.isfinite(log_frontier[:, position]).all() and problem.n_batches > 1:
             half = float(jackknife_t(log_frontier[:, position], confidence)[0])
             with np.errstate(over="ignore"):
-                values[row, 3:] = frontier[0] * np.exp([-half, half])
+                values[row, 3:] = np.exp(log_frontier[0, position] + np.array([-half, half]))
         elif cutoff[position] > 0:
             phrases.append("frontier without interval")
         statuses[row] = "; ".join(phrases) or "ok"

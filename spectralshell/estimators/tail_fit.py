@@ -70,7 +70,8 @@ class GRSDTailFitter(TransformerMixin, BaseEstimator):
     b_ : float
         Tail slope; NaN where ``status_`` says why.
     b_interval_ : tuple of float
-        Jackknife-t over batches, which are left out at all taus together.
+        Jackknife-t over batches, which are left out at all taus together; NaN where b is NaN or
+        degenerate.
     frame_ : DataFrame
         One row per tau: ``tau, amplitude, cutoff, frontier, frontier_lower, frontier_upper,
         n_shells, status``. Without a cutoff the frontier is NaN.
@@ -94,7 +95,8 @@ class GRSDTailFitter(TransformerMixin, BaseEstimator):
     -----
     A cutoff near b = 1 imitates any power law. So κ = 0 is tested first, at 5 %, with variances
     over batches; where it stands, b is the pure slope and the status says ``no cutoff in window``.
-    Where it falls and |b − 1| < 0.05 the status says ``degenerate``. b ≤ 1 is reported as it is.
+    Where it falls and |b − 1| < 0.05 the status says ``degenerate`` and there is no interval, since
+    nothing determines b. b ≤ 1 is reported as it is.
 
     With one batch the interval is a profile likelihood's; shells are not independent, so it is
     optimistic, and ``status_`` says so.
@@ -247,7 +249,7 @@ class GRSDTailFitter(TransformerMixin, BaseEstimator):
 
         Returns
         -------
-        DataFrame or ndarray of shape (n_rows, n_features_in_)
+        DataFrame or ndarray of shape (n_rows, n_features)
             Energies A ∫ λ^−b exp(−κ λ^(b−1)) dλ over every shell, 0 in ``null``. Outside
             ``window_`` they are extrapolations.
         """
