@@ -8,6 +8,7 @@ import pandas as pd
 from spectralshell.estimators.tail_intervals import jackknife_t
 from spectralshell.estimators.tail_linear import TailParameters
 from spectralshell.estimators.tail_models import (
+    DEGENERATE,
     EXPONENTIAL,
     FREE_POWER,
     LOGNORMAL,
@@ -110,18 +111,29 @@ def empty_comparison() -> pd.DataFrame:
 def falsify(problem: TailProblem, ratios: np.ndarray | None, confidence: float) -> pd.Series:
     """Fit the power p of the cutoff exp(−κ λ^p) freely, with slope and cutoffs.
 
+    Parameters
+    ----------
+    problem : TailProblem
+        The data, in which a cutoff was found.
+    ratios : ndarray or None
+        The taus to which cutoffs are proportional, if they are shared.
+    confidence : float
+        Nominal coverage of the interval.
+
     Returns
     -------
     Series
         ``power, lower, upper, slope`` of that fit; ``template_power`` = slope − 1, the power that
         the template would need at that slope; ``frozen_power`` = 1; whether the interval contains
-        either; ``status``.
+        either (None where nothing determines p); ``status``.
     """
     fit = profile_fit(FREE_POWER, problem.log_density, problem.weights, problem.grid, ratios)
     power, slope = float(fit.theta[0]), float(fit.slope[0])
     low, high = FREE_POWER.bounds
     if not low + 1e-6 < power < high - 1e-6 or not (fit.coefficient[0] != 0).any():
         return empty_falsifier("flat profile: the power of the cutoff is not determined")
+    if abs(power) < DEGENERATE:
+        return empty_falsifier("degenerate: the free cutoff is itself a power law")
     if problem.n_batches > 1:
         half = float(jackknife_t(fit.theta, confidence)[0])
         lower, upper = power - half, power + half
@@ -162,7 +174,7 @@ def falsify(problem: TailProblem, ratios: np.ndarray | None, confidence: float) 
 
 def empty_falsifier(status: str) -> pd.Series:
     """Return the falsifier of a fit that could not be made."""
-    values = (np.nan, np.nan, np.nan, np.nan, np.nan, 1.0, False, False, status)
+    values = (np.nan, np.nan, np.nan, np.nan, np.nan, 1.0, None, None, status)
     return pd.Series(
         dict(zip(FALSIFIER_FIELDS, values, strict=True)), name="falsifier", dtype=object
     )

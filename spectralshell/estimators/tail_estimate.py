@@ -19,13 +19,12 @@ from spectralshell.estimators.tail_intervals import (
     no_cutoff_p_value,
 )
 from spectralshell.estimators.tail_linear import TailParameters
-from spectralshell.estimators.tail_models import POWER_LAW, TEMPLATE, TailModel
+from spectralshell.estimators.tail_models import DEGENERATE, POWER_LAW, TEMPLATE, TailModel
 from spectralshell.estimators.tail_problem import TailProblem
 from spectralshell.estimators.tail_profile import likelihood_interval, profile_fit
 
 # Level of the test of κ = 0; it decides the model, so it does not follow ``confidence``.
 CUTOFF_LEVEL = 0.05
-DEGENERATE = 0.05
 NO_CUTOFF = "no cutoff in window"
 TOO_FEW = "fewer than min_shells usable shells"
 FLAT = "flat profile: b is not determined"
@@ -128,9 +127,8 @@ def estimate_tail(
         )
         for model in COMPARED
     }
-    chosen = POWER_LAW
-    if cutoff != "none" and _has_cutoff(problem, fits):
-        chosen = TEMPLATE
+    found = _has_cutoff(problem, fits)
+    chosen = TEMPLATE if found and cutoff != "none" else POWER_LAW
     fit = fits[chosen]
     interval = _interval(problem, chosen, fit, ratios, confidence)
     phrases = _phrases(problem, chosen, fit, cutoff)
@@ -155,7 +153,7 @@ def estimate_tail(
         shell_weights=weights,
         status="; ".join(phrases) or "ok",
         comparison=compare(problem, fits, shared, confidence),
-        falsifier=falsify(problem, ratios, confidence),
+        falsifier=(falsify(problem, ratios, confidence) if found else empty_falsifier(NO_CUTOFF)),
     )
 
 

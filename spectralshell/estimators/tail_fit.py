@@ -85,7 +85,7 @@ class GRSDTailFitter(TransformerMixin, BaseEstimator):
         ``log_likelihood`` is that of a batch left out, per shell.
     falsifier_ : Series
         The cutoff's power p fitted freely (``power, lower, upper, slope``) against
-        ``template_power`` b − 1 and ``frozen_power`` 1.
+        ``template_power`` b − 1 and ``frozen_power`` 1. NaN, with a status, where κ = 0 stands.
     n_features_in_ : int
         Number of columns.
     feature_names_in_ : ndarray of str

@@ -9,6 +9,8 @@ import numpy as np
 # Quadrature nodes per unit of ln λ: shells of ratio 2 get 6 nodes, of ratio 4 get 12.
 NODES_PER_LOG = 8.5
 MIN_NODES = 4
+# A cutoff exp(−κ λ^p) with a smaller |p| is a power law over any window that data cover.
+DEGENERATE = 0.05
 
 
 @dataclass(frozen=True)

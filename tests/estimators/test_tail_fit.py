@@ -129,6 +129,26 @@ def test_frozen_kernel_ranks_first():
     assert fitter.comparison_["log_likelihood"].idxmax() == 2
 
 
+def test_falsifier_is_silent_where_there_is_no_cutoff():
+    fitter = GRSDTailFitter(window=WINDOW).fit(frame("pure", 1.5))
+    assert fitter.status_ == "no cutoff in window"
+    assert fitter.falsifier_["status"] == "no cutoff in window"
+    assert np.isnan(fitter.falsifier_["power"])
+    assert fitter.falsifier_["contains_frozen"] is None
+
+
+def test_degenerate_slope_has_no_interval():
+    """Slope 3 and a little curvature: near b = 1 the cutoff imitates the whole power law."""
+    edges = 2.0 ** np.arange(-8, 1)
+    log_mid = 0.5 * np.log(edges[1:] * edges[:-1])
+    energies = np.diff(edges) * np.exp(-3.0 * log_mid - 0.02 * log_mid**2)
+    noise = np.exp(0.02 * np.random.default_rng(0).normal(size=(12, len(energies))))
+    fitter = GRSDTailFitter(edges=edges).fit(energies * noise)
+    assert fitter.status_ == "degenerate"
+    assert abs(fitter.b_ - 1.0) < 0.05
+    assert np.isnan(fitter.b_interval_).all()
+
+
 def test_template_is_told_from_a_frozen_kernel():
     # one seed of a 95 % interval
     fitter = GRSDTailFitter(window=WINDOW).fit(frame("template", 1.6, random_state=2))
