@@ -37,7 +37,7 @@ Q_FOR_EXPONENT = (1.25, 1.4, 1.5, 1.75, 2.0, 2.5)
 TAIL_STARTS = 10.0
 # From above the resolution floor to below the last, thinly populated shells.
 WINDOW = (0.03, 8.0)
-console = Console(width=118)
+console = Console(width=118, markup=False, highlight=False)
 
 
 def main() -> None:
@@ -87,7 +87,7 @@ def main() -> None:
     }
     write_results(frames, displays)
     console.rule("What this shows, and what it does not")
-    console.print(conclusion(pipe[-1], folds, search, by_q, losses), highlight=False)
+    console.print(conclusion(pipe[-1], folds, search, by_q, losses))
 
 
 def show_shells(estimator: ShellEnergyEstimator, X: list) -> None:

@@ -106,7 +106,7 @@ def measure_snapshots(
         initial=len(snapshots) - len(missing),
         desc="measuring snapshots",
         unit="snapshot",
-        disable=verbose < 1,
+        disable=verbose < 1 or not missing,
     )
     notify = on_done if on_done is not None else _nothing
     with bar:
