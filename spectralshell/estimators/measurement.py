@@ -85,7 +85,7 @@ def measure_snapshots(
     n_jobs : int, optional
         Processes; snapshots are the unit of work.
     verbose : int, default=0
-        1 shows a progress bar over snapshots.
+        1 shows a progress bar over snapshots, 2 also one over Lanczos steps.
     on_done : callable, optional
         Called once for every snapshot, known or new.
 
@@ -112,7 +112,7 @@ def measure_snapshots(
     with bar:
         for _ in range(len(snapshots) - len(missing)):
             notify()
-        for snapshot, measure in _computed(missing, config, memory, probe_seed, n_jobs):
+        for snapshot, measure in _computed(missing, config, memory, probe_seed, n_jobs, verbose):
             snapshot.measures[config] = measure
             bar.update()
             notify()
@@ -120,7 +120,7 @@ def measure_snapshots(
 
 
 def measure_snapshot(
-    snapshot: Snapshot, config: MeasurementConfig, probe_seed: int = 0
+    snapshot: Snapshot, config: MeasurementConfig, probe_seed: int = 0, verbose: int = 0
 ) -> SpectralMeasure:
     """Measure one snapshot, without looking into any cache.
 
@@ -132,6 +132,8 @@ def measure_snapshot(
         How to measure.
     probe_seed : int, default=0
         Seed of the random probes that check the operator.
+    verbose : int, default=0
+        2 shows a progress bar over Lanczos steps.
 
     Returns
     -------
@@ -151,12 +153,19 @@ def measure_snapshot(
         if solver == "auto":
             operations = _EVALUATIONS_PER_PRODUCT * kernel.forward_flops
             solver = choose_solver(kernel.n, config.n_steps, operations).solver
-        solve = _solve_exact if solver == "exact" else _solve_lanczos
-        return solve(kernel, config.n_steps)
+        if solver == "exact":
+            return _solve_exact(kernel)
+        return _solve_lanczos(kernel, config.n_steps, verbose)
 
 
-def _solve_lanczos(kernel: KernelOperator, n_steps: int) -> SpectralMeasure:
-    result = lanczos(kernel.matvec, kernel.residual_vector, n_steps)
+def _solve_lanczos(kernel: KernelOperator, n_steps: int, verbose: int) -> SpectralMeasure:
+    steps = min(n_steps, kernel.n)
+    with tqdm(total=steps, desc="Lanczos", unit="step", disable=verbose < 2) as bar:
+
+        def show(step: int) -> None:
+            bar.update(step - bar.n)
+
+        result = lanczos(kernel.matvec, kernel.residual_vector, n_steps, on_step=show)
     total = 0.5 * result.norm**2
     nodes, shares, last = gauss(result.alpha, result.beta)
     # The products' error goes with ‖M‖, which a short run has not reached yet.
@@ -182,8 +191,7 @@ def _solve_lanczos(kernel: KernelOperator, n_steps: int) -> SpectralMeasure:
     )
 
 
-def _solve_exact(kernel: KernelOperator, n_steps: int) -> SpectralMeasure:
-    del n_steps  # the whole spectrum, whatever the number of steps
+def _solve_exact(kernel: KernelOperator) -> SpectralMeasure:
     spectrum = eigenmeasure(kernel.to_dense(), kernel.residual_vector, kernel.noise)
     nodes = spectrum.eigenvalues
     return _measure(
@@ -225,34 +233,44 @@ def _computed(
     memory: Memory,
     probe_seed: int,
     n_jobs: int | None,
+    verbose: int,
 ) -> Iterator[tuple[Snapshot, SpectralMeasure]]:
     """Yield snapshots and measures in order, each as soon as it is there."""
     if len(snapshots) < 2 or effective_n_jobs(n_jobs) == 1:
         for snapshot in snapshots:
-            yield snapshot, _measure_cached(snapshot, config, memory, probe_seed)
+            yield snapshot, _measure_cached(snapshot, config, memory, probe_seed, verbose)
         return
     results = Parallel(n_jobs=n_jobs, return_as="generator")(
-        delayed(_measure_cached)(snapshot, config, memory, probe_seed) for snapshot in snapshots
+        delayed(_measure_cached)(snapshot, config, memory, probe_seed, 0) for snapshot in snapshots
     )
     yield from zip(snapshots, results, strict=True)
 
 
 def _measure_cached(
-    snapshot: Snapshot, config: MeasurementConfig, memory: Memory, probe_seed: int
+    snapshot: Snapshot,
+    config: MeasurementConfig,
+    memory: Memory,
+    probe_seed: int,
+    verbose: int,
 ) -> SpectralMeasure:
     """Measure through ``memory``, also from a worker, so that all fill the same cache."""
     if memory.location is None:
-        return measure_snapshot(snapshot, config, probe_seed)
+        return measure_snapshot(snapshot, config, probe_seed, verbose)
     key = (snapshot_digest(snapshot), configuration_digest(config))
-    lookup = memory.cache(_measure_for_key, ignore=["snapshot", "config", "probe_seed"])
-    return lookup(key, snapshot, config, probe_seed)
+    ignored = ["snapshot", "config", "probe_seed", "verbose"]
+    lookup = memory.cache(_measure_for_key, ignore=ignored)
+    return lookup(key, snapshot, config, probe_seed, verbose)
 
 
 def _measure_for_key(
-    key: tuple[str, str], snapshot: Snapshot, config: MeasurementConfig, probe_seed: int
+    key: tuple[str, str],
+    snapshot: Snapshot,
+    config: MeasurementConfig,
+    probe_seed: int,
+    verbose: int,
 ) -> SpectralMeasure:
     del key  # what joblib looks the result up by, instead of hashing the model
-    return measure_snapshot(snapshot, config, probe_seed)
+    return measure_snapshot(snapshot, config, probe_seed, verbose)
 
 
 def _nothing() -> None:

@@ -51,9 +51,12 @@ class ShellDensity:
         Returns
         -------
         ShellDensity
-            Uniform if the measures have no energy in the window.
+            Uniform if the measures have no energy in the window. Without bins, so that every score
+            is NaN, if the window is a single rate: nothing was resolved below it.
         """
         lo, hi = window
+        if not lo < hi:
+            return cls(edges=np.array([lo]), density=np.empty(0))
         inside = shell_edges[(shell_edges > lo) & (shell_edges < hi)]
         edges = np.concatenate([[lo], inside, [np.nextafter(hi, np.inf)]])
         widths = np.diff(np.log(edges))

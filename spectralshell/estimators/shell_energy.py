@@ -81,7 +81,7 @@ class ShellEnergyEstimator(CallbackSupportMixin, TransformerMixin, BaseEstimator
         Seeds the random probes that check the operator, a fixed seed if None; the figures do not
         depend on it.
     verbose : int, default=0
-        1 shows a progress bar over snapshots.
+        1 shows a progress bar over snapshots, 2 also one over the Lanczos steps of each.
 
     Attributes
     ----------

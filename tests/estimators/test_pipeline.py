@@ -1,0 +1,150 @@
+"""The main path in scikit-learn's tools: snapshots in, a tail exponent out, products counted."""
+
+import pickle
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from sklearn import config_context
+from sklearn.base import clone
+from sklearn.model_selection import GridSearchCV, GroupKFold, cross_validate
+from sklearn.pipeline import make_pipeline
+
+from spectralshell import GRSDTailFitter, ShellEnergyEstimator, cross_validate_exponent
+from spectralshell.datasets import load_digits_trajectory
+
+Q = [1.2, 1.3, 1.4, 1.5, 1.6, 1.7, 1.8, 1.9, 2.0, 2.2]
+N_FOLDS = 5
+
+
+@pytest.fixture(scope="module")
+def X():
+    """Ten snapshots, two states on five batches."""
+    return load_digits_trajectory(
+        n_snapshots=2, n_batches=5, batch_size=8, hidden=(12,), max_iter=200
+    )
+
+
+@pytest.fixture
+def pipe():
+    return make_pipeline(ShellEnergyEstimator(), GRSDTailFitter())
+
+
+def batches(X):
+    return [snapshot.batch for snapshot in X]
+
+
+def test_fits_and_transforms(X, pipe):
+    tail = pipe.fit(X).transform(X)
+    assert np.isfinite(pipe[-1].b_)
+    assert list(tail.columns) == ["amplitude", "cutoff", "frontier", "tail_energy"]
+    assert list(tail.index.names) == ["tau", "batch"]
+    energies = pipe[0].transform(X)
+    assert (tail["tail_energy"] <= energies.sum(axis=1)).all()
+
+
+def test_clone_and_pickle(X, pipe):
+    fitted = pipe.fit(X)
+    copy = pickle.loads(pickle.dumps(fitted))
+    pd.testing.assert_frame_equal(copy.transform(X), fitted.transform(X))
+    assert clone(fitted).get_params(deep=False).keys() == fitted.get_params(deep=False).keys()
+    assert clone(fitted).fit(X)[-1].b_ == fitted[-1].b_
+
+
+def test_pandas_output(X, pipe):
+    plain = pipe.fit(X).transform(X)
+    wrapped = clone(pipe).set_output(transform="pandas").fit(X).transform(X)
+    pd.testing.assert_frame_equal(plain, wrapped)
+
+
+@pytest.mark.parametrize(("routing", "n_jobs"), [(False, 1), (True, 1), (False, 2)])
+def test_cross_validates_by_batch(X, pipe, routing, n_jobs):
+    with config_context(enable_metadata_routing=routing):
+        groups = {"params": {"groups": batches(X)}} if routing else {"groups": batches(X)}
+        result = cross_validate(
+            pipe, X, cv=GroupKFold(N_FOLDS), n_jobs=n_jobs, error_score="raise", **groups
+        )
+    assert np.isfinite(result["test_score"]).all()
+
+
+def test_sample_weight_reaches_the_last_step(X, pipe):
+    weight = (np.array(batches(X)) == 0).astype(float)
+    only = [s for s in X if s.batch == 0]
+    pipe.fit(X)
+    expected = pipe.score(only)
+    assert pipe.score(X, sample_weight=weight) == pytest.approx(expected, rel=1e-12)
+    with config_context(enable_metadata_routing=True):
+        routed = make_pipeline(
+            ShellEnergyEstimator(), GRSDTailFitter().set_score_request(sample_weight=True)
+        ).fit(X)
+        assert routed.score(X, sample_weight=weight) == pytest.approx(expected, rel=1e-12)
+
+
+def test_taus_are_routed_to_the_fitter(X, pipe):
+    taus = np.array([s.tau for s in X])
+    with config_context(enable_metadata_routing=True):
+        fitter = GRSDTailFitter().set_fit_request(tau=True, batch=True)
+        routed = make_pipeline(ShellEnergyEstimator(), fitter)
+        routed.fit(X, tau=taus + 1.0, batch=batches(X))
+    assert routed[-1].frame_["tau"].tolist() == sorted(set(taus + 1.0))
+
+
+def test_exponent_per_fold(X, pipe):
+    folds = cross_validate_exponent(pipe, X, groups=batches(X))
+    assert folds["n_test"].tolist() == [2] * 5
+    left_out = clone(pipe).fit([s for s in X if s.batch != 0])
+    assert folds["b"][0] == left_out[-1].b_
+
+
+class LoggedError:
+    """The error of a classifier, and a line in a file for every evaluation, in any process."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __call__(self, outputs, targets):
+        with self.path.open("a") as log:
+            log.write("evaluated\n")
+        return outputs - torch.nn.functional.one_hot(targets, 10)
+
+    def __eq__(self, other):
+        return isinstance(other, LoggedError) and other.path == self.path
+
+    def __hash__(self):
+        return hash(self.path)
+
+
+@pytest.mark.parametrize("n_jobs", [1, 2])
+def test_search_over_q_multiplies_as_often_as_one_fit(X, pipe, tmp_path, n_jobs):
+    """Ten ratios, five folds: no snapshot is measured after the first fit, in no process."""
+    log = tmp_path / "evaluations"
+    pipe.set_params(
+        shellenergyestimator__residual=LoggedError(log), shellenergyestimator__solver="exact"
+    )
+    snapshots = [pickle.loads(pickle.dumps(s)) for s in X]
+    one_fit = clone(pipe).fit(snapshots)
+    after_one_fit = log.read_text()
+    if n_jobs == 1:  # the search itself does the work of one fit, once
+        for snapshot in snapshots:
+            snapshot.measures.clear()
+        log.unlink()
+    search = GridSearchCV(
+        pipe,
+        {"shellenergyestimator__q": Q},
+        cv=GroupKFold(N_FOLDS),
+        n_jobs=n_jobs,
+        error_score="raise",
+    ).fit(snapshots, groups=batches(snapshots))
+    assert log.read_text() == after_one_fit
+    best = search.best_estimator_[0]
+    assert best.n_matvecs_ == one_fit[0].n_matvecs_ == sum(80 for _ in snapshots)
+
+
+def test_one_batch_gives_a_status_and_no_exception(X, pipe):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fitter = pipe.fit([s for s in X if s.batch == 0])[-1]
+    assert "optimistic" in fitter.status_ or np.isnan(fitter.b_)
