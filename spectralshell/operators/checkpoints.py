@@ -13,6 +13,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from spectralshell.operators.model_guard import MODEL_LOCK
+
 _MAX_NAMES = 5
 _WRAPPER_PREFIXES = ("module.", "_orig_mod.")
 _NESTED_KEYS = ("model_state_dict", "state_dict", "model")
@@ -176,9 +178,11 @@ class ModelState:
         if isinstance(state, ModelState):
             return state
         if state is None:
-            return cls(tensors=copy_state(model))
+            with MODEL_LOCK:
+                return cls(tensors=copy_state(model))
         if isinstance(state, Mapping):
-            matched = match_state(model, state)
+            with MODEL_LOCK:
+                matched = match_state(model, state)
             # A state_dict aliases the live parameters: copy, or training would move the snapshot.
             return cls(tensors={name: tensor.clone() for name, tensor in matched.items()})
         if isinstance(state, (str, os.PathLike)):
@@ -202,7 +206,8 @@ class ModelState:
                 f"state: the checkpoint {path!r} was changed after the snapshot was made; make the "
                 "snapshot again."
             )
-        return match_state(model, content, f"the checkpoint {path!r}")
+        with MODEL_LOCK:
+            return match_state(model, content, f"the checkpoint {path!r}")
 
 
 def _tied_groups(model: nn.Module) -> list[tuple[list[str], Tensor]]:

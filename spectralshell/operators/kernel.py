@@ -23,6 +23,7 @@ from spectralshell.operators.model_function import (
     select_parameters,
     widen,
 )
+from spectralshell.operators.model_guard import MODEL_LOCK
 from spectralshell.operators.module_faults import name_offending_module
 from spectralshell.operators.noise import backward_reads_model, measure_noise
 from spectralshell.operators.probes import (
@@ -127,18 +128,18 @@ def assemble_kernel(
     resolved = resolve_residual(residual)
     if chunk_size is not None:
         chunk_size = check_integer("chunk_size", chunk_size, low=1)
-    snapshot.check_unchanged()
-    names = select_parameters(snapshot.model, parameters)
-    where = resolve_device(device, snapshot.model)
-    state = snapshot.load_state()
-    trainable = {name for name, _ in snapshot.model.named_parameters()}
-    check_finite_state(state, trainable)
-    check_finite_inputs(snapshot.inputs)
-    working, notes = resolve_dtype(dtype, state, where)
-    size = None if chunk_size is None or chunk_size >= snapshot.n_samples else chunk_size
-    draw = _drawing(generator, where, working)
     # Tensors made under the user's inference mode could not be differentiated.
-    with torch.inference_mode(False):
+    with MODEL_LOCK, torch.inference_mode(False):
+        snapshot.check_unchanged()
+        names = select_parameters(snapshot.model, parameters)
+        where = resolve_device(device, snapshot.model)
+        state = snapshot.load_state()
+        trainable = {name for name, _ in snapshot.model.named_parameters()}
+        check_finite_state(state, trainable)
+        check_finite_inputs(snapshot.inputs)
+        working, notes = resolve_dtype(dtype, state, where)
+        size = None if chunk_size is None or chunk_size >= snapshot.n_samples else chunk_size
+        draw = _drawing(generator, where, working)
         function = ModelFunction(snapshot.model, state, names, where, working)
         while True:
             try:

@@ -13,6 +13,7 @@ from torch import Tensor
 from spectralshell.operators.ladder import blocks_agree, is_out_of_memory
 from spectralshell.operators.linearizations import Linearization, Parameters
 from spectralshell.operators.model_function import ModelFunction, cast, widen
+from spectralshell.operators.model_guard import MODEL_LOCK
 from spectralshell.residuals import Residual
 
 _BLOCK_BYTES = 2**28
@@ -241,7 +242,7 @@ class KernelOperator:
         return max(1, min(_MAX_BLOCK, _BLOCK_BYTES // max(1, per_column)))
 
     def _run(self, thunk: Callable[[], Any]) -> Any:
-        with torch.inference_mode(False):
+        with MODEL_LOCK, torch.inference_mode(False):
             calls_model = any(part.linearization.calls_model for part in self.parts)
             if not (calls_model or self.reads_model):
                 return thunk()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -12,6 +13,10 @@ import numpy as np
 import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+
+MODEL_LOCK = threading.RLock()
+"""Held while any model is evaluated or read: its tensors and torch's global switches are exchanged,
+and another thread would see, and restore, the wrong ones."""
 
 _CONTAINERS = ("_parameters", "_buffers", "_modules")
 
@@ -36,8 +41,9 @@ def guarded(model: nn.Module, device: torch.device) -> Iterator[None]:
     Everything is put back on the way out of any exception, KeyboardInterrupt included. Attributes
     that a forward pass rebinds (caches, effective weights of ``weight_norm``) are put back too;
     what it changes inside a user's own list is not seen. Cost: linear in the number of modules.
+    Threads take turns: :data:`MODEL_LOCK` is held throughout.
     """
-    with ExitStack() as stack:
+    with MODEL_LOCK, ExitStack() as stack:
         stack.enter_context(_random_states(device))
         stack.enter_context(_module_attributes(model))
         stack.enter_context(_slow_attention_path())
