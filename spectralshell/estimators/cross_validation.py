@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,8 @@ from sklearn.base import clone
 from sklearn.model_selection import GroupKFold, LeaveOneGroupOut, check_cv
 from sklearn.pipeline import Pipeline
 
-from spectralshell.estimators.tail_data import is_wide_frame
+from spectralshell.estimators.tail_data import is_wide_frame, label_codes
+from spectralshell.parameter_checks import check_integer
 
 FOLD_COLUMNS = ("fold", "b", "b_lower", "b_upper", "score", "n_train", "n_test")
 # With more groups than this, leave-one-group-out costs more fits than it tells.
@@ -38,11 +40,11 @@ def cross_validate_exponent(
         A wide frame of shell energies, an array, or snapshots for a Pipeline.
     cv : int, cross-validator or iterable, optional
         By default one group is left out at a time, or five folds over groups where there are more
-        than ten. An integer gives so many folds over groups.
+        than ten. An integer of at least 2 gives so many folds over groups.
     groups : sequence of shape (n_rows,), optional
-        By default the batches of the snapshots or of the frame's index: the batches are the
-        independent units, snapshots of one batch at several taus are not. Rows of an array are
-        their own groups.
+        Hashable labels, tuples too. By default the batches of the snapshots or of the frame's
+        index: the batches are the independent units, snapshots of one batch at several taus or
+        under several names are not. Rows of an array are their own groups.
     n_jobs : int, optional
         Folds fitted in parallel.
 
@@ -55,9 +57,10 @@ def cross_validate_exponent(
     Raises
     ------
     TypeError
-        If the estimator does not fit a tail slope.
+        If the estimator does not fit a tail slope, or ``cv`` is a boolean.
     ValueError
-        If ``groups`` has another length than X, or there are fewer groups than folds.
+        If ``groups`` has another length than X or a missing label, ``cv`` is an integer below 2,
+        or there are fewer groups than folds.
 
     Notes
     -----
@@ -78,10 +81,7 @@ def cross_validate_exponent(
     """
     _check_estimator(estimator)
     n_rows = len(X)
-    groups = _find_groups(X, n_rows) if groups is None else np.asarray(groups)
-    if len(groups) != n_rows:
-        raise ValueError(f"groups must have one entry per row of X ({n_rows}), got {len(groups)}.")
-    codes = pd.factorize(groups)[0]
+    codes = label_codes("groups", _find_groups(X, n_rows) if groups is None else groups, n_rows)
     splitter = _choose_splitter(cv, len(np.unique(codes)))
     with warnings.catch_warnings():
         # Batches are offered to every splitter; one that does not use groups may say so to no one.
@@ -111,21 +111,20 @@ def _check_estimator(estimator: Any) -> None:
         )
 
 
-def _find_groups(X: Any, n_rows: int) -> np.ndarray:
+def _find_groups(X: Any, n_rows: int) -> Any:
     if is_wide_frame(X) and "batch" in X.index.names:
-        return X.index.get_level_values("batch").to_numpy()
+        return X.index.get_level_values("batch")
     if isinstance(X, pd.DataFrame | np.ndarray):
-        return np.arange(n_rows)
+        return range(n_rows)
     # Tuples (model, inputs, targets) have their position for a batch.
-    labels = [getattr(item, "batch", position) for position, item in enumerate(X)]
-    return np.array(labels, dtype=object)
+    return [getattr(item, "batch", position) for position, item in enumerate(X)]
 
 
 def _choose_splitter(cv: Any, n_groups: int) -> Any:
-    if cv is None and n_groups <= MAX_LEFT_OUT:
-        return LeaveOneGroupOut()
-    if cv is None or (isinstance(cv, int) and not isinstance(cv, bool)):
-        return GroupKFold(n_splits=cv or DEFAULT_FOLDS)
+    if cv is None:
+        return LeaveOneGroupOut() if n_groups <= MAX_LEFT_OUT else GroupKFold(DEFAULT_FOLDS)
+    if isinstance(cv, Integral):
+        return GroupKFold(n_splits=check_integer("cv", cv, low=2))
     return check_cv(cv)
 
 

@@ -181,7 +181,8 @@ def read_labels(
     """Return tau and the code of the batch for each row.
 
     A frame's index gives them where they are not passed. Without any, tau is 0, and rows of equal
-    tau are batches by their position.
+    tau are batches by their position. Rows of one (tau, batch) must differ in the index level
+    ``name``.
 
     Returns
     -------
@@ -191,44 +192,65 @@ def read_labels(
     Raises
     ------
     ValueError
-        If tau is not finite, lengths differ, or a (tau, batch) occurs twice.
+        If tau is not finite, a batch is missing, lengths differ, or a (tau, batch), with its name
+        where there is one, occurs twice.
     """
     levels = list(X.index.names) if isinstance(X, pd.DataFrame) else []
     if tau is None and "tau" in levels:
         tau = X.index.get_level_values("tau")
     if batch is None and "batch" in levels:
-        kept = [X.index.get_level_values(level) for level in levels if level in ("batch", "name")]
-        batch = list(zip(*kept, strict=True))
+        batch = X.index.get_level_values("batch")
     taus = np.zeros(n_rows) if tau is None else _check_taus(tau, n_rows)
     if batch is None:
         return taus, pd.Series(taus).groupby(taus).cumcount().to_numpy()
-    labels = list(batch)
-    if len(labels) != n_rows:
-        raise ValueError(f"batch must have one entry per row of X ({n_rows}), got {len(labels)}.")
-    codes = pd.factorize(_as_objects(labels))[0]
-    pairs = pd.DataFrame({"tau": taus, "batch": codes})
-    if pairs.duplicated().any():
-        row = int(np.flatnonzero(pairs.duplicated())[0])
+    codes = label_codes("batch", batch, n_rows)
+    names = X.index.get_level_values("name") if "name" in levels else [None] * n_rows
+    repeated = pd.DataFrame({"tau": taus, "batch": codes, "name": list(names)}).duplicated()
+    if repeated.any():
+        row = int(np.flatnonzero(repeated)[0])
         raise ValueError(
-            f"X has two rows with tau={taus[row]!r} and batch={labels[row]!r}; give every row its "
-            "own (tau, batch), or average repeated measurements first."
+            f"X has two rows with tau={taus[row]!r}, batch={list(batch)[row]!r} and "
+            f"name={names[row]!r}; give every row its own, or average repeated measurements first."
         )
     return taus, codes
+
+
+def label_codes(name: str, labels: Any, n_rows: int) -> np.ndarray:
+    """Return an integer code for each hashable label.
+
+    Raises
+    ------
+    ValueError
+        If there is not one label per row, or one is missing (None, NaN).
+    """
+    if getattr(labels, "ndim", 1) != 1:
+        raise ValueError(f"{name} must be one-dimensional, got shape {np.shape(labels)}.")
+    labels = list(labels)
+    if len(labels) != n_rows:
+        raise ValueError(f"{name} must have one entry per row of X ({n_rows}), got {len(labels)}.")
+    codes = pd.factorize(_as_objects(labels))[0]
+    if (codes < 0).any():
+        row = int(np.flatnonzero(codes < 0)[0])
+        raise ValueError(
+            f"{name} is missing ({labels[row]!r}) in row {row} of X; label every row, or drop it."
+        )
+    return codes
 
 
 def collect(
     values: np.ndarray, taus: np.ndarray, codes: np.ndarray, layout: ShellLayout
 ) -> BatchedEnergies:
-    """Sort rows into (tau, batch, shell)."""
+    """Sort rows into (tau, batch, shell); rows of one (tau, batch) are averaged."""
     levels, which = np.unique(taus, return_inverse=True)
     shape = (len(levels), int(codes.max()) + 1)
     shells = layout.shells_of(values)
     energies = np.zeros((*shape, shells.shape[1]))
-    present = np.zeros(shape, dtype=bool)
-    energies[which, codes] = shells
-    present[which, codes] = True
+    counts = np.zeros(shape)
+    np.add.at(energies, (which, codes), shells)
+    np.add.at(counts, (which, codes), 1.0)
+    energies /= np.maximum(counts, 1.0)[..., None]
     totals = np.bincount(which, weights=values.sum(axis=1)) / np.bincount(which)
-    return BatchedEnergies(levels, energies, present, totals)
+    return BatchedEnergies(levels, energies, counts > 0, totals)
 
 
 def choose_window(

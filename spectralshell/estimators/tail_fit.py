@@ -156,8 +156,9 @@ class GRSDTailFitter(TransformerMixin, BaseEstimator):
         tau : array-like of shape (n_rows,), optional
             Effective time of each row; by default the frame's index level, or 0.
         batch : sequence of shape (n_rows,), optional
-            Batch of each row; by default the frame's index level (with ``name``, where there is
-            one), or the position among the rows of equal tau.
+            Batch of each row, the independent unit of the jackknife; by default the frame's index
+            level, or the position among the rows of equal tau. Rows of one (tau, batch) under
+            several ``name`` in the frame's index are averaged.
 
         Returns
         -------
@@ -167,7 +168,8 @@ class GRSDTailFitter(TransformerMixin, BaseEstimator):
         ------
         ValueError, TypeError
             For negative or non-finite energies, foreign or unordered columns, edges that do not
-            fit, repeated (tau, batch), or parameters out of range.
+            fit, repeated (tau, batch) or (tau, batch, name), a missing batch, or parameters out of
+            range.
         """
         window = check_window("window", self.window)
         check_option("cutoff", self.cutoff, CUTOFFS)

@@ -59,9 +59,29 @@ def test_two_jobs_agree_with_one(data):
     pd.testing.assert_frame_equal(one, two)
 
 
-@pytest.mark.parametrize(("cv", "n_folds"), [(2, 2), (KFold(3), 3), (None, 5)])
+@pytest.mark.parametrize(("cv", "n_folds"), [(2, 2), (np.int64(2), 2), (KFold(3), 3), (None, 5)])
 def test_splitters(data, cv, n_folds):
     assert len(cross_validate_exponent(GRSDTailFitter(window=WINDOW), data, cv=cv)) == n_folds
+
+
+def test_numpy_integer_keeps_batches_together(data):
+    fitter = GRSDTailFitter(window=WINDOW)
+    expected = cross_validate_exponent(fitter, data, cv=3)
+    pd.testing.assert_frame_equal(cross_validate_exponent(fitter, data, cv=np.int64(3)), expected)
+    assert set(expected["n_test"]) == {6, 12}  # whole batches of 6 taus
+
+
+@pytest.mark.parametrize(("cv", "error"), [(0, ValueError), (1, ValueError), (True, TypeError)])
+def test_too_few_folds_are_named(data, cv, error):
+    with pytest.raises(error, match="cv"):
+        cross_validate_exponent(GRSDTailFitter(), data, cv=cv)
+
+
+def test_groups_may_be_tuples(data):
+    fitter = GRSDTailFitter(window=WINDOW)
+    groups = [("batch", batch) for batch in data.index.get_level_values("batch")]
+    folds = cross_validate_exponent(fitter, data, groups=groups)
+    pd.testing.assert_frame_equal(folds, cross_validate_exponent(fitter, data))
 
 
 def test_many_groups_make_five_folds():
@@ -87,7 +107,15 @@ def test_other_estimators_are_refused(data, estimator):
         cross_validate_exponent(estimator, data)
 
 
-@pytest.mark.parametrize(("groups", "name"), [([0, 1], "groups"), (np.zeros(30), "groups")])
+@pytest.mark.parametrize(
+    ("groups", "name"),
+    [
+        ([0, 1], "groups must have one entry"),
+        (np.zeros(30), "groups"),
+        (np.zeros((30, 2)), "groups must be one-dim"),
+        ([None, *range(29)], "groups is missing .* row 0"),
+    ],
+)
 def test_wrong_groups_are_named(data, groups, name):
     with pytest.raises(ValueError, match=name):
         cross_validate_exponent(GRSDTailFitter(), data, groups=groups)

@@ -209,6 +209,17 @@ def test_batch_that_is_missing_at_a_tau():
     assert fitter.b_ == pytest.approx(GRSDTailFitter(window=WINDOW).fit(X).b_, abs=0.02)
 
 
+def test_names_are_no_independent_batches():
+    X = frame("template", 1.6)
+    copies = pd.concat(dict.fromkeys(("one", "two"), X), names=["name"])
+    named = copies.reorder_levels(["tau", "batch", "name"])
+    plain, twice = (GRSDTailFitter(window=WINDOW, floor=0.0).fit(x) for x in (X, named))
+    assert twice.b_ == pytest.approx(plain.b_, rel=1e-9)
+    assert twice.b_interval_ == pytest.approx(plain.b_interval_, rel=1e-9)
+    with pytest.raises(ValueError, match="two rows"):
+        GRSDTailFitter().fit(pd.concat([named, named.iloc[:1]]))
+
+
 def test_order_of_rows_does_not_matter():
     X = frame("template", 1.6)
     one = GRSDTailFitter(window=WINDOW).fit(X)
@@ -338,6 +349,8 @@ def test_wrong_parameter_is_named(options, error, name):
         ({"tau": [1.0]}, "tau"),
         ({"batch": [1]}, "batch"),
         ({"batch": [1, 1, 2]}, "two rows"),
+        ({"batch": [0, np.nan, 1]}, "batch is missing .* row 1"),
+        ({"batch": ["a", "b", None]}, "batch is missing .* row 2"),
     ],
 )
 def test_wrong_label_is_named(labels, name):
