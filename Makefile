@@ -21,7 +21,7 @@ help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: $(VENV)/.installed-demo  ## train on digits, measure, fit, write out/*.parquet and out/*.png
-	$(BIN)/python demo/digits.py
+	$(ONE_THREAD) $(BIN)/python demo/digits.py
 
 test: $(VENV)/.installed-test  ## run the tests, the docstrings' examples and those of the docs
 	$(ONE_THREAD) $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
@@ -35,7 +35,7 @@ docs: $(VENV)/.installed-docs  ## build the documentation; a warning is an error
 	$(BIN)/python -m sphinx -W --keep-going -b html docs docs/_build/html
 
 benchmark: $(VENV)/.installed-demo  ## compare with plain torch.func; writes out/benchmarks/
-	$(BIN)/python benchmarks/run.py
+	$(ONE_THREAD) $(BIN)/python benchmarks/run.py
 
 clean:  ## remove what the targets made, but keep .venv
 	rm -rf out build dist docs/_build docs/auto_examples docs/generated

@@ -138,11 +138,13 @@ def choose_q(estimator: ShellEnergyEstimator, X: list, groups: list[int]) -> Gri
         candidate, {"q": Q_CANDIDATES}, cv=GroupKFold(4), refit=largest_q_within_one_se
     )
     search.fit(X, groups=groups)
+    results = search.cv_results_
+    splits = [results[f"split{fold}_test_score"] for fold in range(search.n_splits_)]
     scores = pd.DataFrame(
         {
             "q": Q_CANDIDATES,
-            "score": search.cv_results_["mean_test_score"],
-            "standard error": search.cv_results_["std_test_score"] / 2.0,
+            "score": results["mean_test_score"],
+            "standard error": np.std(splits, axis=0, ddof=1) / np.sqrt(len(splits)),
         }
     )
     show_frame(scores)
@@ -151,7 +153,7 @@ def choose_q(estimator: ShellEnergyEstimator, X: list, groups: list[int]) -> Gri
 
 
 def exponent_against_q(pipe: Pipeline, X: list) -> pd.DataFrame:
-    """Fit the tail for several q on the window that the pipeline found."""
+    """Fit the tail for several q, on one window."""
     rows = []
     for q in Q_FOR_EXPONENT:
         candidate = clone(pipe)

@@ -53,8 +53,8 @@ pd.DataFrame(rows).round(2)
 fit(make_lazy_spectra(1.5, random_state=0)).comparison_
 
 # %%
-# The falsifier frees the power p of the cutoff exp(−κ λ^p) and gives its interval. It holds p = 1, a
-# frozen kernel's, in about 95 of 100 sets of batches.
+# The falsifier frees the power p of the cutoff exp(−κ λ^p) and gives its interval. That of a frozen
+# kernel is p = 1.
 
 fit(make_lazy_spectra(1.5, random_state=1)).falsifier_
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
+from os import PathLike
 from typing import Any
 
 import numpy as np
@@ -11,9 +12,9 @@ import torch
 from joblib import Memory
 from sklearn.datasets import load_digits
 from sklearn.utils import check_random_state
-from sklearn.utils.validation import check_memory
 from torch import nn
 
+from spectralshell.memory import resolve_memory
 from spectralshell.parameter_checks import check_integer, check_option, check_real
 from spectralshell.snapshots import Snapshot, make_snapshots
 
@@ -32,7 +33,7 @@ def load_digits_trajectory(
     learning_rate: float = 0.1,
     max_iter: int = 3000,
     random_state: Any = 0,
-    memory: Memory | str | None = None,
+    memory: Memory | str | PathLike[str] | None = None,
 ) -> list[Snapshot]:
     """Train a small network on the digits and return snapshots of its training.
 
@@ -60,7 +61,7 @@ def load_digits_trajectory(
         Number of training steps.
     random_state : int, RandomState instance or None, default=0
         Fixes the initial weights, the order of the images and the probe batches.
-    memory : joblib.Memory or str, optional
+    memory : joblib.Memory, str or path, optional
         Where to keep the trained states, so that a second call does not train again.
 
     Returns
@@ -89,13 +90,15 @@ def load_digits_trajectory(
     max_iter = check_integer("max_iter", max_iter, low=1)
     learning_rate = check_real("learning_rate", learning_rate, low=0.0, low_open=True)
     check_option("loss", loss, _LOSSES)
+    if not isinstance(hidden, Sequence):
+        raise TypeError(f"hidden must be a sequence of widths such as (64, 64), got {hidden!r}.")
     widths = tuple(check_integer("hidden", width, low=1) for width in hidden)
     images, labels = _digits()
     batches = _probe_batches(images, labels, n_batches, batch_size, random_state)
 
     steps = _log_spaced_steps(n_snapshots, max_iter)
     seed = int(check_random_state(random_state).randint(np.iinfo(np.int32).max))
-    train = check_memory(memory).cache(_train)
+    train = resolve_memory(memory).cache(_train)
     states = train(steps, widths, loss, learning_rate, seed)
 
     model = _perceptron(widths)

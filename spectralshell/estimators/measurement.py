@@ -75,7 +75,8 @@ def measure_snapshots(
     Parameters
     ----------
     snapshots : sequence of Snapshot
-        What to measure. New measures are remembered in ``snapshot.measures[config]``.
+        What to measure. New measures are remembered in ``snapshot.measures``, by the digest of
+        ``config``.
     config : MeasurementConfig
         How to measure.
     memory : joblib.Memory
@@ -100,7 +101,9 @@ def measure_snapshots(
     """
     for snapshot in snapshots:
         snapshot.check_unchanged()
-    missing = [s for s in snapshots if config not in s.measures]
+    # A clone's callable is another object with the same code, so callables count by their code.
+    key = configuration_digest(config)
+    missing = [s for s in snapshots if key not in s.measures]
     bar = tqdm(
         total=len(snapshots),
         initial=len(snapshots) - len(missing),
@@ -113,10 +116,10 @@ def measure_snapshots(
         for _ in range(len(snapshots) - len(missing)):
             notify()
         for snapshot, measure in _computed(missing, config, memory, probe_seed, n_jobs, verbose):
-            snapshot.measures[config] = measure
+            snapshot.measures[key] = measure
             bar.update()
             notify()
-    return [s.measures[config].relabel(tau=s.tau, batch=s.batch, name=s.name) for s in snapshots]
+    return [s.measures[key].relabel(tau=s.tau, batch=s.batch, name=s.name) for s in snapshots]
 
 
 def measure_snapshot(

@@ -34,6 +34,12 @@ def check_measurement_parameters(estimator: Any) -> None:
     if estimator.chunk_size is not None:
         check_integer("chunk_size", estimator.chunk_size, low=1)
     check_integer("verbose", estimator.verbose, low=0)
+    chosen = estimator.parameters
+    if chosen is not None and not isinstance(chosen, str) and not callable(chosen):
+        raise TypeError(
+            "parameters must be None, a regular expression or a predicate over names, got "
+            f"{chosen!r}; for a list of names pass names.__contains__."
+        )
     resolve_residual(estimator.residual)
     _resolve_dtype(estimator.dtype)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,13 +9,14 @@ import numpy as np
 import pandas as pd
 import torch
 from sklearn.base import BaseEstimator, TransformerMixin
-from sklearn.utils.validation import check_is_fitted, check_memory
+from sklearn.utils.validation import check_is_fitted
 
 from spectralshell.estimators.callback_support import (
     CallbackSupportMixin,
     FitTasks,
     with_callbacks,
 )
+from spectralshell.estimators.hidden_energy import warn_of_hidden_energy
 from spectralshell.estimators.measurement import measure_snapshots
 from spectralshell.estimators.measurement_parameters import (
     check_measurement_parameters,
@@ -25,14 +25,10 @@ from spectralshell.estimators.measurement_parameters import (
 )
 from spectralshell.estimators.shell_density import ShellDensity
 from spectralshell.estimators.shell_placement import place_shells
-from spectralshell.parameter_checks import check_real, check_window
+from spectralshell.memory import resolve_memory
+from spectralshell.parameter_checks import check_option, check_real, check_window
 from spectralshell.shells import ShellPartition, SpectralMeasure, energy_frame, shell_frame
 from spectralshell.snapshots import Snapshot, as_snapshots
-from spectralshell.warning_categories import ResolutionWarning
-
-# A peak this close to the floor, with this much of its energy unresolved below, may be false.
-_SHELLS_NEAR_FLOOR = 2
-_HIDDEN_SHARE = 0.5
 
 
 class ShellEnergyEstimator(CallbackSupportMixin, TransformerMixin, BaseEstimator):
@@ -72,7 +68,7 @@ class ShellEnergyEstimator(CallbackSupportMixin, TransformerMixin, BaseEstimator
         Where to compute; ``"auto"`` is where the model is.
     dtype : {"float32", "float64"} or torch.dtype, optional
         Number type of the products, by default the model's (float32 for half-precision models).
-    memory : str or joblib.Memory, optional
+    memory : str, path or joblib.Memory, optional
         Cache on disk. Each snapshot is stored as soon as it is measured, so that an interrupted
         run resumes with what it had.
     n_jobs : int, optional
@@ -196,19 +192,19 @@ class ShellEnergyEstimator(CallbackSupportMixin, TransformerMixin, BaseEstimator
         -----
         ResolutionWarning
             If the energy per shell is largest next to the resolution floor while energy lies
-            below it: such a peak may move with ``n_steps``.
+            below it, as such a peak may move with ``n_steps``; or if most of the energy of a
+            snapshot lies below the floor.
         """
         snapshots = as_snapshots(X)
         self._check_parameters()
-        tasks = FitTasks(self, snapshots)
-        with tasks.running():
+        with FitTasks(self, snapshots).running() as tasks:
             measures = self._measure(snapshots, on_done=tasks.one_done)
             self._place_shells(measures)
             self._measures = measures
             self._shells: pd.DataFrame | None = None
             self._density = ShellDensity.from_measures(measures, self.edges_, self.window_)
         self._summarise(measures)
-        self._warn_of_false_peak(measures)
+        warn_of_hidden_energy(measures, self._partition, self.resolution_floor_)
         return self
 
     def fit_transform(self, X: Sequence[Any], y: Any = None) -> pd.DataFrame:
@@ -338,7 +334,9 @@ class ShellEnergyEstimator(CallbackSupportMixin, TransformerMixin, BaseEstimator
         check_measurement_parameters(self)
         check_real("q", self.q, low=1.0, low_open=True)
         check_real("lambda_0", self.lambda_0, low=0.0, low_open=True)
-        if self.floor != "auto":
+        if isinstance(self.floor, str):
+            check_option("floor", self.floor, ("auto",))
+        else:
             check_real("floor", self.floor, low=0.0, low_open=True)
         check_window("window", self.window)
 
@@ -349,7 +347,7 @@ class ShellEnergyEstimator(CallbackSupportMixin, TransformerMixin, BaseEstimator
             snapshots,
             measurement_config(self),
             probe_seed=probe_seed(self.random_state),
-            memory=check_memory(self.memory),
+            memory=resolve_memory(self.memory),
             n_jobs=self.n_jobs,
             verbose=self.verbose,
             on_done=on_done,
@@ -371,22 +369,6 @@ class ShellEnergyEstimator(CallbackSupportMixin, TransformerMixin, BaseEstimator
         self.n_matvecs_ = sum(m.n_matvecs for m in measures)
         self.n_probes_ = sum(m.n_probes for m in measures)
         self.dynamics_exact_ = all(m.dynamics_exact for m in measures)
-
-    def _warn_of_false_peak(self, measures: list[SpectralMeasure]) -> None:
-        energies = np.mean([m.energies(self.edges_) for m in measures], axis=0)
-        null = np.mean([m.estimate([m.noise or self.edges_[0]])[0] for m in measures])
-        shells = energies[1:]
-        peak = int(shells.argmax())
-        hidden = energies[0] - null > _HIDDEN_SHARE * shells[peak]
-        if peak < _SHELLS_NEAR_FLOOR and hidden:
-            warnings.warn(
-                f"The energy per shell is largest {self._partition.names[peak]}, next to the "
-                f"resolution floor {self.resolution_floor_:.3g}, and energy lies unresolved "
-                "below it: do not call the profile unimodal. The peak may move with n_steps; "
-                "raise n_steps or use solver='exact'.",
-                ResolutionWarning,
-                stacklevel=4,
-            )
 
     def _fitted_partition(self) -> ShellPartition:
         check_is_fitted(self)

@@ -29,7 +29,8 @@ def largest_q_within_one_se(cv_results: Mapping[str, Any]) -> int:
     Raises
     ------
     ValueError
-        If no parameter, or more than one, is a q, or if every score is NaN.
+        If no parameter, or more than one, is a q, if there is one split only, or if every score is
+        NaN.
 
     Notes
     -----
@@ -64,6 +65,11 @@ def largest_q_within_one_se(cv_results: Mapping[str, Any]) -> int:
         raise ValueError(
             "every score is NaN; the held-out snapshots have no energy inside the window: "
             "widen window= or lower floor=."
+        )
+    if len(splits) < 2:
+        raise ValueError(
+            f"cv_results must come from at least two splits, got {len(splits)}: one has no "
+            "standard error; pass another cv= to the search."
         )
     best = int(np.nanargmax(mean))
     standard_error = np.std([scores[best] for scores in splits], ddof=1) / np.sqrt(len(splits))

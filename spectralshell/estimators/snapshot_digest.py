@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import pickle
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import fields
 from typing import Any
@@ -20,6 +21,9 @@ from torch import Tensor, nn
 
 from spectralshell._version import __version__
 from spectralshell.snapshots import Snapshot
+
+_BOOKKEEPING = frozenset(vars(nn.Module()))
+_HOOKS = frozenset({"_forward_hooks", "_forward_pre_hooks"})
 
 
 def snapshot_digest(snapshot: Snapshot) -> str:
@@ -99,13 +103,22 @@ def _model_parts(model: nn.Module) -> Iterable[bytes]:
 
 
 def _setting_parts(module: nn.Module) -> Iterable[bytes]:
-    """Return what a module holds beside tensors and submodules: its scale, its flags, its heads."""
+    """Return what a module holds beside tensors and submodules: its scale, its flags, its hooks."""
+    own = type(module).__module__.startswith("torch.")
     for name, value in sorted(vars(module).items()):
-        # Private entries are torch's own bookkeeping; the mode is set for every measurement.
-        if name.startswith("_") or name == "training":
-            continue
-        yield name.encode()
-        yield _callable_bytes(value) if callable(value) else joblib.hash(value).encode()
+        if name in _HOOKS:
+            for hook in value.values():
+                yield name.encode() + _callable_bytes(hook)
+        # The rest of torch's own bookkeeping follows from the state; the mode is set to eval.
+        elif name not in _BOOKKEEPING and not (own and name.startswith("_")):
+            yield name.encode() + _value_bytes(value)
+
+
+def _value_bytes(value: Any) -> bytes:
+    try:
+        return _callable_bytes(value) if callable(value) else joblib.hash(value).encode()
+    except (TypeError, AttributeError, pickle.PicklingError):  # a lock, a weak reference
+        return repr(value).encode()
 
 
 def _callable_bytes(function: Callable[..., Any]) -> bytes:

@@ -42,8 +42,10 @@ def mean_measure(measures: Sequence[SpectralMeasure]) -> SpectralMeasure:
     Returns
     -------
     SpectralMeasure
-        All nodes, with weights divided by the number of measures; the largest floor, noise and
-        λ_max; ``batch="mean"``; counts of products summed; ``solver="mixed"`` where they differ.
+        All nodes, with weights divided by the number of measures; the largest floor and λ_max;
+        ``batch="mean"``; counts of products summed; ``solver="mixed"`` where they differ. Nodes
+        that a measure counts as null, since they are below its own noise, are at 0, and ``noise``
+        is the smallest.
 
     Raises
     ------
@@ -72,12 +74,12 @@ def mean_measure(measures: Sequence[SpectralMeasure]) -> SpectralMeasure:
     norms = [part.residual_norms for part in parts if part.residual_norms is not None]
     return replace(
         parts[0],
-        nodes=np.concatenate([part.nodes for part in parts]),
+        nodes=np.concatenate([_without_noise(part) for part in parts]),
         weights=np.concatenate([part.weights for part in parts]) / len(parts),
         total=sum(part.total for part in parts) / len(parts),
         lambda_max=max(part.lambda_max for part in parts),
         floor=max(part.floor for part in parts),
-        noise=max(part.noise for part in parts),
+        noise=min(part.noise for part in parts),
         batch="mean",
         bounds=None if all(part.bounds is None for part in parts) else MeanBounds(parts),
         residual_norms=np.concatenate(norms) if len(norms) == len(parts) else None,
@@ -90,3 +92,8 @@ def mean_measure(measures: Sequence[SpectralMeasure]) -> SpectralMeasure:
         dynamics_exact=all(part.dynamics_exact for part in parts),
         status=join_statuses(part.status for part in parts),
     )
+
+
+def _without_noise(part: SpectralMeasure) -> Floats:
+    null = part.counted & (part.nodes >= 0.0) & (part.nodes < part.noise)
+    return np.where(null, 0.0, part.nodes)

@@ -1,6 +1,7 @@
 """ShellEnergyEstimator: the contract, its frames, its caches and its score."""
 
 import warnings
+from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -16,6 +17,10 @@ from tests.estimators.contract import SnapshotEstimatorContract
 
 # Sums of a few hundred float64 energies.
 CLOSURE_RTOL = 1e-12
+
+
+def scaled_error(outputs, targets, scale):
+    return scale * (outputs - torch.nn.functional.one_hot(targets, 10))
 
 
 class TestContract(SnapshotEstimatorContract):
@@ -117,6 +122,20 @@ def test_memory_resumes_an_interrupted_run(trajectory, tmp_path, monkeypatch):
         snapshot.measures.clear()
     estimator.fit(trajectory)
     assert len(resumed) == len(trajectory) - 5
+
+
+def test_callable_objects_are_measured_once_also_by_clones(trajectory, count_products):
+    residual = partial(scaled_error, scale=2.0)
+    search = GridSearchCV(
+        ShellEnergyEstimator(residual=residual), {"q": [1.5, 2.0]}, cv=GroupKFold(2)
+    )
+    search.fit(trajectory, groups=[s.batch for s in trajectory])
+    assert count_products["operators"] == len(trajectory)
+
+
+def test_memory_may_be_a_path(trajectory, tmp_path):
+    ShellEnergyEstimator(memory=tmp_path).fit(trajectory[:1])
+    assert any(tmp_path.rglob("output.pkl"))
 
 
 def test_memory_tells_states_residuals_and_settings_apart(trajectory, tmp_path):
@@ -224,6 +243,7 @@ def test_fit_callbacks_see_one_task_per_snapshot(measured_trajectory):
         ({"n_steps": 0}, "n_steps"),
         ({"n_steps": 2.5}, "n_steps must be an integer"),
         ({"floor": -1.0}, "floor"),
+        ({"floor": "low"}, "floor must be one of 'auto'"),
         ({"floor": 1e9}, "floor must lie below the largest eigenvalue"),
         ({"window": (2.0, 1.0)}, "window"),
         ({"window": 3.0}, "window"),

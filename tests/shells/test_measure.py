@@ -182,6 +182,15 @@ def test_mean_measure_averages_energies_and_bounds(exact):
     assert restored.energies(SHELLS.edges).tolist() == mean.energies(SHELLS.edges).tolist()
 
 
+def test_mean_measure_keeps_what_each_part_counts_as_null():
+    rough = measure_of([1e-3, 1.0], [0.25, 0.75], batch=0, noise=1e-2)
+    fine = measure_of([1e-3, 1.0], [0.5, 0.5], batch=1, noise=1e-5)
+    edges = [1e-4, 0.1, 10.0]
+    assert rough.energies(edges).tolist() == [0.25, 0.0, 0.75]
+    assert fine.energies(edges).tolist() == [0.0, 0.5, 0.5]
+    assert mean_measure([rough, fine]).energies(edges).tolist() == [0.125, 0.25, 0.625]
+
+
 def test_mean_measure_refuses_what_it_cannot_average():
     one = measure_of([1.0], [1.0], tau=1.0)
     with pytest.raises(ValueError, match="empty"):
