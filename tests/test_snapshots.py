@@ -92,6 +92,15 @@ def test_buffers_that_are_not_saved_come_from_the_model(batch):
     assert torch.equal(snapshot.load_state()["mask"], module.mask)
 
 
+def test_buffers_that_are_not_saved_are_copied_for_a_path_too(tmp_path):
+    module = nn.Linear(3, 2)
+    module.register_buffer("mask", torch.tensor([1.0, 2.0]), persistent=False)
+    torch.save(module.state_dict(), tmp_path / "model.pt")
+    snapshot = Snapshot(module, torch.ones(2, 3), torch.ones(2, 2), state=tmp_path / "model.pt")
+    module.mask.zero_()
+    assert snapshot.load_state()["mask"].tolist() == [1.0, 2.0]
+
+
 class Compiled(nn.Module):
     """Wraps as torch.compile does, without its half minute of imports."""
 

@@ -59,7 +59,7 @@ def copy_state(model: nn.Module) -> dict[str, Tensor]:
         If a lazy parameter has no shape yet.
     """
     with torch.inference_mode(False):  # its tensors could never take part in a derivative
-        return {names[0]: tensor.detach().clone() for names, tensor in _tied_groups(model)}
+        return {names[0]: tensor.detach().clone() for names, tensor in tied_groups(model)}
 
 
 def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Tensor]:
@@ -121,7 +121,7 @@ def match_state(
     missing: list[str] = []
     wrong_shapes: list[str] = []
     known: set[str] = set()
-    for names, own in _tied_groups(model):
+    for names, own in tied_groups(model):
         known.update(names)
         present = [name for name in names if name in available]
         if not present:
@@ -165,10 +165,22 @@ class ModelState:
     path : str, optional
         A checkpoint file. Its size and modification time are remembered, so that a file that was
         overwritten later is an error and not a silent change of the measurement.
+    trainable : collection of str
+        All names of the parameters that require gradients now; freezing them later changes nothing.
+    unsaved : dict of str to Tensor, optional
+        Copies of the buffers that a checkpoint does not hold.
     """
 
-    def __init__(self, tensors: dict[str, Tensor] | None = None, path: str | None = None) -> None:
+    def __init__(
+        self,
+        tensors: dict[str, Tensor] | None = None,
+        path: str | None = None,
+        trainable: Iterable[str] = (),
+        unsaved: dict[str, Tensor] | None = None,
+    ) -> None:
         self.tensors = tensors
+        self.trainable = frozenset(trainable)
+        self.unsaved = unsaved or {}
         self.path = path
         self.stamp = _file_stamp(path) if path is not None else None
 
@@ -177,19 +189,26 @@ class ModelState:
         """Build from the ``state`` argument of a snapshot: None, a mapping, or a path."""
         if isinstance(state, ModelState):
             return state
+        with MODEL_LOCK:
+            return cls._read(model, state)
+
+    @classmethod
+    def _read(cls, model: nn.Module, state: Any) -> ModelState:
+        trainable = [
+            name for name, p in model.named_parameters(remove_duplicate=False) if p.requires_grad
+        ]
         if state is None:
-            with MODEL_LOCK:
-                return cls(tensors=copy_state(model))
+            return cls(tensors=copy_state(model), trainable=trainable)
         if isinstance(state, Mapping):
-            with MODEL_LOCK:
-                matched = match_state(model, state)
+            matched = match_state(model, state)
             # A state_dict aliases the live parameters: copy, or training would move the snapshot.
-            return cls(tensors={name: tensor.clone() for name, tensor in matched.items()})
+            copies = {name: tensor.clone() for name, tensor in matched.items()}
+            return cls(tensors=copies, trainable=trainable)
         if isinstance(state, (str, os.PathLike)):
             path = os.path.abspath(os.fspath(state))
             if not os.path.isfile(path):
                 raise FileNotFoundError(f"state: there is no checkpoint file at {path!r}.")
-            return cls(path=path)
+            return cls(path=path, trainable=trainable, unsaved=_unsaved_buffers(model))
         raise TypeError(
             "state must be None, a mapping of names to tensors, or the path of a checkpoint, got "
             f"{type(state).__name__}."
@@ -207,11 +226,25 @@ class ModelState:
                 "snapshot again."
             )
         with MODEL_LOCK:
-            return match_state(model, content, f"the checkpoint {path!r}")
+            return match_state(model, content, f"the checkpoint {path!r}") | self.unsaved
 
 
-def _tied_groups(model: nn.Module) -> list[tuple[list[str], Tensor]]:
-    groups: dict[int, tuple[list[str], Tensor]] = {}
+def _unsaved_buffers(model: nn.Module) -> dict[str, Tensor]:
+    saved = set(model.state_dict(keep_vars=True))
+    return {
+        names[0]: own.detach().clone()
+        for names, own in tied_groups(model)
+        if saved.isdisjoint(names)
+    }
+
+
+def tied_groups(model: nn.Module) -> list[tuple[list[str], Tensor]]:
+    """Return the names of each parameter and buffer, tied ones together, with its tensor.
+
+    Tied is what is one object, or another view of the same memory
+    (``b.weight.data = a.weight.data``).
+    """
+    groups: dict[Any, tuple[list[str], Tensor]] = {}
     for named in (
         model.named_parameters(remove_duplicate=False),
         model.named_buffers(remove_duplicate=False),
@@ -222,8 +255,15 @@ def _tied_groups(model: nn.Module) -> list[tuple[list[str], Tensor]]:
                     f"model: {name!r} is a lazy parameter without a shape; run the model once on "
                     "data first."
                 )
-            groups.setdefault(id(tensor), ([], tensor))[0].append(name)
+            groups.setdefault(_identity(tensor), ([], tensor))[0].append(name)
     return list(groups.values())
+
+
+def _identity(tensor: Tensor) -> Any:
+    if tensor.is_meta or tensor.layout != torch.strided or tensor.numel() == 0:
+        return id(tensor)  # no memory to compare
+    place = (tensor.device, tensor.data_ptr())
+    return (isinstance(tensor, nn.Parameter), *place, tensor.shape, tensor.stride(), tensor.dtype)
 
 
 def _is_safetensors(file: Path) -> bool:
@@ -283,7 +323,7 @@ def _tensors_of(content: Any, source: str) -> dict[str, Tensor]:
 
 
 def _strip_prefixes(tensors: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    own = {name for names, _ in _tied_groups(model) for name in names}
+    own = {name for names, _ in tied_groups(model) for name in names}
     stripped = True
     while stripped:
         stripped = False

@@ -131,7 +131,7 @@ def assemble_kernel(
     # Tensors made under the user's inference mode could not be differentiated.
     with MODEL_LOCK, torch.inference_mode(False):
         snapshot.check_unchanged()
-        names = select_parameters(snapshot.model, parameters)
+        names = select_parameters(snapshot.model, parameters, snapshot.state.trainable)
         where = resolve_device(device, snapshot.model)
         state = snapshot.load_state()
         trainable = {name for name, _ in snapshot.model.named_parameters()}

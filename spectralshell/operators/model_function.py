@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import AbstractContextManager
 from typing import Any, TypeVar
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from spectralshell.operators.checkpoints import unwrap
+from spectralshell.operators.checkpoints import tied_groups, unwrap
 from spectralshell.operators.model_guard import guarded
 
 _T = TypeVar("_T")
@@ -64,10 +64,11 @@ class ModelFunction:
         self.device = device
         self.dtype = dtype
         self._carrier = _Carrier(self.model)
-        moved = {name: cast(tensor.detach(), device, dtype) for name, tensor in state.items()}
+        # Some models write to their weights and buffers while they run: let them have their own.
+        moved = {name: cast(t.detach(), device, dtype).clone() for name, t in state.items()}
         self.parameters: Parameters = tuple(moved.pop(name) for name in names)
-        # Some models write to a buffer while they run: let them have their own.
-        self._constants = {f"model.{name}": tensor.clone() for name, tensor in moved.items()}
+        self._constants = moved
+        self._aliases = {group[0]: group for group, _ in tied_groups(self.model)}
 
     @property
     def n_parameters(self) -> int:
@@ -76,7 +77,7 @@ class ModelFunction:
 
     def in_double(self) -> ModelFunction:
         """Return the same function at the same point, computed in float64."""
-        state = {name.removeprefix("model."): value for name, value in self._constants.items()}
+        state = dict(self._constants)
         state.update(zip(self.names, self.parameters, strict=True))
         return ModelFunction(self.model, state, self.names, self.device, torch.float64)
 
@@ -92,17 +93,20 @@ class ModelFunction:
         """
         if parameters is None:
             parameters = tuple(p.detach().requires_grad_() for p in self.parameters)
-        state = dict(self._constants)
-        state.update({f"model.{name}": p for name, p in zip(self.names, parameters, strict=True)})
-        result: _T = functional_call(self._carrier, state, (thunk,))
-        return result
+        return self._carry(dict(zip(self.names, parameters, strict=True)) | self._constants, thunk)
 
     def poisoned(self, thunk: Callable[[], _T]) -> _T:
         """Run ``thunk`` while every floating tensor of the model is NaN."""
         named = dict(zip(self.names, self.parameters, strict=True))
-        state = {f"model.{name}": _nan_like(t).requires_grad_() for name, t in named.items()}
+        state = {name: _nan_like(tensor).requires_grad_() for name, tensor in named.items()}
         state.update({name: _nan_like(tensor) for name, tensor in self._constants.items()})
-        result: _T = functional_call(self._carrier, state, (thunk,))
+        return self._carry(state, thunk)
+
+    def _carry(self, state: Mapping[str, Tensor], thunk: Callable[[], _T]) -> _T:
+        everywhere = {
+            f"model.{alias}": t for name, t in state.items() for alias in self._aliases[name]
+        }
+        result: _T = functional_call(self._carrier, everywhere, (thunk,))
         return result
 
     def outputs(self, parameters: Parameters, inputs: Any) -> Tensor:
@@ -125,7 +129,9 @@ class ModelFunction:
         return outputs
 
 
-def select_parameters(model: nn.Module, parameters: Any) -> list[str]:
+def select_parameters(
+    model: nn.Module, parameters: Any, trainable: Collection[str] | None = None
+) -> list[str]:
     r"""Return the names of the trainable parameters to differentiate with respect to.
 
     Parameters
@@ -135,6 +141,8 @@ def select_parameters(model: nn.Module, parameters: Any) -> list[str]:
         None takes all trainable ones, a regular expression those whose name it finds
         (``re.search``), a callable those for whose name it is true. A tied parameter has its first
         name, and any of its names selects it.
+    trainable : collection of str, optional
+        Names of the trainable parameters; by default those that require gradients now.
 
     Returns
     -------
@@ -152,23 +160,24 @@ def select_parameters(model: nn.Module, parameters: Any) -> list[str]:
     >>> select_parameters(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1)), r"^1\.")
     ['1.weight', '1.bias']
     """
-    groups: dict[int, tuple[list[str], nn.Parameter]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        groups.setdefault(id(parameter), ([], parameter))[0].append(name)
+    groups = [names for names, t in tied_groups(model) if isinstance(t, nn.Parameter)]
     if not groups:
         raise ValueError(
             f"model: {type(model).__name__} has no parameters, so its kernel is not defined."
         )
-    trainable = [names for names, parameter in groups.values() if parameter.requires_grad]
-    if not trainable:
+    if trainable is None:
+        named = model.named_parameters(remove_duplicate=False)
+        trainable = {name for name, parameter in named if parameter.requires_grad}
+    candidates = [names for names in groups if not set(names).isdisjoint(trainable)]
+    if not candidates:
         raise ValueError(
             f"model: all {len(groups)} parameters of {type(model).__name__} are frozen "
             "(requires_grad=False); unfreeze those to measure."
         )
     wanted = _name_filter(parameters)
-    selected = [names[0] for names in trainable if any(wanted(name) for name in names)]
+    selected = [names[0] for names in candidates if any(wanted(name) for name in names)]
     if not selected:
-        available = [names[0] for names in trainable]
+        available = [names[0] for names in candidates]
         more = f" and {len(available) - _MAX_NAMES} more" if len(available) > _MAX_NAMES else ""
         raise ValueError(
             f"parameters={parameters!r} selects none of the trainable parameters: "
