@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+_TOKEN_NDIM = 3
+
 IGNORED_LABEL = -100
 """Label of rows that are left out, as in ``torch.nn.functional.cross_entropy``."""
 
@@ -81,6 +83,10 @@ class Residual:
     nll           −log p(y | x), one per row e                 −Jᵀe
     callable      f(outputs, targets)        e                 −Jᵀe
     ============= ========================== ================= ============
+
+    N counts the rows that have a label. Under ``"mse"`` with real targets it counts samples, but
+    tokens where outputs have the three dimensions (B, T, V) of one prediction per token:
+    N = B T, as for labels. A callable has N = number of samples.
 
     Under ``"cross-entropy"`` the velocity is that of training on the cross-entropy, but J is not
     the Jacobian of −e, so de/dt ≠ −M e. Under ``"nll"`` the velocity is the gradient flow of
@@ -245,7 +251,9 @@ def _prepare_real_or_labels(targets: Any, outputs: Tensor) -> Targets:
             values = values.to(torch.float64)
         if not values.is_meta and not bool(torch.isfinite(values).all()):
             raise ValueError("targets hold NaN or infinite values; remove those samples.")
-        return Targets(values, int(outputs.shape[0]))
+        # Labels of token outputs (B, T, V) give one row per token: so do their one-hot values.
+        rows = outputs.shape[:-1] if outputs.ndim == _TOKEN_NDIM else outputs.shape[:1]
+        return Targets(values, rows.numel())
     if not values.is_floating_point() and values.shape == outputs.shape[:-1]:
         return _prepare_labels(values, outputs)
     raise ValueError(

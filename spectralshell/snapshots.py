@@ -27,11 +27,12 @@ class Snapshot:
         What the model is called with: ``model(inputs)``, ``model(*inputs)`` or
         ``model(**inputs)``. Samples run along the first dimension. Arrays are copied to tensors.
     targets : Tensor or array
-        Class labels or real values, as the residual needs them, samples first. A residual that is
+        Class labels or real values, as the residual needs them, samples first. Outputs of shape
+        (B, T, V) count tokens, B T of them, with labels and real values alike. A residual that is
         a callable receives them as they are.
     tau : float, default=0.0
         Effective training time, the sum of learning rates.
-    batch : hashable, default=0
+    batch : int or str, default=0
         Label of the data batch, the group in cross-validation.
     state : None, mapping or path, default=None
         None copies the model's present parameters and buffers; a mapping of names to tensors is
@@ -50,7 +51,8 @@ class Snapshot:
     TypeError
         If ``model`` is not a module, or inputs, targets, ``batch`` or ``name`` have a wrong type.
     ValueError
-        If ``tau`` is not finite, inputs hold no sample, or ``state`` does not fit the model.
+        If ``tau`` is not finite, ``name`` is empty, inputs hold no sample, or ``state`` does not
+        fit the model.
     FileNotFoundError
         If ``state`` is a path without a file.
 
@@ -89,9 +91,11 @@ class Snapshot:
         self.inputs = _as_tensors("inputs", inputs)
         self.targets = _as_tensors("targets", targets, strict=False)
         self.tau = check_real("tau", tau)
-        self.batch = _check_hashable("batch", batch)
+        self.batch = _check_batch(batch)
         if name is not None and not isinstance(name, str):
             raise TypeError(f"name must be a string or None, got {type(name).__name__}.")
+        if name == "":
+            raise ValueError('name must not be empty, got ""; use None for no name.')
         self.name = name
         self.n_samples = _count_samples(self.inputs)
         self.state = ModelState.from_argument(self.model, state)
@@ -288,15 +292,14 @@ def _array_to_tensor(label: str, array: Any) -> Tensor:
         ) from error
 
 
-def _check_hashable(label: str, value: Any) -> Any:
-    try:
-        hash(value)
-    except TypeError:
-        raise TypeError(
-            f"{label} must be a hashable label such as an integer or a string, got "
-            f"{type(value).__name__}."
-        ) from None
-    return value
+def _check_batch(batch: Any) -> int | str:
+    if isinstance(batch, str):
+        return str(batch)
+    if isinstance(batch, (int, np.integer)) and not isinstance(batch, bool):
+        return int(batch)
+    raise TypeError(
+        f"batch must be an integer or a string, got {batch!r} ({type(batch).__name__})."
+    )
 
 
 def _count_samples(inputs: Any) -> int:

@@ -34,6 +34,17 @@ def test_rows_without_label_are_left_out(name, outputs, labels):
     assert residual.prepare(labels, outputs).n_rows == 4
 
 
+def test_labels_and_one_hot_targets_count_the_same_tokens(outputs):
+    labels = torch.tensor([[0, 3, 2], [2, 1, 1]])
+    one_hot = F.one_hot(labels, 4).double()
+    residual = resolve_residual("mse")
+    torch.testing.assert_close(
+        residual.error(outputs, labels).flatten(), residual.error(outputs, one_hot).flatten()
+    )
+    rows = {residual.prepare(targets, outputs).n_rows for targets in (labels, one_hot)}
+    assert rows == {6}
+
+
 def test_nll_is_torch_s_cross_entropy(outputs, labels):
     expected = F.cross_entropy(outputs.flatten(0, 1), labels.flatten(), reduction="none")
     error = resolve_residual("nll").error(outputs, labels)

@@ -183,5 +183,17 @@ def test_tuples_become_snapshots_by_position(model, batch):
     assert (first.batch, second.batch, first.tau) == (0, 1, 0.0)
 
 
+@pytest.mark.parametrize("label", [None, True, (1, 2), 1.0, [3]])
+def test_batches_are_labelled_by_integers_or_strings(model, batch, label):
+    with pytest.raises(TypeError, match="batch must be an integer or a string, got"):
+        Snapshot(model, *batch, batch=label)
+
+
+def test_a_name_is_not_empty(model, batch):
+    with pytest.raises(ValueError, match="name must not be empty"):
+        Snapshot(model, *batch, name="")
+
+
 def test_numpy_scalars_are_numbers(model, batch):
+    assert type(Snapshot(model, *batch, batch=np.int64(3)).batch) is int
     assert Snapshot(model, *batch, tau=np.float64(1.5)).tau == 1.5

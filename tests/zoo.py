@@ -352,7 +352,8 @@ def dense_reference(model: nn.Module, inputs: Any, targets: Tensor, kind: str) -
 
 def _reference_table(outputs: Tensor, targets: Tensor, kind: str) -> tuple[Tensor, Tensor, int]:
     if kind == "mse":
-        return targets.double() - outputs, outputs, len(outputs)
+        tokens = outputs.shape[0] * outputs.shape[1] if outputs.ndim == 3 else len(outputs)
+        return targets.double() - outputs, outputs, tokens
     if kind == "callable":
         error = wavy_error(outputs, targets.double())
         return error, error, len(outputs)

@@ -29,7 +29,7 @@ from spectralshell.operators.noise import backward_reads_model, measure_noise
 from spectralshell.operators.probes import (
     check_finite_inputs,
     check_finite_state,
-    check_independent_samples,
+    chunk_bounds,
     evaluate,
     take_samples,
 )
@@ -41,6 +41,9 @@ if TYPE_CHECKING:
     from spectralshell.snapshots import Snapshot
 
 __all__ = ["KernelOperator", "build_kernel"]
+
+_CHUNK_TOLERANCE = 1e-10
+"""Relative difference of float64 errors from the same outputs: far above rounding."""
 
 
 def build_kernel(
@@ -166,12 +169,10 @@ def _assemble(
 ) -> KernelOperator:
     n_samples = snapshot.n_samples
     inputs = map_tensors(lambda t: cast(t, function.device, function.dtype), snapshot.inputs)
-    bounds = _chunk_bounds(n_samples, size)
+    bounds = chunk_bounds(n_samples, size)
     pieces = [take_samples(inputs, slice(*bound), n_samples) for bound in bounds]
     with function.guard():
-        if size is not None:
-            check_independent_samples(function, inputs, n_samples, size)
-        outputs, flops = evaluate(function, pieces)
+        outputs, flops = evaluate(function, inputs, n_samples, size)
         targets = residual.prepare(snapshot.targets, outputs)
         error, values = _error_and_values(residual, outputs, targets)
         rows_per_sample = outputs.shape[1:-1].numel()
@@ -181,6 +182,8 @@ def _assemble(
             part = targets.samples(start, stop, n_samples, rows_per_sample)
             part = part.to(function.device, function.dtype)
             chunks.append((piece, part, outputs[start:stop]))
+        if size is not None:
+            _check_chunks(residual, chunks, error, targets.n_rows**-0.5)
 
         def finish() -> KernelOperator:
             parts, steps = _differentiate(function, residual, chunks, draw, size, rungs)
@@ -291,9 +294,31 @@ def _error_and_values(
     return error, residual.jacobian_of(wide, exact).detach()
 
 
-def _chunk_bounds(n_samples: int, size: int | None) -> list[tuple[int, int]]:
-    step = size or n_samples
-    return [(start, min(start + step, n_samples)) for start in range(0, n_samples, step)]
+def _check_chunks(
+    residual: Residual, chunks: list[tuple[Any, Targets, Tensor]], whole: Tensor, scale: float
+) -> None:
+    """Raise ValueError if a residual gives other errors for chunks than for the whole batch."""
+    if whole.is_meta:
+        return
+    try:
+        errors = [
+            residual.error(widen(outputs), targets.to(whole.device, whole.dtype)).reshape(-1)
+            for _, targets, outputs in chunks
+        ]
+        joined = torch.cat(errors).detach().double() * scale
+        same = joined.shape == whole.shape and torch.allclose(
+            joined, whole, rtol=_CHUNK_TOLERANCE, atol=_CHUNK_TOLERANCE * float(whole.abs().max())
+        )
+    except (RuntimeError, ValueError, IndexError) as error:
+        if is_out_of_memory(error):
+            raise
+        raise ValueError(f"residual {residual.name!r} fails in chunks: {error}") from error
+    if not same:
+        raise ValueError(
+            f"residual {residual.name!r} gives other errors in chunks than for the whole batch: it "
+            "couples samples, or `targets` hold a tensor whose first dimension is the number of "
+            "samples but does not count them. Use chunk_size=None, or one target row per sample."
+        )
 
 
 def _halved(size: int, error: Exception) -> int:

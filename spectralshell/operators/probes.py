@@ -19,8 +19,6 @@ REPEAT_TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
 COUPLING_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
 """Relative difference of a sample's output alone and in company: above that of other kernels."""
 
-_MAX_PROBED_SAMPLES = 8
-
 
 def check_finite_state(state: Mapping[str, Tensor], parameters: set[str]) -> None:
     """Raise ValueError naming the first tensor of a state with NaN (or, a parameter, infinity).
@@ -49,14 +47,21 @@ def check_finite_inputs(inputs: Any) -> None:
     map_tensors(check, inputs)
 
 
-def evaluate(function: ModelFunction, parts: list[Any]) -> tuple[Tensor, float]:
-    """Evaluate a model twice on chunks of inputs, and check what comes back.
+def evaluate(
+    function: ModelFunction, inputs: Any, n_samples: int, size: int | None
+) -> tuple[Tensor, float]:
+    """Evaluate a model twice, by chunks, and check what comes back.
+
+    The second time the chunks begin elsewhere, so that every sample has other company.
 
     Parameters
     ----------
     function : ModelFunction
-    parts : list
-        Inputs of each chunk, on the device; the model is called on each alone.
+    inputs : object
+        Of the whole batch, on the device.
+    n_samples : int
+    size : int or None
+        Samples per chunk; None takes all at once.
 
     Returns
     -------
@@ -68,11 +73,13 @@ def evaluate(function: ModelFunction, parts: list[Any]) -> tuple[Tensor, float]:
     Raises
     ------
     ValueError
-        If the model fails, its outputs are not finite, have no sample dimension, or differ
-        between two evaluations; the message names the module where that starts.
+        If the model fails, its outputs are not finite, have no sample dimension, differ between
+        two evaluations (the message names the module where that starts), or depend on the other
+        samples of a chunk.
     """
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        outputs = torch.cat([_evaluate_part(function, part) for part in parts])
+    bounds = chunk_bounds(n_samples, size)
+    with FlopCounterMode(display=False) as counter:
+        outputs = _evaluate_chunks(function, inputs, bounds)
     flops = float(counter.get_total_flops())
     if not outputs.is_floating_point():
         raise ValueError(
@@ -81,57 +88,66 @@ def evaluate(function: ModelFunction, parts: list[Any]) -> tuple[Tensor, float]:
     if outputs.is_meta:
         return outputs, flops
     if not bool(torch.isfinite(outputs).all()):
+        parts = [take_samples(inputs, slice(*bound), n_samples) for bound in bounds]
         where = first_nonfinite_module(function, parts)
         raise ValueError(
             f"model: the outputs hold NaN or infinite values, first in {where}; check inputs and "
             "weights."
         )
-    with torch.no_grad():
-        again = torch.cat([_evaluate_part(function, part) for part in parts])
-    scale = float(outputs.abs().max())
-    difference = float((outputs - again).abs().max())
-    if not difference <= REPEAT_TOLERANCE[function.dtype] * scale:
+    if size is not None and _differ(
+        outputs,
+        _evaluate_chunks(function, inputs, _shifted_bounds(n_samples, size)),
+        COUPLING_TOLERANCE[function.dtype],
+    ):
+        _check_repeatable(function, inputs, outputs, bounds)
+        raise ValueError(
+            "chunk_size: the outputs of a sample depend on the other samples of its batch, for "
+            "example through batch statistics, so the kernel cannot be computed in chunks; use "
+            "chunk_size=None with a batch that fits in memory, or remove the coupling."
+        )
+    if size is None:
+        _check_repeatable(function, inputs, outputs, bounds)
+    return outputs, flops
+
+
+def _check_repeatable(
+    function: ModelFunction, inputs: Any, outputs: Tensor, bounds: list[tuple[int, int]]
+) -> None:
+    again = _evaluate_chunks(function, inputs, bounds)
+    if _differ(outputs, again, REPEAT_TOLERANCE[function.dtype]):
+        n_samples = bounds[-1][1]
+        parts = [take_samples(inputs, slice(*bound), n_samples) for bound in bounds]
         where = first_random_module(function, parts)
+        difference, scale = float((outputs - again).abs().max()), float(outputs.abs().max())
         raise ValueError(
             "model: two evaluations in eval mode differ by "
             f"{difference:.1e} (largest output {scale:.1e}), first in {where}: randomness such as "
             "dropout stays on in eval mode, or the model changes its own state; switch it off."
         )
-    return outputs, flops
 
 
-def check_independent_samples(
-    function: ModelFunction, inputs: Any, n_samples: int, chunk_size: int
-) -> None:
-    """Raise ValueError if the outputs of a sample depend on the other samples of its batch.
-
-    A few samples spread over the batch, a chunk at most (but two), are evaluated together and in
-    two halves.
-    """
-    size = min(_MAX_PROBED_SAMPLES, n_samples, max(2, chunk_size))
-    if size < 2:
-        return
-    picked = torch.linspace(0, n_samples - 1, size).round().long().tolist()
-    with torch.no_grad():
-        together = _evaluate_part(function, take_samples(inputs, picked, n_samples))
-        halves = [
-            _evaluate_part(function, take_samples(inputs, half, n_samples))
-            for half in (picked[: size // 2], picked[size // 2 :])
-        ]
-    apart = torch.cat(halves)
-    if together.is_meta:
-        return
-    difference = float((together - apart).abs().max()) if together.shape == apart.shape else 1.0
-    if not difference <= COUPLING_TOLERANCE[function.dtype] * float(together.abs().max()):
-        raise ValueError(
-            "chunk_size: the outputs of a sample depend on the other samples of its batch "
-            f"(difference {difference:.1e}), for example through batch statistics, so the kernel "
-            "cannot be computed in chunks; use chunk_size=None with a batch that fits in memory, "
-            "or remove the coupling."
-        )
+def _differ(outputs: Tensor, again: Tensor, tolerance: float) -> bool:
+    if outputs.shape != again.shape:
+        return True
+    return not float((outputs - again).abs().max()) <= tolerance * float(outputs.abs().max())
 
 
-def take_samples(inputs: Any, positions: list[int] | slice, n_samples: int) -> Any:
+def chunk_bounds(n_samples: int, size: int | None) -> list[tuple[int, int]]:
+    """Return (start, stop) of each chunk."""
+    step = size or n_samples
+    return [(start, min(start + step, n_samples)) for start in range(0, n_samples, step)]
+
+
+def _shifted_bounds(n_samples: int, size: int) -> list[tuple[int, int]]:
+    """Chunks that begin in the middle of those of :func:`chunk_bounds`; single samples in pairs."""
+    if size == 1:
+        return chunk_bounds(n_samples, 2)
+    first = size // 2
+    later = chunk_bounds(n_samples - first, size)
+    return [(0, first), *((start + first, stop + first) for start, stop in later)]
+
+
+def take_samples(inputs: Any, positions: slice, n_samples: int) -> Any:
     """Take samples from every tensor whose first dimension counts samples."""
 
     def take(tensor: Tensor) -> Tensor:
@@ -142,7 +158,20 @@ def take_samples(inputs: Any, positions: list[int] | slice, n_samples: int) -> A
     return map_tensors(take, inputs)
 
 
-def _evaluate_part(function: ModelFunction, inputs: Any) -> Tensor:
+def _evaluate_chunks(function: ModelFunction, inputs: Any, bounds: list[tuple[int, int]]) -> Tensor:
+    n_samples = bounds[-1][1]
+    with torch.no_grad():
+        return torch.cat(
+            [
+                _evaluate_part(
+                    function, take_samples(inputs, slice(start, stop), n_samples), stop - start
+                )
+                for start, stop in bounds
+            ]
+        )
+
+
+def _evaluate_part(function: ModelFunction, inputs: Any, n_samples: int) -> Tensor:
     try:
         outputs = function.outputs(function.parameters, inputs)
     except (RuntimeError, ValueError, IndexError, AttributeError, KeyError) as error:
@@ -153,7 +182,6 @@ def _evaluate_part(function: ModelFunction, inputs: Any) -> Tensor:
             f"model: {type(function.model).__name__} failed on the inputs of shape "
             f"{', '.join(map(str, shapes))}: {error}"
         ) from error
-    n_samples = next(t.shape[0] for t in iterate_tensors(inputs) if t.ndim)
     if outputs.ndim == 0 or outputs.shape[0] != n_samples:
         raise ValueError(
             f"model: the outputs have shape {tuple(outputs.shape)} for {n_samples} samples; the "
