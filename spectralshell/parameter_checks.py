@@ -7,6 +7,9 @@ from collections.abc import Sequence
 from numbers import Integral, Real
 from typing import Any
 
+import numpy as np
+from sklearn.utils.validation import check_array
+
 
 def check_real(
     name: str,
@@ -130,6 +133,30 @@ def check_window(name: str, value: Any) -> tuple[float, float] | None:
             f"{name} must have lambda_lo < lambda_hi, got ({lo!r}, {hi!r}); swap the ends."
         )
     return lo, hi
+
+
+def check_sample_weight(sample_weight: Any, n: int) -> np.ndarray:
+    """Return ``n`` non-negative weights as floats; ones for None.
+
+    Raises
+    ------
+    ValueError
+        If there is another number of weights, or one is negative, NaN or infinite.
+
+    Examples
+    --------
+    >>> check_sample_weight(None, 2).tolist()
+    [1.0, 1.0]
+    """
+    if sample_weight is None:
+        return np.ones(n)
+    weights = check_array(sample_weight, ensure_2d=False, dtype=float, input_name="sample_weight")
+    if weights.shape != (n,) or (weights < 0).any():
+        raise ValueError(
+            f"sample_weight must hold {n} non-negative numbers, one per row of X, got shape "
+            f"{weights.shape} with minimum {weights.min()}."
+        )
+    return np.asarray(weights)
 
 
 def _describe_range(low: float | None, high: float | None, low_open: bool, high_open: bool) -> str:

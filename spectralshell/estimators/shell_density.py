@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from sklearn.utils.validation import check_array
 
+from spectralshell.parameter_checks import check_sample_weight
 from spectralshell.shells import SpectralMeasure
 
 # Share of the uniform density in the mixture: an empty shell then costs ln(100) and not infinity.
@@ -82,7 +82,7 @@ class ShellDensity:
         float
             In nats; NaN where no node inside the window has energy.
         """
-        weights = _checked_weights(sample_weight, len(measures))
+        weights = check_sample_weight(sample_weight, len(measures))
         log_density = np.log(self.density)
         total = gain = 0.0
         for measure, weight in zip(measures, weights, strict=True):
@@ -92,15 +92,3 @@ class ShellDensity:
             total += energy.sum()
             gain += energy @ log_density[shell]
         return float(gain / total) if total > 0.0 else float("nan")
-
-
-def _checked_weights(sample_weight: Any, n: int) -> np.ndarray:
-    if sample_weight is None:
-        return np.ones(n)
-    weights = check_array(sample_weight, ensure_2d=False, dtype=float, input_name="sample_weight")
-    if weights.shape != (n,) or (weights < 0).any():
-        raise ValueError(
-            f"sample_weight must hold {n} non-negative numbers, one per snapshot, "
-            f"got shape {weights.shape} with minimum {weights.min()}."
-        )
-    return weights

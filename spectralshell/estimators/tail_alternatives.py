@@ -72,7 +72,7 @@ def compare(
         Gaussian residuals of ln ε; the mean log-likelihood of ln ε of a batch that was left out,
         per point (NaN with one batch). Rank by AIC; models tie with the best where their AIC differ
         by less than 2, or than its jackknife-t interval over batches, since shells are not
-        independent points. A lognormal has no slope (NaN).
+        independent points; 0 without an AIC. A lognormal has no slope (NaN).
     """
     n, n_taus = problem.n_points, problem.n_taus
     rows = []
@@ -87,7 +87,7 @@ def compare(
     table["delta_aic"] = table["aic"] - table["aic"].min()
     margin = _tie_margins(problem, [fits[model].sse for model in COMPARED], confidence)
     tied = np.where(table["delta_aic"] < margin, 0.0, table["delta_aic"])
-    table["rank"] = pd.Series(tied).rank(method="min").astype(int)
+    table["rank"] = pd.Series(tied).rank(method="min").fillna(0).astype(int)
     return table
 
 

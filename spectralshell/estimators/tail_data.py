@@ -15,6 +15,9 @@ from spectralshell.shells.partition import NULL, edges_from_names
 ROUNDING = 1e-13
 # Edges that agree to this relative precision are the same edge.
 EDGE_TOLERANCE = 1e-9
+# Energies below it have lost digits to underflow.
+TINY = float(np.finfo(float).tiny)
+_TIDY = {"tau", "shell", "lambda_lo", "lambda_hi", "energy"}
 MAX_DEFAULT_SHELLS = 1000
 
 
@@ -91,7 +94,8 @@ class BatchedEnergies:
         -------
         means : ndarray of shape (1 + n_batches, n_taus, n_shells)
         counts : ndarray of shape (1 + n_batches, n_taus)
-            Batches behind each mean. With one batch there is only the full sample.
+            Batches behind each mean. With one batch there is only the full sample. A mean that
+            underflows is 0.
         """
         total, count = self.energies.sum(axis=1), self.present.sum(axis=1)
         if self.n_batches == 1:
@@ -101,7 +105,17 @@ class BatchedEnergies:
             counts = np.concatenate([count[None], count - self.present.T.astype(int)])
         # Subtraction leaves rounding where the other batches hold nothing.
         sums = np.where(sums > ROUNDING * total, sums, 0.0)
-        return sums / np.maximum(counts, 1)[..., None], counts
+        means = sums / np.maximum(counts, 1)[..., None]
+        return np.where(means >= TINY, means, 0.0), counts
+
+
+def refuse_tidy_frame(X: Any) -> None:
+    """Raise a ValueError if X has one row per shell, as ``shells_`` has."""
+    if isinstance(X, pd.DataFrame) and set(X.columns) >= _TIDY:
+        raise ValueError(
+            "X is a tidy frame with one row per shell, expected one row per snapshot; pass "
+            "transform(X) of the ShellEnergyEstimator, not shells_."
+        )
 
 
 def is_wide_frame(X: Any) -> bool:
@@ -125,7 +139,7 @@ def read_layout(X: Any, n_columns: int, edges: Any, floor: Any) -> ShellLayout:
     n_columns : int
         Its number of columns.
     edges : array-like of shape (n_columns + 1,) or None
-        Edges of a plain array's shells.
+        Edges of a plain array's shells; a frame's columns must agree with them.
     floor : float or None
         Resolution floor; None takes the frame's.
 
@@ -136,6 +150,7 @@ def read_layout(X: Any, n_columns: int, edges: Any, floor: Any) -> ShellLayout:
     """
     if is_wide_frame(X):
         found = edges_from_names(list(X.columns))
+        _check_agreement(edges, found)
         default_floor = X.attrs.get("resolution_floor", 0.0)
         lambda_max = float(X.attrs.get("lambda_max", np.inf))
         has_null = X.columns[0] == NULL
@@ -173,6 +188,17 @@ def check_edges(edges: Any, n_columns: int) -> np.ndarray:
             "lower edge, columns of X alike."
         )
     return array
+
+
+def _check_agreement(edges: Any, found: np.ndarray) -> None:
+    if edges is None:
+        return
+    given = check_edges(edges, found.size - 1)
+    if not np.allclose(given, found, rtol=EDGE_TOLERANCE, atol=0.0):
+        raise ValueError(
+            f"edges contradict the columns of X, whose shells run from {found[0]!r} to "
+            f"{found[-1]!r}; leave edges out, since a frame's columns name its shells."
+        )
 
 
 def read_labels(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from spectralshell.estimators.tail_data import ROUNDING, ShellLayout
+from spectralshell.estimators.tail_data import ROUNDING, TINY, ShellLayout
 from spectralshell.estimators.tail_linear import solve
 from spectralshell.estimators.tail_models import POWER_LAW, TEMPLATE, shell_grid
 
@@ -93,6 +93,20 @@ def fitted_shares(
     return shares
 
 
+def window_energies(
+    energies: np.ndarray,
+    layout: ShellLayout,
+    window: tuple[float, float],
+    slope: float,
+    cutoffs: np.ndarray,
+) -> np.ndarray:
+    """Measured energy of each row in the window; a straddling shell counts by its fitted share."""
+    if np.isnan(window[0]):
+        return np.zeros(len(energies))
+    slope = 1.0 if np.isnan(slope) else slope  # without a fit, shared out evenly in ln λ
+    return (energies * fitted_shares(layout, window, slope, np.nan_to_num(cutoffs))).sum(axis=1)
+
+
 def fit_rows(
     energies: np.ndarray,
     totals: np.ndarray,
@@ -136,7 +150,7 @@ def fit_rows(
     lower, upper = layout.edges[:-1][kept], layout.edges[1:][kept]
     grid = shell_grid(lower, upper)
     values = energies[:, kept]
-    usable = values > ROUNDING * totals[:, None]
+    usable = (values > ROUNDING * totals[:, None]) & (values >= TINY)
     log_density = np.log(np.where(usable, values, 1.0) / (upper - lower))
     n_rows = len(energies)
     power = slope - 1.0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -15,12 +16,13 @@ from spectralshell.estimators.tail_data import (
     is_wide_frame,
     read_labels,
     read_layout,
+    refuse_tidy_frame,
 )
 from spectralshell.estimators.tail_density import (
     fit_rows,
-    fitted_shares,
     log_shell_energies,
     score_rows,
+    window_energies,
 )
 from spectralshell.estimators.tail_estimate import (
     TOO_FEW,
@@ -33,8 +35,10 @@ from spectralshell.parameter_checks import (
     check_integer,
     check_option,
     check_real,
+    check_sample_weight,
     check_window,
 )
+from spectralshell.shells.partition import shell_name
 
 CUTOFFS = ("free", "shared", "none")
 OUTPUT_COLUMNS = ("amplitude", "cutoff", "frontier", "tail_energy")
@@ -56,7 +60,7 @@ class GRSDTailFitter(TransformerMixin, BaseEstimator):
         κ_j ≥ 0 free for each tau, κ_j = K τ_j, or no cutoff.
     edges : array-like of shape (n_features + 1,), optional
         Shell edges of a plain array; by default consecutive shells of ratio 2 from 1. A frame's
-        columns name its shells.
+        columns name its shells, and edges must agree with them.
     confidence : float, default=0.95
         Nominal coverage of the intervals.
     min_shells : int, default=4
@@ -144,6 +148,10 @@ class GRSDTailFitter(TransformerMixin, BaseEstimator):
         tags.input_tags.positive_only = True
         return tags
 
+    def __sklearn_is_fitted__(self) -> bool:
+        """Return whether there is a result."""
+        return hasattr(self, "_result")
+
     def fit(self, X: Any, y: None = None, *, tau: Any = None, batch: Any = None) -> GRSDTailFitter:
         """Fit the tail.
 
@@ -169,14 +177,25 @@ class GRSDTailFitter(TransformerMixin, BaseEstimator):
         ValueError, TypeError
             For negative or non-finite energies, foreign or unordered columns, edges that do not
             fit, repeated (tau, batch) or (tau, batch, name), a missing batch, or parameters out of
-            range.
+            range. The estimator is then as it was before.
         """
+        before = vars(self).copy()
+        try:
+            return self._fit(X, tau, batch)
+        except BaseException:
+            # The names of an X that failed must not stand beside the result of another.
+            self.__dict__.clear()
+            self.__dict__.update(before)
+            raise
+
+    def _fit(self, X: Any, tau: Any, batch: Any) -> GRSDTailFitter:
         window = check_window("window", self.window)
         check_option("cutoff", self.cutoff, CUTOFFS)
         confidence = check_real(
             "confidence", self.confidence, low=0.0, high=1.0, low_open=True, high_open=True
         )
         min_shells = check_integer("min_shells", self.min_shells, low=2)
+        refuse_tidy_frame(X)
         values = validate_data(self, X, dtype=np.float64, ensure_non_negative=True)
         layout = read_layout(X, values.shape[1], self.edges, self.floor)
         taus, codes = read_labels(X, len(values), tau, batch)
@@ -197,6 +216,10 @@ class GRSDTailFitter(TransformerMixin, BaseEstimator):
         self.frame_ = result.frame
         self.comparison_, self.falsifier_ = result.comparison, result.falsifier
         return self
+
+    def fit_transform(self, X: Any, y: None = None, *, tau: Any = None, batch: Any = None) -> Any:
+        """Fit the tail, then each row of the same X; parameters as in `fit`."""
+        return self.fit(X, y, tau=tau, batch=batch).transform(X, tau=tau)
 
     def transform(self, X: Any, *, tau: Any = None) -> Any:
         """Fit amplitude and cutoff of each row at the fitted b.
@@ -236,7 +259,7 @@ class GRSDTailFitter(TransformerMixin, BaseEstimator):
             )
             with np.errstate(over="ignore"):
                 out[:, :3] = np.stack([amplitude, np.exp(log_cutoff), np.exp(log_frontier)], 1)
-        out[:, 3] = self._tail_energy(energies, out[:, 1])
+        out[:, 3] = window_energies(energies, layout, self.window_, self.b_, out[:, 1])
         if isinstance(X, pd.DataFrame):
             return pd.DataFrame(out, index=X.index, columns=list(OUTPUT_COLUMNS))
         return out
@@ -247,21 +270,17 @@ class GRSDTailFitter(TransformerMixin, BaseEstimator):
         Parameters
         ----------
         X : DataFrame or array-like of shape (n_rows, 4)
-            As ``transform`` gives.
+            As ``transform`` gives; a frame's columns are taken by name.
 
         Returns
         -------
         DataFrame or ndarray of shape (n_rows, n_features)
             Energies A ∫ λ^−b exp(−κ λ^(b−1)) dλ over every shell, 0 in ``null``. Outside
-            ``window_`` they are extrapolations.
+            ``window_`` they are extrapolations. A frame names its shells by their edges where the
+            fit had no names.
         """
         check_is_fitted(self)
-        table = np.asarray(X, dtype=np.float64)
-        if table.ndim != 2 or table.shape[1] != len(OUTPUT_COLUMNS):
-            raise ValueError(
-                f"X must have the columns {OUTPUT_COLUMNS} that transform gives, got shape "
-                f"{table.shape}."
-            )
+        table = _tail_parameters(X)
         layout = self._layout
         energies = np.full((len(table), layout.edges.size - 1), np.nan)
         known = np.isfinite(table[:, :2]).all(axis=1)
@@ -274,14 +293,18 @@ class GRSDTailFitter(TransformerMixin, BaseEstimator):
         if layout.has_null:
             energies = np.concatenate([np.zeros((len(table), 1)), energies], axis=1)
         if isinstance(X, pd.DataFrame):
-            return pd.DataFrame(energies, index=X.index, columns=self.feature_names_in_)
+            generated = [shell_name(*map(float, ends)) for ends in pairwise(layout.edges)]
+            names = getattr(self, "feature_names_in_", generated)
+            return pd.DataFrame(energies, index=X.index, columns=names)
         return energies
 
     def score_samples(self, X: Any, *, tau: Any = None) -> np.ndarray:
         """Mean log-likelihood per unit ln λ of each row's energy in the window.
 
         Σ w_i E_fit[ln f | shell i ∩ window] / Σ w_i, with f the fitted density of the row's tau,
-        which integrates to 1 over ``window_``. A tau between fitted ones gets an interpolated κ.
+        which integrates to 1 over ``window_``. A tau between fitted ones gets a κ interpolated
+        in tau; one before the first or after the last gets the κ of that end, without a warning, so
+        far outside the score says little. With ``cutoff="shared"`` κ = K τ everywhere.
 
         Parameters
         ----------
@@ -311,7 +334,7 @@ class GRSDTailFitter(TransformerMixin, BaseEstimator):
         y : None
             Ignored.
         sample_weight : array-like of shape (n_rows,), optional
-            Weight of each row.
+            Weight of each row, not negative.
 
         Returns
         -------
@@ -320,14 +343,7 @@ class GRSDTailFitter(TransformerMixin, BaseEstimator):
             windows of data, and cannot choose q.
         """
         scores = self.score_samples(X, tau=tau)
-        weights = (
-            np.ones(len(scores)) if sample_weight is None else np.asarray(sample_weight, float)
-        )
-        if weights.shape != scores.shape:
-            raise ValueError(
-                f"sample_weight must have one entry per row of X ({len(scores)}), got shape "
-                f"{weights.shape}."
-            )
+        weights = check_sample_weight(sample_weight, len(scores))
         known = np.isfinite(scores)
         total = weights[known].sum()
         return float((weights[known] * scores[known]).sum() / total) if total > 0 else np.nan
@@ -339,6 +355,7 @@ class GRSDTailFitter(TransformerMixin, BaseEstimator):
 
     def _read(self, X: Any) -> tuple[np.ndarray, np.ndarray]:
         check_is_fitted(self)
+        refuse_tidy_frame(X)
         values = validate_data(self, X, dtype=np.float64, ensure_non_negative=True, reset=False)
         return values, self._layout.shells_of(values)
 
@@ -360,10 +377,17 @@ class GRSDTailFitter(TransformerMixin, BaseEstimator):
             return result.shared_cutoff * np.maximum(taus, 0.0)
         return np.interp(taus, fitted["tau"], fitted["cutoff"])
 
-    def _tail_energy(self, energies: np.ndarray, cutoffs: np.ndarray) -> np.ndarray:
-        """Measured energy in the window; a straddling shell counts by its fitted share."""
-        if np.isnan(self.window_[0]):
-            return np.zeros(len(energies))
-        slope = 1.0 if np.isnan(self.b_) else self.b_  # without a fit, shared out evenly in ln λ
-        shares = fitted_shares(self._layout, self.window_, slope, np.nan_to_num(cutoffs))
-        return (energies * shares).sum(axis=1)
+
+def _tail_parameters(X: Any) -> np.ndarray:
+    """Return the columns that `transform` gives, from a frame by name."""
+    if isinstance(X, pd.DataFrame) and set(X.columns) >= set(OUTPUT_COLUMNS):
+        X = X[list(OUTPUT_COLUMNS)]
+    elif isinstance(X, pd.DataFrame):
+        found = [str(column) for column in X.columns]
+        raise ValueError(f"X must have the columns {OUTPUT_COLUMNS} of transform, got {found}.")
+    table = np.asarray(X, dtype=np.float64)
+    if table.ndim != 2 or table.shape[1] != len(OUTPUT_COLUMNS):
+        raise ValueError(
+            f"X must have the columns {OUTPUT_COLUMNS} of transform, got shape {table.shape}."
+        )
+    return table
