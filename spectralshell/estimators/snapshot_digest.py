@@ -46,6 +46,7 @@ def snapshot_digest(snapshot: Snapshot) -> str:
         digest.update(part)
     for part in _model_parts(snapshot.model):
         digest.update(part)
+    digest.update(repr(sorted(snapshot.state.trainable)).encode())
     return digest.hexdigest()
 
 
