@@ -14,8 +14,6 @@ from spectralshell.displays._frames import split_curves
 DENSITIES = ["density", "density_lower", "density_upper"]
 RESIDUALS = ["residual", "residual_lower", "residual_upper"]
 _MARKER_SIZE = 4.5
-# Models whose AIC differ by less are not told apart (Burnham and Anderson 2002, section 2.6).
-AIC_TIE = 2.0
 _WINDOW_LOOK = {"facecolor": "0.95", "edgecolor": "0.75", "linewidth": 0.8, "zorder": 0}
 
 
@@ -113,12 +111,18 @@ def draw_residuals(
 def draw_alternatives(ax: Any, alternatives: pd.DataFrame) -> None:
     """Draw the AIC of each model above the smallest as bars, best first.
 
-    Models within 2 of the best are not told apart and have its colour.
+    Models of rank 1 are not told apart from the best and have its colour.
+
+    Parameters
+    ----------
+    ax : matplotlib Axes
+    alternatives : DataFrame
+        ``delta_aic, slope, rank`` by model.
     """
     ranked = alternatives["delta_aic"].sort_values()
     places = np.arange(len(ranked))
     lengths = ranked.fillna(0.0).to_numpy()
-    colours = ["#31688e" if value < AIC_TIE else "0.7" for value in ranked]
+    colours = ["#31688e" if rank == 1 else "0.7" for rank in alternatives["rank"][ranked.index]]
     ax.barh(places, lengths, color=colours, height=0.55)
     ax.plot(ranked, places, "o", color="0.25", markersize=_MARKER_SIZE, clip_on=False)
     reach = max(lengths.max() * 2.6, 1.0)  # room for the text after the longest bar

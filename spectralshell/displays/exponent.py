@@ -138,7 +138,7 @@ class ExponentDisplay:
         TypeError
             If ``frame`` is not a DataFrame.
         ValueError
-            If a column is missing.
+            If a column is missing, a label is missing or infinite, or ``reference`` is no triple.
         """
         if not isinstance(frame, pd.DataFrame):
             raise TypeError(
@@ -154,11 +154,8 @@ class ExponentDisplay:
                 f"b_upper, got columns {[str(c) for c in frame.columns]}; name the label column "
                 "with label=."
             )
-        if hasattr(reference, "b_"):
-            reference = (reference.b_, *reference.b_interval_)
-        if reference is not None:
-            reference = tuple(float(value) for value in reference)
-        return cls(exponents=frame, label=label, reference=reference)
+        _check_labels(frame[label])
+        return cls(exponents=frame, label=label, reference=_read_reference(reference))
 
     def frame(self) -> pd.DataFrame:
         """Return the numbers that :meth:`plot` draws.
@@ -311,6 +308,31 @@ class ExponentDisplay:
             self.ax_.axhspan(*ends, color=_REFERENCE_COLOUR, alpha=0.12, lw=0, zorder=0)
             text += f"\n[{lower:.3f}, {upper:.3f}]"
         return [self.ax_.axhline(b, color=_REFERENCE_COLOUR, lw=1.2, zorder=1, label=text)]
+
+
+def _check_labels(labels: pd.Series) -> None:
+    for row, value in enumerate(labels):
+        if value is None or (isinstance(value, Real) and not np.isfinite(float(value))):
+            raise ValueError(
+                f"column {labels.name!r} of frame holds the label {value!r} in row {row}, which "
+                "has no place on an axis; label the row, or drop it."
+            )
+
+
+def _read_reference(reference: Any) -> tuple[float, float, float] | None:
+    """Return (b, b_lower, b_upper) of a triple or a fitted tail fitter, None for None."""
+    if reference is None:
+        return None
+    if hasattr(reference, "b_"):
+        reference = (reference.b_, *reference.b_interval_)
+    try:
+        b, lower, upper = (float(value) for value in reference)
+    except (TypeError, ValueError):
+        raise ValueError(
+            f"reference must be (b, b_lower, b_upper) or a fitted GRSDTailFitter, got "
+            f"{reference!r}; pass NaN for ends that are not known."
+        ) from None
+    return b, lower, upper
 
 
 def _write_label(value: Any) -> str:

@@ -36,8 +36,9 @@ class TailFitDisplay:
     window : tuple of float or None, default=None
         (λ_lo, λ_hi) of the fit.
     comparison : DataFrame or None, default=None
-        One row per model: ``model`` (its name), ``aic`` and, where known, ``slope``, as in
-        ``GRSDTailFitter.comparison_``.
+        One row per model: ``model`` (its name), ``aic`` and, where known, ``slope`` and ``rank``,
+        as in ``GRSDTailFitter.comparison_``. Models of rank 1 share a colour; without ranks only
+        the smallest AIC stands out.
     status : str, default="ok"
         The fit's status, written over the plot unless it is ``"ok"``.
 
@@ -261,10 +262,13 @@ class TailFitDisplay:
         return self
 
     def _alternatives(self) -> pd.DataFrame | None:
-        """Return ``delta_aic`` and ``slope`` by model; None where no AIC is known."""
+        """Return ``delta_aic, slope, rank`` by model; None where no AIC is known."""
         if self.comparison is None or self.comparison["aic"].isna().all():
             return None
-        table = self.comparison.set_index("model").reindex(columns=["aic", "slope"]).astype(float)
+        table = self.comparison.set_index("model")
+        if "rank" not in table:
+            table = table.assign(rank=table["aic"].rank(method="min"))
+        table = table.reindex(columns=["aic", "slope", "rank"]).astype(float)
         return table.assign(delta_aic=table["aic"] - table["aic"].min())
 
     def _title(self) -> str:

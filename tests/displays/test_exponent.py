@@ -122,6 +122,21 @@ def test_one_and_many_folds(n_folds):
             "b_lower",
         ),
         (lambda: ExponentDisplay.from_frame(fold_frame(), label="q"), ValueError, "label="),
+        (
+            lambda: ExponentDisplay.from_frame(fold_frame(), reference=(1, 2)),
+            ValueError,
+            "reference must be",
+        ),
+        (
+            lambda: ExponentDisplay.from_frame(fold_frame(), reference=(1.5, (1, 2))),
+            ValueError,
+            "reference must be",
+        ),
+        (
+            lambda: ExponentDisplay.from_frame(fold_frame(2).assign(q=[1.0, np.nan]), label="q"),
+            ValueError,
+            "column 'q' .* row 1",
+        ),
     ],
 )
 def test_errors_name_the_remedy(call, error, text):

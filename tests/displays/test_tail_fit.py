@@ -85,6 +85,17 @@ def test_alternatives_tell_their_slopes():
     assert texts == ["0.0 ($b$ = 1.60)", "2.4 ($b$ = 1.45)", "19.5", "42.5 ($b$ = 1.90)"]
 
 
+@pytest.mark.parametrize(
+    ("ranks", "n_best"), [(None, 1), ([4, 1, 1, 3], 2), ([1, 1, 1, 1], 4), ([4, 1, 2, 3], 1)]
+)
+def test_alternatives_of_rank_one_share_a_colour(ranks, n_best):
+    comparison = comparison_frame()
+    if ranks is not None:
+        comparison["rank"] = ranks
+    colours = [bar.get_facecolor() for bar in make(comparison=comparison).plot().axes_[2].patches]
+    assert [colour == colours[0] for colour in colours] == [True] * n_best + [False] * (4 - n_best)
+
+
 @pytest.mark.parametrize("comparison", [None, comparison_frame().assign(aic=np.nan)])
 def test_no_alternatives_no_panel(comparison):
     assert make(comparison=comparison).plot().axes_.size == 2
