@@ -342,6 +342,7 @@ def _require_tensor(targets: Any) -> Tensor:
 
 def _move(value: Any, device: torch.device, dtype: torch.dtype) -> Any:
     if isinstance(value, Tensor):
+        value = value.detach()
         return value.to(device, dtype) if value.is_floating_point() else value.to(device)
     if isinstance(value, tuple):
         return tuple(_move(item, device, dtype) for item in value)

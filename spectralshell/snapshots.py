@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -25,7 +26,8 @@ class Snapshot:
         parallelism and compilation are taken off.
     inputs : Tensor, array, tuple, or mapping of str to Tensor
         What the model is called with: ``model(inputs)``, ``model(*inputs)`` or
-        ``model(**inputs)``. Samples run along the first dimension. Arrays are copied to tensors.
+        ``model(**inputs)``. Samples run along the first dimension; where tensors disagree in it,
+        the most frequent length above 1 counts samples. Arrays are copied to tensors.
     targets : Tensor or array
         Class labels or real values, as the residual needs them, samples first. Outputs of shape
         (B, T, V) count tokens, B T of them, with labels and real values alike. A residual that is
@@ -59,8 +61,14 @@ class Snapshot:
     Notes
     -----
     Memory: one copy of the state for each ``Snapshot(...)``; :func:`make_snapshots` shares one
-    copy between batches. Inputs are not copied: changing them in place later is detected and is
-    an error at the next measurement.
+    copy between batches. Tensors of inputs and targets are not copied: that torch changed them in
+    place later is detected, and an error at the next measurement. What numpy writes to memory
+    that it shares with a tensor (``torch.from_numpy``) is not seen; pass the array itself.
+
+    A measurement leaves parameters, buffers, tensor attributes, modes, hooks and random states of
+    the model as they were. Not put back: objects that a forward hook owns, and Python lists and
+    dictionaries that a forward pass changes inside. Threads that measure take turns; do not train
+    a model in one thread while another measures it.
 
     Examples
     --------
@@ -88,6 +96,11 @@ class Snapshot:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}.")
         self.model = unwrap(model)
+        if any(isinstance(module, torch.jit.ScriptModule) for module in self.model.modules()):
+            raise TypeError(
+                f"model: {type(model).__name__} holds a module compiled by torch.jit, whose "
+                "parameters cannot be exchanged; pass the model it was compiled from."
+            )
         self.inputs = _as_tensors("inputs", inputs)
         self.targets = _as_tensors("targets", targets, strict=False)
         self.tau = check_real("tau", tau)
@@ -303,14 +316,16 @@ def _check_batch(batch: Any) -> int | str:
 
 
 def _count_samples(inputs: Any) -> int:
-    for tensor in iterate_tensors(inputs):
-        if tensor.ndim:
-            if tensor.shape[0] == 0:
-                raise ValueError("inputs hold no sample (first dimension 0); pass a full batch.")
-            return int(tensor.shape[0])
-    raise ValueError(
-        "inputs hold no tensor with a sample dimension; samples must run along the first one."
-    )
+    lengths = [int(tensor.shape[0]) for tensor in iterate_tensors(inputs) if tensor.ndim]
+    if not lengths:
+        raise ValueError(
+            "inputs hold no tensor with a sample dimension; samples must run along the first one."
+        )
+    if 0 in lengths:
+        raise ValueError("inputs hold no sample (first dimension 0); pass a full batch.")
+    # Tensors of length 1, such as position ids, are shared by all samples.
+    several = [length for length in lengths if length > 1] or lengths
+    return Counter(several).most_common(1)[0][0]
 
 
 def _versions(value: Any) -> tuple[int, ...]:

@@ -90,7 +90,7 @@ def build_kernel(
 
     Notes
     -----
-    Cost: two evaluations, and about six products for the tests. See the design's section 5 for the
+    Cost: two evaluations, and about nine products for the tests. See the design's section 5 for the
     ladder of differentiation.
 
     Examples
@@ -168,7 +168,9 @@ def _assemble(
     rungs: Sequence[str] | None,
 ) -> KernelOperator:
     n_samples = snapshot.n_samples
-    inputs = map_tensors(lambda t: cast(t, function.device, function.dtype), snapshot.inputs)
+    inputs = map_tensors(
+        lambda t: cast(t.detach(), function.device, function.dtype), snapshot.inputs
+    )
     bounds = chunk_bounds(n_samples, size)
     pieces = [take_samples(inputs, slice(*bound), n_samples) for bound in bounds]
     with function.guard():
@@ -230,7 +232,8 @@ def _differentiate(
             where = name_offending_module(function, inputs, draw)
             raise DifferentiationError(
                 "model: no way to differentiate it multiplies by its Jacobian correctly; the fault "
-                f"starts in {where}. Tried {failure}"
+                f"starts in {where}. So it looks too where a model lowers the precision inside, by "
+                f"autocast or a cast of its own. Tried {failure}"
             ) from failure
         steps.append(step)
         parts.append(Part(slice(first, first + n_entries), step.linearization))

@@ -13,7 +13,7 @@ from torch import Tensor
 from spectralshell.operators.ladder import blocks_agree, is_out_of_memory
 from spectralshell.operators.linearizations import Linearization, Parameters
 from spectralshell.operators.model_function import ModelFunction, cast, widen
-from spectralshell.operators.model_guard import MODEL_LOCK
+from spectralshell.operators.model_guard import MODEL_LOCK, full_precision
 from spectralshell.residuals import Residual
 
 _BLOCK_BYTES = 2**28
@@ -46,7 +46,11 @@ class KernelOperator:
     dtype : torch.dtype
         In which products are computed.
     noise : float
-        Norm of the rounding error of a product, relative to ‖M‖.
+        Norm of the rounding error of a product, relative to ‖M‖. For float64 it covers the
+        rounding of the products alone, not that of the model's outputs and activations.
+    norm : float
+        Estimate of ‖M‖, its largest eigenvalue, from below, by five steps of the power method;
+        0.0 on the meta device.
     dynamics_exact : bool
         Whether de/dt = −M e along :meth:`velocity`.
     chunk_size : int or None
@@ -95,6 +99,7 @@ class KernelOperator:
         self.chunk_size: int | None = None
         self.forward_flops = 0.0
         self.noise = 0.0
+        self.norm = 0.0
         self.n_matvecs = 0
         self.n_probes = 0
         self.status = "ok"
@@ -128,6 +133,8 @@ class KernelOperator:
         """
         self._check_rows(block, 2)
         self.n_matvecs += int(block.shape[1])
+        if block.shape[1] == 0:
+            return self.residual_vector.new_zeros(self.n, 0)
         product = self._run(lambda: self._apply_blockwise(self._narrow(block).T))
         return widen(product.T.contiguous())
 
@@ -242,7 +249,7 @@ class KernelOperator:
         return max(1, min(_MAX_BLOCK, _BLOCK_BYTES // max(1, per_column)))
 
     def _run(self, thunk: Callable[[], Any]) -> Any:
-        with MODEL_LOCK, torch.inference_mode(False):
+        with MODEL_LOCK, torch.inference_mode(False), full_precision(self.device):
             calls_model = any(part.linearization.calls_model for part in self.parts)
             if not (calls_model or self.reads_model):
                 return thunk()

@@ -5,19 +5,21 @@ from __future__ import annotations
 import random
 import threading
 import warnings
+from collections import OrderedDict
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 MODEL_LOCK = threading.RLock()
 """Held while any model is evaluated or read: its tensors and torch's global switches are exchanged,
 and another thread would see, and restore, the wrong ones."""
 
+_BACKWARD_HOOKS = ("_backward_hooks", "_backward_pre_hooks")
 _CONTAINERS = ("_parameters", "_buffers", "_modules")
 
 
@@ -28,7 +30,9 @@ def guarded(model: nn.Module, device: torch.device) -> Iterator[None]:
     Inside, every module is in eval mode, attention uses the math backend (the fused kernels have
     no forward-mode derivative and no second derivative), the fast path of MultiheadAttention is
     off, and gradients are enabled whatever the caller's setting. The flag ``training`` is set
-    directly: ``model.eval()`` may be overridden and merge or move weights.
+    directly: ``model.eval()`` may be overridden and merge or move weights. Backward hooks
+    of modules are off, since a gradient that they see or change is not the user's; embeddings give
+    dense gradients; an autocast of the caller does not reach inside.
 
     Parameters
     ----------
@@ -39,8 +43,9 @@ def guarded(model: nn.Module, device: torch.device) -> Iterator[None]:
     Notes
     -----
     Everything is put back on the way out of any exception, KeyboardInterrupt included. Attributes
-    that a forward pass rebinds (caches, effective weights of ``weight_norm``) are put back too;
-    what it changes inside a user's own list is not seen. Cost: linear in the number of modules.
+    that a forward pass rebinds (caches, effective weights of ``weight_norm``) are put back too,
+    and values of plain tensor attributes that it writes to; what it changes inside a user's own
+    list, or an object that a hook owns, is not seen. Cost: linear in the number of modules.
     Threads take turns: :data:`MODEL_LOCK` is held throughout.
     """
     with MODEL_LOCK, ExitStack() as stack:
@@ -51,9 +56,20 @@ def guarded(model: nn.Module, device: torch.device) -> Iterator[None]:
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
         stack.enter_context(quiet_differentiation())
+        stack.enter_context(full_precision(device))
         for module in model.modules():
             vars(module)["training"] = False
+            vars(module).update({name: OrderedDict() for name in _BACKWARD_HOOKS})
+            if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
+                vars(module)["sparse"] = False  # sparse gradients cannot be differentiated
         yield
+
+
+def full_precision(device: torch.device) -> AbstractContextManager[Any]:
+    """Return the context in which the caller's autocast is off."""
+    if device.type != "meta" and torch.amp.is_autocast_available(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()
 
 
 @contextmanager
@@ -91,18 +107,29 @@ def _module_attributes(model: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
-        for module, attributes, containers in records:
+        for module, attributes, containers, tensors in records:
             _restore(vars(module), attributes)
             for name, content in containers.items():
                 _restore(vars(module)[name], content)
+            for tensor, version, values in tensors:
+                if tensor._version != version:
+                    tensor.detach().copy_(values)
 
 
-_Record = tuple[nn.Module, dict[str, Any], dict[str, dict[str, Any]]]
+_Record = tuple[
+    nn.Module, dict[str, Any], dict[str, dict[str, Any]], list[tuple[Tensor, int, Tensor]]
+]
 
 
 def _record(module: nn.Module) -> _Record:
     attributes = dict(vars(module))
-    return module, attributes, {name: dict(attributes[name]) for name in _CONTAINERS}
+    containers = {name: dict(attributes[name]) for name in _CONTAINERS}
+    tensors = [
+        (value, value._version, value.detach().clone())
+        for value in attributes.values()
+        if isinstance(value, Tensor) and not value.is_inference()
+    ]
+    return module, attributes, containers, tensors
 
 
 def _restore(current: dict[str, Any], saved: dict[str, Any]) -> None:

@@ -21,6 +21,7 @@ _NOISE_MARGIN = 2.0
 """A few steps of the power method underestimate the norm of the error."""
 
 _ERROR_STEPS = 4
+_NORM_STEPS = 5
 
 
 def measure_noise(
@@ -28,10 +29,12 @@ def measure_noise(
     draw: Callable[[int], Tensor],
     build_reference: Callable[[], KernelOperator],
 ) -> None:
-    """Estimate ``kernel.noise``, and raise ValueError if products are no symmetric linear map.
+    """Estimate ``kernel.norm`` and ``kernel.noise``; raise where products are not one matrix's.
+
+    ValueError is raised if they are not those of a symmetric linear map.
 
     Compares M(w/3) with M w/3, whose roundings differ, and ⟨u, M w⟩ with ⟨w, M u⟩; a float32
-    kernel also with products in float64, which show the rounding of the activations. Cost: three
+    kernel also with products in float64, which show the rounding of the activations. Cost: six
     products, for float32 four more, and four in float64.
 
     Parameters
@@ -57,14 +60,22 @@ def measure_noise(
     image_w = kernel.product(w)
     scaled = 3.0 * kernel.product(w / 3.0)
     kernel.n_probes += 2
-    largest = max(float(image_w.norm()), norm_u)
+    largest, image = max(float(image_w.norm()), norm_u), image_w
+    for _ in range(_NORM_STEPS - 2):
+        if not 0.0 < float(image.norm()) < float("inf"):
+            break
+        image = kernel.product(image / image.norm())
+        kernel.n_probes += 1
+        largest = max(largest, float(image.norm()))
+    kernel.norm = largest
     linear = float((image_w - scaled).norm()) / largest
     symmetric = abs(float(u @ image_w) - float(w @ image_u)) / largest
     defect = max(linear, symmetric)
     if not defect <= NOISE_LIMIT[kernel.dtype]:
         raise ValueError(
             f"model: products with its kernel are not repeatable and symmetric (relative defect "
-            f"{defect:.1e}); it may hold randomness, or change its state when differentiated."
+            f"{defect:.1e}); it may hold randomness, change its state when differentiated, or "
+            "lower the precision inside, by autocast or a cast of its own."
         )
     if kernel.dtype == torch.float32 and kernel.device.type != "mps":
         defect = max(defect, _error_norm(kernel, u + w, build_reference) / largest)

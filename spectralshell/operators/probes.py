@@ -13,6 +13,8 @@ from spectralshell.operators.ladder import is_out_of_memory
 from spectralshell.operators.model_function import ModelFunction, iterate_tensors, map_tensors
 from spectralshell.operators.module_trace import first_nonfinite_module, first_random_module
 
+_FLOAT32_BYTES = 4
+
 REPEAT_TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
 """Relative difference of two evaluations: above what unordered sums on a GPU give."""
 
@@ -84,6 +86,12 @@ def evaluate(
     if not outputs.is_floating_point():
         raise ValueError(
             f"model: the outputs have dtype {outputs.dtype}; a kernel needs floating ones."
+        )
+    if function.dtype.itemsize > outputs.dtype.itemsize and outputs.dtype.itemsize < _FLOAT32_BYTES:
+        raise ValueError(
+            f"model: the outputs have dtype {outputs.dtype} although weights and inputs are "
+            f"{function.dtype}: the model lowers the precision inside, by autocast or a cast of "
+            "its own; switch that off to measure it."
         )
     if outputs.is_meta:
         return outputs, flops

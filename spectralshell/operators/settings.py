@@ -62,19 +62,23 @@ def resolve_dtype(
         raise TypeError(
             f"model: {complex_names[0]!r} is complex; kernels are defined for real parameters."
         )
+    own = {tensor.dtype for tensor in state.values() if tensor.is_floating_point()}
     if dtype is not None:
         chosen = _DTYPES.get(str(dtype).removeprefix("torch."))
         if chosen is None:
             raise ValueError(f"dtype must be None, 'float32' or 'float64', got {dtype!r}.")
         if chosen is torch.float64 and device.type == "mps":
             raise ValueError("dtype='float64' does not exist on this device; use 'float32'.")
-        return chosen, []
-    own = {tensor.dtype for tensor in state.values() if tensor.is_floating_point()}
+        return chosen, _precision_notes(own, chosen)
     if torch.float64 in own and device.type != "mps":
         return torch.float64, []
-    half = own & {torch.float16, torch.bfloat16}
-    notes = []
-    if half:
-        names = ", ".join(sorted(str(d).removeprefix("torch.") for d in half))
-        notes.append(f"{names} model measured in float32")
-    return torch.float32, notes
+    return torch.float32, _precision_notes(own, torch.float32)
+
+
+def _precision_notes(own: set[torch.dtype], chosen: torch.dtype) -> list[str]:
+    half = sorted(_short(d) for d in own & {torch.float16, torch.bfloat16})
+    return [f"{', '.join(half)} model measured in {_short(chosen)}"] if half else []
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

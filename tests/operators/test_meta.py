@@ -3,8 +3,9 @@
 import pytest
 import torch
 
+from spectralshell.krylov.lanczos import lanczos_recurrence
 from spectralshell.operators.kernel import assemble_kernel, build_kernel
-from tests.zoo import CASES, RESIDUALS, make_snapshot
+from tests.zoo import CASES, CASES_BY_NAME, RESIDUALS, make_snapshot
 
 
 @pytest.mark.parametrize(
@@ -30,3 +31,12 @@ def test_chunks_run_without_values():
     snapshot = make_snapshot(CASES[0])
     kernel = build_kernel(snapshot, device="meta", chunk_size=4)
     assert kernel.matvec(kernel.residual_vector).shape == (18,)
+
+
+@pytest.mark.parametrize("name", ["mlp", "cnn batchnorm", "causal attention"])
+def test_lanczos_runs_without_values(name):
+    kernel = build_kernel(make_snapshot(CASES_BY_NAME[name]), device="meta")
+    recurrence = lanczos_recurrence(kernel.matvec, kernel.residual_vector, 5)
+    assert recurrence.basis.shape == (kernel.n, 5)
+    assert recurrence.alpha.device.type == "meta"
+    assert kernel.norm == 0.0

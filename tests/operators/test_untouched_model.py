@@ -2,6 +2,7 @@
 
 from concurrent.futures import ThreadPoolExecutor
 
+import pytest
 import torch
 from torch import nn
 
@@ -72,3 +73,90 @@ def test_weights_in_the_same_memory_are_tied():
     torch.testing.assert_close(
         kernel.to_dense(), build_kernel(Snapshot(shared, X, X)).to_dense(), rtol=EXACT, atol=EXACT
     )
+
+
+def test_backward_hooks_stay_silent():
+    model = network(nn.Tanh())
+    seen = []
+    model[0].register_full_backward_hook(lambda *gradients: seen.append(1))
+    model[1].register_full_backward_pre_hook(lambda *gradients: seen.append(2))
+    before = model_fingerprint(model)
+    kernel = build_kernel(Snapshot(model, X, Y))
+    kernel.to_dense()
+    assert seen == []
+    assert model_fingerprint(model) == before
+
+
+class Counting(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.count = torch.zeros(1)
+
+    def forward(self, x):
+        with torch.no_grad():
+            self.count.add_(1)
+        return x.tanh()
+
+
+def test_tensor_attributes_are_put_back():
+    model = network(Counting())
+    count = model[1].count
+    # In chunks, products call the model.
+    kernel = build_kernel(Snapshot(model, X, Y), chunk_size=3)
+    kernel.matvec(kernel.residual_vector)
+    assert model[1].count is count
+    assert count.item() == 0.0
+
+
+@pytest.mark.parametrize("rung", ["linearize", "jvp"])
+def test_autocast_of_the_caller_does_not_reach_inside(rung):
+    model = network(nn.Tanh()).float()
+    snapshot = Snapshot(model, X.float(), Y.float())
+    expected = assemble_kernel(snapshot, rungs=[rung]).to_dense()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(assemble_kernel(snapshot, rungs=[rung]).to_dense(), expected)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_the_norm_is_estimated_from_below(dtype):
+    kernel = build_kernel(Snapshot(network(nn.Tanh()), X, Y), dtype=dtype)
+    exact = float(torch.linalg.eigvalsh(kernel.to_dense())[-1])
+    assert 0.7 * exact < kernel.norm < 1.0001 * exact  # five steps, and the rounding of float32
+
+
+def test_inputs_that_require_gradients_leave_none_in_results():
+    kernel = build_kernel(Snapshot(network(nn.Tanh()), X.clone().requires_grad_(), Y))
+    results = (kernel.residual_vector, kernel.to_dense(), *kernel.velocity())
+    assert not any(result.requires_grad for result in results)
+
+
+@pytest.mark.parametrize("dtype", [None, "float32"])
+def test_half_precision_is_told(dtype):
+    snapshot = Snapshot(network(nn.Tanh()).half(), X, Y)
+    assert build_kernel(snapshot, dtype=dtype).status == "float16 model measured in float32"
+
+
+def test_sparse_embeddings_give_dense_gradients():
+    model = nn.Sequential(nn.Embedding(5, 4, sparse=True), nn.Linear(4, 3)).double()
+    snapshot = Snapshot(model, torch.tensor([0, 2, 4]), Y[:3])
+    found = [assemble_kernel(snapshot, rungs=[r]).to_dense() for r in ("linearize", "double-vjp")]
+    torch.testing.assert_close(*found, rtol=EXACT, atol=EXACT)
+    assert model[0].sparse
+
+
+def test_a_block_without_columns_is_ordinary():
+    kernel = build_kernel(Snapshot(network(nn.Tanh()), X, Y))
+    assert kernel.matmat(torch.ones(18, 0)).shape == (18, 0)
+
+
+class Positioned(nn.Linear):
+    def forward(self, position_ids, x):
+        return super().forward(x) + position_ids
+
+
+def test_tensors_shared_by_the_samples_do_not_count_them():
+    inputs = {"position_ids": torch.ones(1, 3), "x": X}
+    snapshot = Snapshot(Positioned(4, 3).double(), inputs, Y)
+    assert snapshot.n_samples == 6
+    whole, chunked = (build_kernel(snapshot, chunk_size=size).to_dense() for size in (None, 2))
+    torch.testing.assert_close(whole, chunked, rtol=EXACT, atol=EXACT)
