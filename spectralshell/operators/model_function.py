@@ -104,7 +104,9 @@ class ModelFunction:
 
     def _carry(self, state: Mapping[str, Tensor], thunk: Callable[[], _T]) -> _T:
         everywhere = {
-            f"model.{alias}": t for name, t in state.items() for alias in self._aliases[name]
+            f"model.{alias}": t
+            for name, t in state.items()
+            for alias in self._aliases.get(name, [name])
         }
         result: _T = functional_call(self._carrier, everywhere, (thunk,))
         return result

@@ -160,3 +160,11 @@ def test_tensors_shared_by_the_samples_do_not_count_them():
     assert snapshot.n_samples == 6
     whole, chunked = (build_kernel(snapshot, chunk_size=size).to_dense() for size in (None, 2))
     torch.testing.assert_close(whole, chunked, rtol=EXACT, atol=EXACT)
+
+
+def test_tying_the_model_later_keeps_the_stored_weights():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4)).double()
+    snapshot = Snapshot(model, X, X)
+    expected = build_kernel(snapshot, parameters="bias").to_dense()
+    model[2].weight.data = model[0].weight.data
+    assert torch.equal(build_kernel(snapshot, parameters="bias").to_dense(), expected)
