@@ -32,7 +32,7 @@ lint: $(VENV)/.installed-lint  ## ruff, its format check, and mypy
 	$(BIN)/mypy
 
 docs: $(VENV)/.installed-docs  ## build the documentation; a warning is an error
-	$(BIN)/python -m sphinx -W --keep-going -b html docs docs/_build/html
+	$(ONE_THREAD) $(BIN)/python -m sphinx -W --keep-going -b html docs docs/_build/html
 
 benchmark: $(VENV)/.installed-demo  ## compare with plain torch.func; writes out/benchmarks/
 	$(ONE_THREAD) $(BIN)/python benchmarks/run.py

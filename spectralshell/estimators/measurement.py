@@ -171,8 +171,8 @@ def _solve_lanczos(kernel: KernelOperator, n_steps: int, verbose: int) -> Spectr
         result = lanczos(kernel.matvec, kernel.residual_vector, n_steps, on_step=show)
     total = 0.5 * result.norm**2
     nodes, shares, last = gauss(result.alpha, result.beta)
-    # The products' error goes with ‖M‖, which a short run has not reached yet.
-    noise = kernel.noise * (np.abs(nodes).max(initial=0.0) + result.beta_last)
+    # The products' error goes with ‖M‖, which a short run may not have reached yet.
+    noise = kernel.noise * max(np.abs(nodes).max(initial=0.0) + result.beta_last, kernel.norm)
     bounds = CumulativeBounds.from_lanczos(
         result.alpha, result.beta, result.beta_last, total, noise, result.exhausted
     )

@@ -4,8 +4,9 @@ import warnings
 
 import numpy as np
 import pytest
+import torch
 
-from spectralshell import ShellEnergyEstimator
+from spectralshell import ShellEnergyEstimator, Snapshot
 from spectralshell.estimators.measurement import MeasurementConfig, measure_snapshot
 from spectralshell.estimators.solver_choice import choose_solver
 from spectralshell.warning_categories import ResolutionWarning
@@ -95,3 +96,14 @@ def test_steps_are_shown_when_asked_for(capsys):
     assert "measuring snapshots" in shown
     assert "Lanczos" in shown
     assert "3/3" in shown
+
+
+def test_noise_of_a_short_run_follows_the_norm_of_the_kernel():
+    """One step from an error that is orthogonal to the one large mode sees a Ritz value of 1."""
+    inputs = torch.cat([torch.full((8, 1), 1e3), torch.tensor([[1.0], [-1.0]]).repeat(4, 1)], dim=1)
+    model = torch.nn.Linear(2, 1, bias=False)
+    torch.nn.init.zeros_(model.weight)
+    snapshot = Snapshot(model, inputs, inputs[:, 1:])
+    measure = measure_snapshot(snapshot, MeasurementConfig(solver="lanczos", n_steps=1))
+    assert measure.lambda_max == pytest.approx(1.0, rel=1e-3)
+    assert measure.noise >= 6e-7 * 1e6 * 0.9
