@@ -33,8 +33,8 @@ from spectralshell.warning_categories import ResolutionWarning
 OUT = Path("out")
 Q_CANDIDATES = (1.2, 1.35, 1.5, 1.75, 2.0, 2.5, 3.0, 4.0, 6.0, 8.0)
 Q_FOR_EXPONENT = (1.25, 1.4, 1.5, 1.75, 2.0, 2.5)
-# Before τ = 10 a gap separates a few large eigenvalues from the others: there is no tail to fit.
-TAIL_STARTS = 10.0
+# Before τ = 5 a gap separates a few large eigenvalues from the others: there is no tail to fit.
+TAIL_STARTS = 5.0
 # From above the resolution floor to below the last, thinly populated shells.
 WINDOW = (0.03, 8.0)
 console = Console(width=118, markup=False, highlight=False)
@@ -43,8 +43,8 @@ console = Console(width=118, markup=False, highlight=False)
 def main() -> None:
     """Run the whole path and say what came out."""
     OUT.mkdir(exist_ok=True)
-    console.rule("1. Train a perceptron on the digits, keep 7 points of training × 8 probe batches")
-    X = load_digits_trajectory(n_snapshots=7, n_batches=8, batch_size=48, loss="mse")
+    console.rule("1. Train a perceptron on the digits, keep 6 points of training × 7 probe batches")
+    X = load_digits_trajectory(n_snapshots=6, n_batches=7, batch_size=48, loss="mse")
     console.print(f"{len(X)} snapshots, τ = {sorted({round(s.tau, 4) for s in X})}")
 
     console.rule("2. Shell energies over the whole training")

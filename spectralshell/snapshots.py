@@ -68,7 +68,8 @@ class Snapshot:
     A measurement leaves parameters, buffers, tensor attributes, modes, hooks and random states of
     the model as they were. Not put back: objects that a forward hook owns, and Python lists and
     dictionaries that a forward pass changes inside. Threads that measure take turns; do not train
-    a model in one thread while another measures it.
+    a model in one thread while another measures it. Settings that are not tensors (a scale, a hook)
+    are those of the model at the time of the measurement; ``measures`` does not notice a change.
 
     Examples
     --------

@@ -291,6 +291,7 @@ CASES = [
         r"starts in module '1' \(OnceOnlyLayer\)",
     ),
     ("half dtype", [], lambda m, p: measure(m, dtype="float16"), ValueError, "dtype must be None"),
+    ("missing device", [], lambda m, p: measure(m, device="cuda:99"), ValueError, "not available"),
     ("unknown device", [], lambda m, p: measure(m, device="abacus"), ValueError, "'abacus'"),
     ("chunk size 0", [], lambda m, p: measure(m, chunk_size=0), ValueError, "chunk_size must be"),
     ("changed in place", [], lambda m, p: changed_in_place(m), ValueError, "changed in place"),

@@ -10,6 +10,7 @@ import pandas as pd
 
 from spectralshell.parameter_checks import check_real
 from spectralshell.shells.partition import NULL, edges_from_names
+from spectralshell.snapshots import Snapshot
 
 # Energies below this part of a row's total are what float64 subtraction leaves over.
 ROUNDING = 1e-13
@@ -109,8 +110,13 @@ class BatchedEnergies:
         return np.where(means >= TINY, means, 0.0), counts
 
 
-def refuse_tidy_frame(X: Any) -> None:
-    """Raise a ValueError if X has one row per shell, as ``shells_`` has."""
+def refuse_other_input(X: Any) -> None:
+    """Raise if X is what an earlier step takes, or has one row per shell as ``shells_`` has."""
+    if isinstance(X, (list, tuple)) and any(isinstance(item, Snapshot) for item in X):
+        raise TypeError(
+            "X holds snapshots, expected a frame of shell energies; put a ShellEnergyEstimator "
+            "before this step, as in make_pipeline(ShellEnergyEstimator(), GRSDTailFitter())."
+        )
     if isinstance(X, pd.DataFrame) and set(X.columns) >= _TIDY:
         raise ValueError(
             "X is a tidy frame with one row per shell, expected one row per snapshot; pass "

@@ -16,7 +16,7 @@ from spectralshell.estimators.tail_data import (
     is_wide_frame,
     read_labels,
     read_layout,
-    refuse_tidy_frame,
+    refuse_other_input,
 )
 from spectralshell.estimators.tail_density import (
     fit_rows,
@@ -195,7 +195,7 @@ class GRSDTailFitter(TransformerMixin, BaseEstimator):
             "confidence", self.confidence, low=0.0, high=1.0, low_open=True, high_open=True
         )
         min_shells = check_integer("min_shells", self.min_shells, low=2)
-        refuse_tidy_frame(X)
+        refuse_other_input(X)
         values = validate_data(self, X, dtype=np.float64, ensure_non_negative=True)
         layout = read_layout(X, values.shape[1], self.edges, self.floor)
         taus, codes = read_labels(X, len(values), tau, batch)
@@ -355,7 +355,7 @@ class GRSDTailFitter(TransformerMixin, BaseEstimator):
 
     def _read(self, X: Any) -> tuple[np.ndarray, np.ndarray]:
         check_is_fitted(self)
-        refuse_tidy_frame(X)
+        refuse_other_input(X)
         values = validate_data(self, X, dtype=np.float64, ensure_non_negative=True, reset=False)
         return values, self._layout.shells_of(values)
 

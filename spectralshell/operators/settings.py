@@ -17,23 +17,24 @@ def resolve_device(device: str | torch.device, model: nn.Module) -> torch.device
     Raises
     ------
     ValueError
-        If the device is unknown, or the model's parameters lie on several.
+        If the device is unknown or not available, or the model's parameters lie on several.
     TypeError
         If ``device`` is neither a string nor a torch.device.
     """
     if isinstance(device, torch.device):
-        return device
+        return _available(device)
     if not isinstance(device, str):
         raise TypeError(
             f"device must be 'auto', a device string or a torch.device, got {device!r}."
         )
     if device != "auto":
         try:
-            return torch.device(device)
+            named = torch.device(device)
         except RuntimeError as error:
             raise ValueError(
                 f"device={device!r} is not a torch device such as 'cpu' or 'cuda:0'."
             ) from error
+        return _available(named)
     devices = {parameter.device for parameter in model.parameters()}
     if len(devices) != 1:
         listed = ", ".join(sorted(str(d) for d in devices)) or "none"
@@ -41,6 +42,16 @@ def resolve_device(device: str | torch.device, model: nn.Module) -> torch.device
             f"device='auto' needs all parameters on one device, got {listed}; name the device."
         )
     return devices.pop()
+
+
+def _available(device: torch.device) -> torch.device:
+    try:
+        torch.empty(0, device=device)
+    except (AssertionError, RuntimeError) as error:
+        raise ValueError(
+            f"device={str(device)!r} is not available here ({error}); use 'auto' or 'cpu'."
+        ) from error
+    return device
 
 
 def resolve_dtype(

@@ -5,6 +5,7 @@ import pickle
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from sklearn import config_context
 from sklearn.base import clone
 from sklearn.exceptions import NotFittedError
@@ -13,6 +14,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import FunctionTransformer
 from sklearn.utils.validation import check_is_fitted
 
+from spectralshell import Snapshot
 from spectralshell.estimators.tail_fit import OUTPUT_COLUMNS, GRSDTailFitter
 from tests.estimators.tail_data import SHELLS, WINDOW, frame
 
@@ -94,6 +96,12 @@ def test_edges_must_agree_with_a_frame():
     assert fitter.b_ == GRSDTailFitter(window=WINDOW).fit(X).b_
     with pytest.raises(ValueError, match="edges contradict"):
         GRSDTailFitter(edges=2.0 * SHELLS.edges).fit(X)
+
+
+def test_snapshots_are_sent_to_the_step_before():
+    snapshot = Snapshot(torch.nn.Linear(3, 2), torch.ones(4, 3), torch.zeros(4, 2))
+    with pytest.raises(TypeError, match="put a ShellEnergyEstimator before"):
+        GRSDTailFitter().fit([snapshot])
 
 
 def test_tidy_frame_is_named():
