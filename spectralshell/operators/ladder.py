@@ -13,6 +13,7 @@ from spectralshell.operators.linearizations import (
     STREAMED_RUNGS,
     Linearization,
     Parameters,
+    PullBack,
     Streamed,
     VectorFunction,
 )
@@ -81,7 +82,7 @@ def climb(
     Cost: two reverse passes and three products for each rung tried. On the meta device there are no
     values to compare, and the first rung that runs is taken.
     """
-    plain = Linearization(function, parameters)
+    plain = PullBack(function, parameters)
     if not plain.output.requires_grad:
         raise ValueError(
             "the residual does not depend on the selected parameters: the model's forward detaches "

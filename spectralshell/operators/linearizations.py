@@ -6,6 +6,7 @@ push-forward t ↦ J t. Blocks have their columns along the first dimension.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -19,8 +20,8 @@ Parameters = tuple[Tensor, ...]
 VectorFunction = Callable[..., Tensor]
 
 
-class Linearization:
-    """Pull-back along a recorded graph; the base of every rung.
+class PullBack:
+    """Jᵀ along a recorded graph, by plain reverse mode: what every rung is tested against.
 
     Parameters
     ----------
@@ -29,10 +30,6 @@ class Linearization:
     parameters : tuple of Tensor
         The point at which to differentiate.
     """
-
-    name = "reverse"
-    calls_model = False
-    """Whether a product evaluates the model anew, so that it has to be guarded."""
 
     def __init__(self, function: VectorFunction, parameters: Parameters) -> None:
         self.function = function
@@ -56,15 +53,6 @@ class Linearization:
         """Return Jᵀu for each row u of a block (k, n), stacked along the first dimension."""
         return self._grad(self.output, self.leaves, cotangents, batched=True)
 
-    def push(self, tangents: Parameters) -> Tensor:
-        """Return J t, shape (n,)."""
-        raise NotImplementedError(f"the linearization {self.name!r} has no push-forward")
-
-    def push_block(self, tangents: Parameters) -> Tensor:
-        """Return J t for each of k stacked tangents, shape (k, n)."""
-        block: Tensor = vmap(lambda *t: self.push(t))(*tangents)
-        return block
-
     @staticmethod
     def _grad(
         output: Any, inputs: Sequence[Tensor], cotangent: Any, *, batched: bool = False
@@ -79,6 +67,23 @@ class Linearization:
                 materialize_grads=True,
                 is_grads_batched=batched,
             )
+
+
+class Linearization(PullBack, ABC):
+    """Pull-back and push-forward: a rung of the ladder."""
+
+    name: str
+    calls_model = False
+    """Whether a product evaluates the model anew, so that it has to be guarded."""
+
+    @abstractmethod
+    def push(self, tangents: Parameters) -> Tensor:
+        """Return J t, shape (n,)."""
+
+    def push_block(self, tangents: Parameters) -> Tensor:
+        """Return J t for each of k stacked tangents, shape (k, n)."""
+        block: Tensor = vmap(lambda *t: self.push(t))(*tangents)
+        return block
 
 
 class LinearizedForward(Linearization):
