@@ -1,8 +1,16 @@
 """Fixtures that several parts share."""
 
+import os
+
 import pytest
+from hypothesis import settings
 
 from spectralshell.datasets import load_digits_trajectory
+
+# A change is judged by the examples that everybody sees; other runs look for new ones.
+settings.register_profile("ci", derandomize=True)
+if os.environ.get("CI"):
+    settings.load_profile("ci")
 
 SMALL_TRAJECTORY = {
     "n_snapshots": 3,

@@ -104,7 +104,7 @@ def _integrate(
     edges = check_edges(edges)
     slope, cutoff, exponent = _check_parameters(b, kappa, power)
     rise, log_edges = 1.0 - slope, np.log(edges)
-    peak, scale = _peak(rise, cutoff, exponent, log_edges)
+    peak, scale = _peak(rise, cutoff, exponent, edges)
     finite = np.isfinite(scale)
     base = np.where(finite, rise * peak - scale, -np.inf)
     scale = np.where(finite, scale, 0.0)
@@ -128,17 +128,18 @@ def _integrate(
     return value, nodes + peak[..., None], log_shares, exponent, cutoff[..., None]
 
 
-def _peak(
-    rise: Floats, cutoff: Floats, exponent: Floats, log_edges: Floats
-) -> tuple[Floats, Floats]:
+def _peak(rise: Floats, cutoff: Floats, exponent: Floats, edges: Floats) -> tuple[Floats, Floats]:
     """Return where in each shell rise·x − κ e^(p x) peaks, as ln λ, and κλ^p there."""
-    lo, hi = log_edges[:-1], log_edges[1:]
+    lo, hi = np.log(edges[:-1]), np.log(edges[1:])
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
-        falling = rise - cutoff * exponent * np.exp(exponent * lo) <= 0.0
-        rising = rise - cutoff * exponent * np.exp(exponent * hi) >= 0.0
+        # A power of the edge is exact to an ulp; e^(p ln λ) loses p ln λ of them.
+        at_lo, at_hi = cutoff * edges[:-1] ** exponent, cutoff * edges[1:] ** exponent
+        falling = rise - exponent * at_lo <= 0.0
+        rising = rise - exponent * at_hi >= 0.0
         inside = np.clip(np.nan_to_num(np.log(rise / (cutoff * exponent)) / exponent), lo, hi)
         peak = np.where(falling, lo, np.where(rising, hi, inside))
-        return peak, cutoff * np.exp(exponent * peak)
+        at_inside = cutoff * np.exp(exponent * inside)
+        return peak, np.where(falling, at_lo, np.where(rising, at_hi, at_inside))
 
 
 def _effective_range(

@@ -51,7 +51,9 @@ def measure_of(nodes, weights, **changes):
 
 spectra = st.lists(
     st.tuples(
-        st.floats(-1e-8, 100.0) | st.sampled_from(SHELLS.edges.tolist()), st.floats(0.0, 10.0)
+        st.floats(-1e-8, 100.0) | st.sampled_from(SHELLS.edges.tolist()),
+        # Half of a denormal energy is not exact.
+        st.just(0.0) | st.floats(1e-100, 10.0),
     ),
     max_size=20,
 )
