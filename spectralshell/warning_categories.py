@@ -7,3 +7,7 @@ class ResolutionWarning(UserWarning):
 
 class DynamicsWarning(UserWarning):
     """A quantity needs the relation ė = −M e, which this residual does not have."""
+
+
+class KernelWarning(UserWarning):
+    """A kernel had to be found in a slower way than its structure promised."""

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from spectralshell.estimators.energies_below import energies_below, null_energies
 from spectralshell.shells import ShellPartition, SpectralMeasure
 from spectralshell.warning_categories import ResolutionWarning
 
@@ -39,16 +40,16 @@ def warn_of_hidden_energy(
         If most of a snapshot's energy is unresolved, else if the mean energy per shell is largest
         next to the floor while energy lies unresolved below it.
     """
-    energies = np.array([m.energies(partition.edges) for m in measures])
-    # Below the noise there is nothing to resolve; without noise, null is all there is.
-    null = np.array([m.estimate([m.noise or partition.edges[0]])[0] for m in measures])
-    unresolved = energies[:, 0] - null
     totals = np.array([m.total for m in measures])
+    below = energies_below(measures, partition.edges[:-1])
+    # Below the noise there is nothing to resolve; without noise, null is all there is.
+    noise = np.array([m.noise for m in measures])
+    unresolved = np.where(noise > 0.0, below[:, 0] - null_energies(measures), 0.0)
     worst = int(np.argmax(unresolved - _MOST * totals))
     if unresolved[worst] > _MOST * totals[worst]:
         _warn(_most_is_hidden(measures, worst, unresolved[worst] / totals[worst], floor))
         return
-    shells = energies[:, 1:].mean(axis=0)
+    shells = np.diff(below, append=totals[:, None]).mean(axis=0)
     peak = int(shells.argmax())
     if peak < _SHELLS_NEAR_FLOOR and unresolved.mean() > _HIDDEN_PER_PEAK * shells[peak]:
         _warn(

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from spectralshell.estimators.energies_below import energies_below
 from spectralshell.parameter_checks import check_sample_weight
 from spectralshell.shells import SpectralMeasure
 
@@ -60,7 +61,7 @@ class ShellDensity:
         inside = shell_edges[(shell_edges > lo) & (shell_edges < hi)]
         edges = np.concatenate([[lo], inside, [np.nextafter(hi, np.inf)]])
         widths = np.diff(np.log(edges))
-        energies = np.mean([np.diff(m.estimate(edges)) for m in measures], axis=0)
+        energies = np.diff(energies_below(measures, edges)).mean(axis=0)
         total = energies.sum()
         uniform = 1.0 / widths.sum()
         shares = energies / total if total > 0.0 else widths * uniform

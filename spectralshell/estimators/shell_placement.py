@@ -78,14 +78,18 @@ def place_shells(
 def _without_empty_start(
     partition: ShellPartition, measures: Sequence[SpectralMeasure]
 ) -> ShellPartition:
-    rates = [rate for measure in measures for rate in _lowest_rate(measure, partition.edges[0])]
-    first = int(partition.index(min(rates))) if rates else 0
+    lowest = np.inf
+    for measure in measures:
+        lowest = _lowest_rate(measure, partition.edges[0], lowest)
+        if lowest < partition.edges[1]:  # nothing is dropped, whatever the others hold
+            break
+    first = int(partition.index(lowest)) if np.isfinite(lowest) else 0
     return replace(partition, first=partition.first + first, n_shells=partition.n_shells - first)
 
 
-def _lowest_rate(measure: SpectralMeasure, start: float) -> np.ndarray:
-    """Return the lowest node from ``start`` on at which energy has gathered, or nothing."""
-    nodes, weights = measure.nodes, measure.weights
-    inside = nodes >= start
-    gathered = np.cumsum(weights[inside]) > _NEGLIGIBLE_SHARE * measure.total
-    return nodes[inside][gathered][:1]
+def _lowest_rate(measure: SpectralMeasure, start: float, end: float) -> float:
+    """Return the lowest node in [start, end) at which energy has gathered, or else ``end``."""
+    first, last = measure.nodes.searchsorted([start, end])
+    gathered = measure.weights[first:last].cumsum() > _NEGLIGIBLE_SHARE * measure.total
+    found = gathered.argmax() if gathered.size else 0
+    return float(measure.nodes[first + found]) if gathered.any() else end

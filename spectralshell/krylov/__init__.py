@@ -6,7 +6,7 @@ recurrence into a quadrature rule, :class:`CumulativeBounds` says with certainty
 lies below an edge, and :func:`eigenmeasure` is the dense reference.
 """
 
-from spectralshell.krylov.bounds import CumulativeBounds
+from spectralshell.krylov.bounds import CumulativeBounds, evaluate_together
 from spectralshell.krylov.dense import DenseSpectrum, eigenmeasure
 from spectralshell.krylov.lanczos import (
     LanczosResult,
@@ -22,6 +22,7 @@ __all__ = [
     "LanczosResult",
     "Recurrence",
     "eigenmeasure",
+    "evaluate_together",
     "gauss",
     "lanczos",
     "lanczos_recurrence",

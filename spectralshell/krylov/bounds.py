@@ -28,13 +28,15 @@ shell dynamics" (the section that defines shell energies), with the ½ of this p
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from spectralshell.krylov.quadrature import gauss
-from spectralshell.krylov.secular import RadauFamily
+from spectralshell.krylov.secular import RadauFamily, partial_sums, split_masses
 from spectralshell.parameter_checks import check_real
 
 Array = NDArray[np.float64]
@@ -253,18 +255,24 @@ class CumulativeBounds:
         ([0.0, 0.8], [0.2, 1.0])
         """
         wanted = np.asarray(edges, dtype=np.float64).tolist()
-        fresh = [edge for edge in dict.fromkeys(wanted) if edge not in self._known]
-        if len(self._known) + len(fresh) > MOST_KNOWN:
-            self._known.clear()
-            fresh = list(dict.fromkeys(wanted))
-        if fresh:
-            below, at, _, _ = self.quadrature_at(np.array(fresh))
-            lower = np.clip(self.mass * below, 0.0, self.mass)
-            upper = np.clip(self.mass * (below + at), lower, self.mass)
-            pairs = zip(lower.tolist(), upper.tolist(), strict=True)
-            self._known.update(zip(fresh, pairs, strict=True))
-        both = np.array([self._known[edge] for edge in wanted]).reshape(-1, 2)
+        pairs = [self._known.get(edge) for edge in wanted]
+        if None in pairs:
+            fresh = _evaluate([self], [[e for e, p in zip(wanted, pairs, strict=True) if not p]])[0]
+            pairs = [pair or fresh[edge] for edge, pair in zip(wanted, pairs, strict=True)]
+        both = np.array(pairs, dtype=np.float64).reshape(-1, 2)
         return both[:, 0], both[:, 1]
+
+    @cached_property
+    def _family(self) -> RadauFamily:
+        return RadauFamily.build(self.nodes, self.weights, self._couplings())
+
+    @cached_property
+    def _mirrored_family(self) -> RadauFamily:
+        couplings = self._couplings()
+        return RadauFamily.build(-self.nodes[::-1], self.weights[::-1], couplings[::-1])
+
+    def _couplings(self) -> Array:
+        return np.zeros(0) if self.couplings is None else self.couplings
 
     def quadrature_at(self, points: ArrayLike) -> tuple[Array, Array, Array, Array]:
         """Shares of the computed operator's energy, without widening for rounding.
@@ -283,9 +291,9 @@ class CumulativeBounds:
         """
         x = np.asarray(points, dtype=np.float64)
         if self.couplings is not None:
-            return RadauFamily.build(self.nodes, self.weights, self.couplings).masses(x)
+            return self._family.masses(x)
         rank = np.searchsorted(self.nodes, x, side="left")
-        from_left, from_right = _partial_sums(self.weights)
+        from_left, from_right = partial_sums(self.weights)
         return from_left[rank], np.zeros_like(x), from_right[rank], np.zeros_like(x)
 
     def _shares(self, edges: Array) -> tuple[Array, Array]:
@@ -312,13 +320,12 @@ class CumulativeBounds:
         self, points: Array, kappa: Array, *, mirrored: bool
     ) -> tuple[Array, Array]:
         """Pick the shift of each edge whose bound an inexpensive estimate finds best."""
-        couplings = np.zeros(0) if self.couplings is None else self.couplings
         nodes, weights, x = self.nodes, self.weights, points.ravel()
         if mirrored:
-            nodes, weights, couplings, x = -nodes[::-1], weights[::-1], couplings[::-1], -x
-        family = RadauFamily.build(nodes, weights, couplings)
+            nodes, weights, x = -nodes[::-1], weights[::-1], -x
+        family = self._mirrored_family if mirrored else self._family
         at, rank = family.christoffel(x)
-        from_left, _ = _partial_sums(weights)
+        from_left, _ = partial_sums(weights)
         # The exact share lies between those at the last two Ritz values, and within ``at`` of
         # the last; between Ritz values it grows about evenly.
         previous = from_left[np.maximum(rank - 1, 0)]
@@ -333,17 +340,75 @@ class CumulativeBounds:
         return np.take_along_axis(points, best, axis=1), np.take_along_axis(kappa, best, axis=1)
 
 
+def evaluate_together(bounds: Sequence[CumulativeBounds], edges: ArrayLike) -> None:
+    """Make each of many bounds remember what `CumulativeBounds.unwidened` gives at the edges.
+
+    Parameters
+    ----------
+    bounds : sequence of CumulativeBounds
+        Any number. What one remembers does not depend on the others.
+    edges : array-like of shape (p,) or (len(bounds), p)
+        Finite edges in the operator's unit; the same for all or their own for each.
+
+    Notes
+    -----
+    A few edges cost little more than the calls around them, so that many measures at once are
+    several times cheaper than one after another.
+
+    Examples
+    --------
+    >>> bounds = CumulativeBounds.from_lanczos([2.0], [], 0.5, 1.0, 1e-3, False)
+    >>> evaluate_together([bounds], [1.0, 3.0])
+    >>> bounds.unwidened([3.0])[0].round(9).tolist()
+    [0.8]
+    """
+    points = np.asarray(edges, dtype=np.float64)
+    rows = np.broadcast_to(points, (len(bounds), points.shape[-1])).tolist()
+    shared = set(rows[0]) if rows and points.ndim == 1 else None
+    # Edges that one lacks are evaluated for all that lack as many, in one go.
+    groups: dict[int, list[tuple[CumulativeBounds, list[float]]]] = {}
+    for one, row in zip(bounds, rows, strict=True):
+        if shared is not None and shared <= one._known.keys():
+            continue
+        missing = [edge for edge in dict.fromkeys(row) if edge not in one._known]
+        if missing:
+            groups.setdefault(len(missing), []).append((one, missing))
+    for group in groups.values():
+        _evaluate([one for one, _ in group], [missing for _, missing in group])
+
+
+def _evaluate(
+    bounds: Sequence[CumulativeBounds], edges: Sequence[Sequence[float]]
+) -> list[dict[float, tuple[float, float]]]:
+    """Evaluate and remember the same number of edges for each, and return what was found."""
+    points = np.array(edges)
+    below, at = np.zeros_like(points), np.zeros_like(points)
+    lanczos = [row for row, one in enumerate(bounds) if one.couplings is not None]
+    if lanczos:
+        families = [bounds[row]._family for row in lanczos]
+        below[lanczos], at[lanczos], _, _ = split_masses(families, points[lanczos])
+    for row, one in enumerate(bounds):
+        if one.couplings is None:
+            below[row], at[row], _, _ = one.quadrature_at(points[row])
+    mass = np.array([[one.mass] for one in bounds])
+    lower = np.clip(mass * below, 0.0, mass)
+    upper = np.clip(mass * (below + at), lower, mass)
+    pairs = np.stack([lower, upper], axis=-1).tolist()
+    found = [
+        dict(zip(row, map(tuple, values), strict=True))
+        for row, values in zip(points.tolist(), pairs, strict=True)
+    ]
+    for one, fresh in zip(bounds, found, strict=True):
+        # Threads may share a measure, so that nobody looks up here what another may have cleared.
+        if len(one._known) + len(fresh) > MOST_KNOWN:
+            one._known.clear()
+        one._known.update(fresh)
+    return found
+
+
 def _floored(noise: float, nodes: Array) -> float:
     largest = float(np.abs(nodes).max()) if len(nodes) else 0.0
     return max(noise, FLOAT64_NOISE * largest)
-
-
-def _partial_sums(weights: Array) -> tuple[Array, Array]:
-    """Sum the weights before and from each rank; each sum is accurate relative to itself."""
-    zero = np.zeros(1)
-    from_left = np.concatenate([zero, np.cumsum(weights)])
-    from_right = np.concatenate([zero, np.cumsum(weights[::-1])])[::-1]
-    return from_left, from_right
 
 
 def _rotated_down(below: Array, rest: Array, kappa: Array, slack: Array | float = 0.0) -> Array:

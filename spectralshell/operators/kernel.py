@@ -9,41 +9,22 @@ import torch
 from torch import Tensor
 
 from spectralshell.operators.kernel_operator import KernelOperator, Part
-from spectralshell.operators.ladder import Climb, DifferentiationError, climb, is_out_of_memory
-from spectralshell.operators.linearizations import (
-    DoubleReverse,
-    ForwardMode,
-    Streamed,
-    VectorFunction,
+from spectralshell.operators.kernel_problem import (
+    Evaluation,
+    KernelProblem,
+    halve_until_it_fits,
+    pose_problem,
 )
-from spectralshell.operators.model_function import (
-    ModelFunction,
-    cast,
-    map_tensors,
-    select_parameters,
-    widen,
-)
+from spectralshell.operators.ladder import Climb, DifferentiationError, climb
+from spectralshell.operators.linearizations import DoubleReverse, ForwardMode, Streamed
 from spectralshell.operators.model_guard import MODEL_LOCK
 from spectralshell.operators.module_faults import name_offending_module
 from spectralshell.operators.noise import backward_reads_model, measure_noise
-from spectralshell.operators.probes import (
-    check_finite_inputs,
-    check_finite_state,
-    chunk_bounds,
-    evaluate,
-    take_samples,
-)
-from spectralshell.operators.settings import resolve_device, resolve_dtype
-from spectralshell.parameter_checks import check_integer
-from spectralshell.residuals import Residual, Targets, resolve_residual
 
 if TYPE_CHECKING:
     from spectralshell.snapshots import Snapshot
 
 __all__ = ["KernelOperator", "build_kernel"]
-
-_CHUNK_TOLERANCE = 1e-10
-"""Relative difference of float64 errors from the same outputs: far above rounding."""
 
 
 def build_kernel(
@@ -128,108 +109,106 @@ def assemble_kernel(
     rungs: Sequence[str] | None = None,
 ) -> KernelOperator:
     """Do the work of :func:`build_kernel`; ``rungs`` restricts the ladder, for tests of a rung."""
-    resolved = resolve_residual(residual)
-    if chunk_size is not None:
-        chunk_size = check_integer("chunk_size", chunk_size, low=1)
     # Tensors made under the user's inference mode could not be differentiated.
     with MODEL_LOCK, torch.inference_mode(False):
-        snapshot.check_unchanged()
-        names = select_parameters(snapshot.model, parameters, snapshot.state.trainable)
-        where = resolve_device(device, snapshot.model)
-        state = snapshot.load_state()
-        trainable = {name for name, _ in snapshot.model.named_parameters()}
-        check_finite_state(state, trainable)
-        check_finite_inputs(snapshot.inputs)
-        working, notes = resolve_dtype(dtype, state, where)
-        size = None if chunk_size is None or chunk_size >= snapshot.n_samples else chunk_size
-        draw = _drawing(generator, where, working)
-        function = ModelFunction(snapshot.model, state, names, where, working)
-        while True:
-            try:
-                kernel = _assemble(function, snapshot, resolved, size, draw, rungs)
-                break
-            except Exception as error:
-                if not is_out_of_memory(error):
-                    raise
-                size = _halved(size or snapshot.n_samples, error)
-    if size is not None and size != chunk_size:
-        notes.append(f"memory ran out: computed in chunks of {size} samples")
+        problem = pose_problem(
+            snapshot,
+            residual=residual,
+            parameters=parameters,
+            chunk_size=chunk_size,
+            device=device,
+            dtype=dtype,
+            generator=generator,
+        )
+        return assemble(problem, problem.chunk_size, rungs=rungs)
+
+
+def assemble(
+    problem: KernelProblem,
+    size: int | None,
+    *,
+    evaluation: Evaluation | None = None,
+    rungs: Sequence[str] | None = None,
+) -> KernelOperator:
+    """Build the matrix-free kernel of a problem in chunks of ``size`` samples, or smaller ones.
+
+    Parameters
+    ----------
+    problem : KernelProblem
+    size : int or None
+        Samples of a chunk; None takes all at once.
+    evaluation : Evaluation, optional
+        Of the same problem, in chunks of ``size``.
+    rungs : sequence of str, optional
+        Restricts the ladder, for tests of a rung.
+    """
+
+    def build(size: int | None) -> KernelOperator:
+        known = evaluation is not None and evaluation.chunk_size == size
+        return _assemble(evaluation if known and evaluation else problem.evaluate(size), rungs)
+
+    kernel: KernelOperator
+    kernel, fitting = halve_until_it_fits(problem, size, build)
+    notes = list(problem.notes)
+    if fitting != size:
+        notes.append(f"memory ran out: computed in chunks of {fitting} samples")
     if notes:
         kernel.status = "; ".join(notes)
     return kernel
 
 
-def _assemble(
-    function: ModelFunction,
-    snapshot: Snapshot,
-    residual: Residual,
-    size: int | None,
-    draw: Callable[[int], Tensor],
-    rungs: Sequence[str] | None,
-) -> KernelOperator:
-    n_samples = snapshot.n_samples
-    inputs = map_tensors(
-        lambda t: cast(t.detach(), function.device, function.dtype), snapshot.inputs
-    )
-    bounds = chunk_bounds(n_samples, size)
-    pieces = [take_samples(inputs, slice(*bound), n_samples) for bound in bounds]
+def _assemble(evaluation: Evaluation, rungs: Sequence[str] | None) -> KernelOperator:
+    problem = evaluation.problem
+    function = problem.function
+
+    def finish() -> KernelOperator:
+        parts, steps = _differentiate(evaluation, rungs)
+        kernel = KernelOperator(
+            function,
+            parts,
+            problem.residual,
+            evaluation.targets.n_rows,
+            evaluation.residual_vector,
+            evaluation.values,
+        )
+        kernel.refused = {name: why for step in steps for name, why in step.refused.items()}
+        kernel.n_probes = sum(step.n_probes for step in steps)
+        kernel.n_samples = problem.n_samples
+        kernel.chunk_size = evaluation.chunk_size
+        kernel.forward_flops = evaluation.forward_flops
+        kernel.reads_model = backward_reads_model(kernel, function, problem.draw)
+        measure_noise(kernel, problem.draw, lambda: _in_double(kernel, evaluation))
+        return kernel
+
     with function.guard():
-        outputs, flops = evaluate(function, inputs, n_samples, size)
-        targets = residual.prepare(snapshot.targets, outputs)
-        error, values = _error_and_values(residual, outputs, targets)
-        rows_per_sample = outputs.shape[1:-1].numel()
-        chunks = []
-        for piece, (start, stop) in zip(pieces, bounds, strict=True):
-            # Taken before the move to the device, which may hold no values to select by.
-            part = targets.samples(start, stop, n_samples, rows_per_sample)
-            part = part.to(function.device, function.dtype)
-            chunks.append((piece, part, outputs[start:stop]))
-        if size is not None:
-            _check_chunks(residual, chunks, error, targets.n_rows**-0.5)
-
-        def finish() -> KernelOperator:
-            parts, steps = _differentiate(function, residual, chunks, draw, size, rungs)
-            kernel = KernelOperator(function, parts, residual, targets.n_rows, error, values)
-            kernel.refused = {name: why for step in steps for name, why in step.refused.items()}
-            kernel.n_probes = sum(step.n_probes for step in steps)
-            kernel.n_samples = n_samples
-            kernel.chunk_size = size
-            kernel.forward_flops = max(flops, 2.0 * n_samples * function.n_parameters)
-            kernel.reads_model = backward_reads_model(kernel, function, draw)
-            measure_noise(kernel, draw, lambda: _in_double(kernel, function, residual, chunks))
-            return kernel
-
         return function.installed(None, finish)
 
 
 def _differentiate(
-    function: ModelFunction,
-    residual: Residual,
-    chunks: list[tuple[Any, Targets, Tensor]],
-    draw: Callable[[int], Tensor],
-    size: int | None,
-    rungs: Sequence[str] | None,
+    evaluation: Evaluation, rungs: Sequence[str] | None
 ) -> tuple[list[Part], list[Climb]]:
+    problem = evaluation.problem
+    function = problem.function
     parts: list[Part] = []
     steps: list[Climb] = []
     first = 0
-    for inputs, targets, outputs in chunks:
-        n_entries = residual.jacobian_of(outputs, targets).numel()
+    for chunk in evaluation.chunks():
+        n_entries = evaluation.count_entries(chunk)
         if n_entries == 0:
             continue  # no row of this chunk is labelled
-        vector = _vector_function(function, residual, inputs, targets)
+        vector = evaluation.vector_function(chunk)
         try:
             step = climb(
                 vector,
                 function.parameters,
                 function.names,
-                draw,
-                streamed=size is not None,
+                problem.draw,
+                streamed=evaluation.chunk_size is not None,
                 # The first chunk chooses for all: they run the same operations.
                 rungs=(steps[0].rung,) if steps else rungs,
             )
         except DifferentiationError as failure:
-            where = name_offending_module(function, inputs, draw)
+            where = name_offending_module(function, chunk.inputs, problem.draw)
             raise DifferentiationError(
                 "model: no way to differentiate it multiplies by its Jacobian correctly; the fault "
                 f"starts in {where}. So it looks too where a model lowers the precision inside, by "
@@ -241,20 +220,14 @@ def _differentiate(
     return parts, steps
 
 
-def _in_double(
-    kernel: KernelOperator,
-    function: ModelFunction,
-    residual: Residual,
-    chunks: list[tuple[Any, Targets, Tensor]],
-) -> KernelOperator:
-    exact = function.in_double()
+def _in_double(kernel: KernelOperator, evaluation: Evaluation) -> KernelOperator:
+    exact = evaluation.problem.function.in_double()
     # Tracing a tangent map would cost more than the two products it is used for.
     rung = ForwardMode if kernel.rung.startswith("jvp") else DoubleReverse
     parts = []
-    labelled = [chunk for chunk in chunks if residual.jacobian_of(chunk[2], chunk[1]).numel()]
-    for part, (inputs, targets, _) in zip(kernel.parts, labelled, strict=True):
-        fine = map_tensors(lambda t: cast(t, exact.device, exact.dtype), inputs)
-        vector = _vector_function(exact, residual, fine, targets.to(exact.device, exact.dtype))
+    labelled = [chunk for chunk in evaluation.chunks() if evaluation.count_entries(chunk)]
+    for part, chunk in zip(kernel.parts, labelled, strict=True):
+        vector = evaluation.vector_function(chunk, exact)
         linearization = (
             rung(vector, exact.parameters)
             if kernel.chunk_size is None
@@ -262,86 +235,12 @@ def _in_double(
         )
         parts.append(Part(part.entries, linearization))
     reference = KernelOperator(
-        exact, parts, residual, kernel.n_rows, kernel.residual_vector, kernel.residual_vector
+        exact,
+        parts,
+        evaluation.problem.residual,
+        kernel.n_rows,
+        kernel.residual_vector,
+        kernel.residual_vector,
     )
     reference.reads_model = kernel.reads_model
     return reference
-
-
-def _vector_function(
-    function: ModelFunction, residual: Residual, inputs: Any, targets: Targets
-) -> VectorFunction:
-    scale = targets.n_rows**-0.5
-
-    def vector(*parameters: Tensor) -> Tensor:
-        values = residual.jacobian_of(function.outputs(parameters, inputs), targets)
-        scaled: Tensor = values.reshape(-1) * scale
-        return scaled
-
-    return vector
-
-
-def _error_and_values(
-    residual: Residual, outputs: Tensor, targets: Targets
-) -> tuple[Tensor, Tensor]:
-    wide = widen(outputs.detach())
-    exact = targets.to(wide.device, wide.dtype)
-    error = residual.error(wide, exact).detach().double().reshape(-1) * targets.n_rows**-0.5
-    if error.numel() == 0:
-        raise ValueError("residual: the error vector is empty; return one entry per sample.")
-    if not error.is_meta and not bool(torch.isfinite(error).all()):
-        raise ValueError(
-            f"residual {residual.name!r} holds NaN or infinite values although the outputs are "
-            "finite; check the targets and the residual."
-        )
-    return error, residual.jacobian_of(wide, exact).detach()
-
-
-def _check_chunks(
-    residual: Residual, chunks: list[tuple[Any, Targets, Tensor]], whole: Tensor, scale: float
-) -> None:
-    """Raise ValueError if a residual gives other errors for chunks than for the whole batch."""
-    if whole.is_meta:
-        return
-    try:
-        errors = [
-            residual.error(widen(outputs), targets.to(whole.device, whole.dtype)).reshape(-1)
-            for _, targets, outputs in chunks
-        ]
-        joined = torch.cat(errors).detach().double() * scale
-        same = joined.shape == whole.shape and torch.allclose(
-            joined, whole, rtol=_CHUNK_TOLERANCE, atol=_CHUNK_TOLERANCE * float(whole.abs().max())
-        )
-    except (RuntimeError, ValueError, IndexError) as error:
-        if is_out_of_memory(error):
-            raise
-        raise ValueError(f"residual {residual.name!r} fails in chunks: {error}") from error
-    if not same:
-        raise ValueError(
-            f"residual {residual.name!r} gives other errors in chunks than for the whole batch: it "
-            "couples samples, or `targets` hold a tensor whose first dimension is the number of "
-            "samples but does not count them. Use chunk_size=None, or one target row per sample."
-        )
-
-
-def _halved(size: int, error: Exception) -> int:
-    if size == 1:
-        raise MemoryError(
-            "memory ran out with a single sample; use a smaller model, dtype float32, or another "
-            "device."
-        ) from error
-    return (size + 1) // 2
-
-
-def _drawing(
-    generator: torch.Generator | None, device: torch.device, dtype: torch.dtype
-) -> Callable[[int], Tensor]:
-    source = generator if generator is not None else torch.Generator().manual_seed(0)
-
-    def draw(n: int) -> Tensor:
-        if device.type == "meta":
-            return torch.empty(n, dtype=dtype, device=device)
-        numbers = torch.randn(n, generator=source, device=source.device, dtype=torch.float32)
-        return numbers.to(device, dtype)
-
-    return draw

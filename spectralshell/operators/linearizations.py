@@ -12,9 +12,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.func import jvp, linearize, vmap
+from torch.func import jvp, vmap
 
 from spectralshell.operators.model_guard import quiet_differentiation
+from spectralshell.operators.tapes import Tape
 
 Parameters = tuple[Tensor, ...]
 VectorFunction = Callable[..., Tensor]
@@ -87,19 +88,27 @@ class Linearization(PullBack, ABC):
 
 
 class LinearizedForward(Linearization):
-    """Rung 1: the tangent map is traced once and stored. One cheap pass per product."""
+    """Rung 1: forward mode once, on tape; a push-forward replays what depends on the tangent.
+
+    The tape takes one jvp to make, where ``torch.func.linearize`` takes seconds to trace, and
+    holds what the tangents meet, not what the model computes.
+    """
 
     name = "linearize"
 
     def __init__(self, function: VectorFunction, parameters: Parameters) -> None:
         super().__init__(function, parameters)
+
+        def compute(*tangents: Tensor) -> Tensor:
+            pushed: Tensor = jvp(function, parameters, tangents)[1]
+            return pushed
+
         with quiet_differentiation():
-            _, self._tangent_map = linearize(function, *parameters)
+            self._tape = Tape(compute, tuple(torch.ones_like(p) for p in parameters))
 
     def push(self, tangents: Parameters) -> Tensor:
         """Return J t, shape (n,)."""
-        pushed: Tensor = self._tangent_map(*tangents)
-        return pushed
+        return self._tape(*tangents)
 
 
 class DoubleReverse(Linearization):

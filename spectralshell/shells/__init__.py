@@ -8,7 +8,7 @@ from spectralshell.shells.frames import (
     shell_frame,
     write_frame,
 )
-from spectralshell.shells.measure import SpectralMeasure
+from spectralshell.shells.measure import SpectralMeasure, cumulative_energies
 from spectralshell.shells.partition import (
     ShellPartition,
     edges_from_names,
@@ -21,6 +21,7 @@ __all__ = [
     "ShellPartition",
     "SpectralMeasure",
     "average_over_batches",
+    "cumulative_energies",
     "edges_from_names",
     "energy_frame",
     "mean_measure",

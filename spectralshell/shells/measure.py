@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Sequence
+from copy import copy
+from dataclasses import dataclass
+from functools import cached_property
 from numbers import Integral
 from typing import Any, Protocol
 
@@ -20,6 +22,8 @@ Floats = NDArray[np.float64]
 _TOTAL_TOLERANCE = 1e-9
 # What summing the weights in another order changes, with room for 1e4 of them.
 _ROUNDING = 1e-14
+# With no noise, null is what has eigenvalue zero or less.
+_TINY = float(np.finfo(np.float64).tiny)
 
 
 class EnergyBounds(Protocol):
@@ -127,8 +131,7 @@ class SpectralMeasure:
             self._set(field, check_real(field, getattr(self, field), low=0.0))
         self._set("tau", check_real("tau", self.tau))
         self._set("batch", _label("batch", self.batch))
-        if self.name is not None and not isinstance(self.name, str):
-            raise TypeError(f"name must be a string or None, got {self.name!r}.")
+        self._set("name", None if self.name is None else _check_name(self.name))
         if (weights < 0.0).any():
             raise ValueError("weights holds a negative energy; pass energies ½g², never negative.")
         if weights.sum() > self.total * (1.0 + _TOTAL_TOLERANCE):
@@ -149,6 +152,11 @@ class SpectralMeasure:
     def n_negative(self) -> int:
         """Number of negative nodes; their energy is part of ``null``."""
         return int(np.count_nonzero(self.nodes < 0.0))
+
+    @cached_property
+    def null(self) -> float:
+        """Energy below the noise; without noise, at rates of zero and below."""
+        return float(self._estimate(np.array([self.noise or _TINY]))[0])
 
     @property
     def missing(self) -> float:
@@ -196,13 +204,7 @@ class SpectralMeasure:
             Non-decreasing and within [0, total]; the middle of `cumulative`, at a small part of
             its cost.
         """
-        checked = _check_edges(edges)
-        if self.bounds is not None and not self.counted:
-            lower, upper = self.bounds.unwidened(checked)
-            return np.clip(np.maximum.accumulate(0.5 * (lower + upper)), 0.0, self.total)
-        below = np.searchsorted(self.nodes, checked, side="left")
-        null = np.searchsorted(self.nodes, self.noise, side="left")
-        return np.minimum(self._running()[np.maximum(below, null)] + self.missing, self.total)
+        return self._estimate(_check_edges(edges))
 
     def energies(self, edges: ArrayLike) -> Floats:
         """Return ``null`` and the shell energies E_α.
@@ -282,12 +284,31 @@ class SpectralMeasure:
         name: str | None = None,
     ) -> SpectralMeasure:
         """Return the same measure under other labels; those left out stay as they are."""
-        return replace(
-            self,
-            tau=self.tau if tau is None else tau,
-            batch=self.batch if batch is None else batch,
-            name=self.name if name is None else name,
-        )
+        if (tau, batch, name) == (self.tau, self.batch, self.name) and not isinstance(batch, bool):
+            return self
+        wanted = {
+            "tau": self.tau if tau is None else check_real("tau", tau),
+            "batch": self.batch if batch is None else _label("batch", batch),
+            "name": self.name if name is None else _check_name(name),
+        }
+        relabelled = copy(self)  # shares what is read-only, and what was computed from it
+        for label, value in wanted.items():
+            relabelled._set(label, value)
+        return relabelled
+
+    def _estimate(self, edges: Floats) -> Floats:
+        if self.bounds is not None and not self.counted:
+            lower, upper = self.bounds.unwidened(edges)
+            middle = np.maximum.accumulate(0.5 * (lower + upper))
+            return np.minimum(np.maximum(middle, 0.0), self.total)
+        return self._counted_below[self.nodes.searchsorted(edges, side="left")]
+
+    @cached_property
+    def _counted_below(self) -> Floats:
+        """Energy counted below a rate by the number of nodes below it, shape (m + 1,)."""
+        null = self.nodes.searchsorted(self.noise, side="left")
+        rank = np.maximum(np.arange(self.nodes.size + 1), null)
+        return _read_only(np.minimum(self._running()[rank] + self.missing, self.total))
 
     def _running(self) -> Floats:
         return np.concatenate([[0.0], np.cumsum(self.weights)])
@@ -308,6 +329,31 @@ class SpectralMeasure:
     def _count(self, edges: Floats, values: Floats) -> Floats:
         counted = np.bincount(self._bins(edges), weights=values, minlength=edges.size)
         return counted.astype(np.float64)  # bincount of nothing gives integers
+
+
+def cumulative_energies(measures: Sequence[SpectralMeasure], edges: ArrayLike) -> Floats:
+    """Return the energy of many measures strictly below each edge.
+
+    Parameters
+    ----------
+    measures : sequence of SpectralMeasure
+        At least one.
+    edges : array-like of float, shape (k,)
+        Positive and non-decreasing.
+
+    Returns
+    -------
+    ndarray of float64, shape (n_measures, k)
+        Rows are those of `SpectralMeasure.estimate`.
+
+    Examples
+    --------
+    >>> measure = SpectralMeasure([0.5], [1.0], total=1.0, lambda_max=0.5, floor=0.0, noise=0.0)
+    >>> cumulative_energies([measure], [0.1, 1.0]).tolist()
+    [[0.0, 1.0]]
+    """
+    checked = _check_edges(edges)
+    return np.array([measure._estimate(checked) for measure in measures])
 
 
 def join_statuses(statuses: Iterable[str]) -> str:
@@ -335,6 +381,12 @@ def _finite_vector(name: str, values: Any, *, length: int | None = None) -> Floa
 def _read_only(vector: Floats) -> Floats:
     vector.flags.writeable = False
     return vector
+
+
+def _check_name(name: Any) -> str:
+    if not isinstance(name, str):
+        raise TypeError(f"name must be a string or None, got {name!r}.")
+    return name
 
 
 def _label(name: str, value: Any) -> int | str:

@@ -1,0 +1,242 @@
+"""What is kept of each layer while the backward passes run, until its kernel is contracted."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from spectralshell.operators.kernel_sums import EntryLayout, KernelSum
+from spectralshell.operators.layer_geometry import Positions
+from spectralshell.operators.layer_units import GRADIENTS, GRAM, PAIRS, MatrixForm, Unit
+from spectralshell.operators.parameter_uses import ParameterUse
+
+
+class LayerStore(ABC):
+    """Inputs and output gradients of one unit, filled pass by pass.
+
+    Parameters
+    ----------
+    unit : Unit
+        As found in the first chunk; later chunks have other uses of the same form.
+    layout : EntryLayout
+    """
+
+    def __init__(self, unit: Unit, layout: EntryLayout) -> None:
+        self.unit = unit
+        self.layout = layout
+
+    @abstractmethod
+    def begin(self, uses: Sequence[ParameterUse], samples: slice) -> None:
+        """Take the inputs of a chunk of samples."""
+
+    @abstractmethod
+    def put(
+        self,
+        uses: Sequence[ParameterUse],
+        cotangents: Sequence[Tensor | None],
+        samples: slice,
+        slot: int,
+    ) -> None:
+        """Take the output gradients of one slot of a chunk; None is zero."""
+
+    @abstractmethod
+    def add_to(self, total: KernelSum) -> None:
+        """Add the unit's kernel."""
+
+
+class GramStore(LayerStore):
+    """One position: the inputs, and the output gradients by slot."""
+
+    def __init__(self, unit: Unit, matrix: MatrixForm, layout: EntryLayout) -> None:
+        super().__init__(unit, layout)
+        self._outputs = _zeros(layout, layout.n_slots, layout.n_samples, matrix.fan_out)
+        self._inputs: list[Tensor] = []
+
+    def begin(self, uses: Sequence[ParameterUse], samples: slice) -> None:
+        """Take the inputs of a chunk of samples."""
+        rules = [_positions(use) for use in uses]
+        self._inputs.append(_inputs(self.unit, rules, _length(samples)).flatten(1))
+
+    def put(
+        self,
+        uses: Sequence[ParameterUse],
+        cotangents: Sequence[Tensor | None],
+        samples: slice,
+        slot: int,
+    ) -> None:
+        """Take the output gradients of one slot of a chunk."""
+        for cotangent in cotangents:
+            if cotangent is not None:
+                fan_out = self._outputs.shape[2]
+                self._outputs[slot, samples] = cotangent.reshape(-1, fan_out)
+
+    def add_to(self, total: KernelSum) -> None:
+        """Add the unit's kernel."""
+        total.add_gram(torch.cat(self._inputs), self._outputs)
+
+
+class PositionStore(LayerStore):
+    """Several positions: the inputs, which are unfolded later, and all output gradients."""
+
+    def __init__(
+        self, unit: Unit, matrix: MatrixForm, layout: EntryLayout, order: str, slice_bytes: int
+    ) -> None:
+        super().__init__(unit, layout)
+        self._matrix = matrix
+        self._order = order
+        self._slice_bytes = slice_bytes
+        width = matrix.n_groups * matrix.fan_out
+        self._outputs = _zeros(layout, layout.n_samples, layout.n_slots, width, matrix.n_positions)
+        self._pieces: list[tuple[slice, list[Positions]]] = []
+
+    def begin(self, uses: Sequence[ParameterUse], samples: slice) -> None:
+        """Take the inputs of a chunk of samples."""
+        self._pieces.append((samples, [_positions(use) for use in uses]))
+
+    def put(
+        self,
+        uses: Sequence[ParameterUse],
+        cotangents: Sequence[Tensor | None],
+        samples: slice,
+        slot: int,
+    ) -> None:
+        """Take the output gradients of one slot of a chunk."""
+        first = 0
+        for use, cotangent in zip(uses, cotangents, strict=True):
+            last = first + use.n_positions
+            if cotangent is not None:
+                outputs = _positions(use).outputs(cotangent, _length(samples)).flatten(1, 2)
+                self._outputs[samples, slot, :, first:last] = outputs
+            first = last
+
+    def add_to(self, total: KernelSum) -> None:
+        """Add the unit's kernel."""
+        fan_in, fan_out = self._matrix.fan_in + self.unit.merged, self._matrix.fan_out
+        for group in range(self._matrix.n_groups):
+            outputs = self._outputs[:, :, group * fan_out : (group + 1) * fan_out]
+            if self._order == PAIRS:
+                inputs = [
+                    _inputs(self.unit, rules, _length(samples))[:, group]
+                    for samples, rules in self._pieces
+                ]
+                total.add_pairs(torch.cat(inputs), outputs.contiguous(), self._slice_bytes // 2)
+                continue
+            per_output = self.layout.n * fan_in * outputs.element_size()
+            step = max(1, self._slice_bytes // per_output)
+            for start in range(0, fan_out, step):
+                chosen = outputs[:, :, start : start + step]
+                total.add_gradients(self._gradients(chosen, group))
+
+    def _gradients(self, outputs: Tensor, group: int) -> Tensor:
+        """Return Σ_p g_p a_pᵀ for all entries, shape (n_samples, n_slots, fan_out · fan_in)."""
+        fan_in = self._matrix.fan_in + self.unit.merged
+        n_samples, n_slots, fan_out, positions = outputs.shape
+        table = outputs.new_empty(n_samples, n_slots * fan_out, fan_in)
+        per_sample = fan_in * positions * outputs.element_size()
+        step = max(1, self._slice_bytes // 4 // per_sample)
+        for samples, rules in self._pieces:
+            for start in range(samples.start, samples.stop, step):
+                stop = min(start + step, samples.stop)
+                inside = slice(start - samples.start, stop - samples.start)
+                inputs = _inputs(self.unit, rules, _length(samples), inside)[:, group]
+                rows = outputs[start:stop].reshape(stop - start, -1, positions)
+                torch.bmm(rows, inputs.transpose(1, 2), out=table[start:stop])
+        return table.view(n_samples, n_slots, -1)
+
+
+class GradientStore(LayerStore):
+    """The gradients themselves, for all uses together, where they are small."""
+
+    def __init__(self, unit: Unit, layout: EntryLayout, n_numbers: int) -> None:
+        super().__init__(unit, layout)
+        self._gradients = _zeros(layout, layout.n_samples, layout.n_slots, n_numbers)
+
+    def begin(self, uses: Sequence[ParameterUse], samples: slice) -> None:
+        """Take nothing: the uses that come with the output gradients know their inputs."""
+
+    def put(
+        self,
+        uses: Sequence[ParameterUse],
+        cotangents: Sequence[Tensor | None],
+        samples: slice,
+        slot: int,
+    ) -> None:
+        """Take the output gradients of one slot of a chunk."""
+        n_samples = _length(samples)
+        for use, cotangent in zip(uses, cotangents, strict=True):
+            if cotangent is None:
+                continue
+            gradient = use.geometry.gradient(cotangent, n_samples).flatten(1)
+            if self.unit.merged:
+                shift = _positions(use).outputs(cotangent, n_samples).sum(3).flatten(1)
+                gradient = torch.cat([gradient, shift], dim=1)
+            self._gradients[samples, slot] += gradient
+
+    def add_to(self, total: KernelSum) -> None:
+        """Add the unit's kernel."""
+        total.add_gradients(self._gradients)
+
+
+def make_store(
+    unit: Unit, layout: EntryLayout, order: str, n_numbers: int, slice_bytes: int
+) -> LayerStore:
+    """Return the store that a unit's order of contraction needs.
+
+    Parameters
+    ----------
+    unit : Unit
+    layout : EntryLayout
+    order : str
+        As :func:`~spectralshell.operators.layer_units.choose_order` gives it.
+    n_numbers : int
+        Size of the unit's parameters.
+    slice_bytes : int
+        Largest table that a contraction makes at a time.
+    """
+    if unit.matrix is not None and order == GRAM:
+        return GramStore(unit, unit.matrix, layout)
+    if unit.matrix is not None and _keeps_positions(unit.matrix, order, n_numbers):
+        return PositionStore(unit, unit.matrix, layout, order, slice_bytes)
+    return GradientStore(unit, layout, n_numbers)
+
+
+def store_bytes(unit: Unit, layout: EntryLayout, order: str, n_numbers: int) -> int:
+    """Return the bytes that a unit's store holds while the passes run, beside the graph's."""
+    matrix = unit.matrix
+    if matrix is not None and (order == GRAM or _keeps_positions(matrix, order, n_numbers)):
+        n_numbers = matrix.n_positions * matrix.n_groups * matrix.fan_out
+    return layout.n * n_numbers * layout.itemsize
+
+
+def _keeps_positions(matrix: MatrixForm, order: str, n_numbers: int) -> bool:
+    """Tell whether output gradients are kept, which take less memory than the parameters'."""
+    numbers = matrix.n_positions * matrix.n_groups * matrix.fan_out
+    return order == PAIRS or (order == GRADIENTS and (numbers < n_numbers or matrix.unfolds))
+
+
+def _inputs(
+    unit: Unit, rules: Sequence[Positions], n_samples: int, samples: slice = slice(None)
+) -> Tensor:
+    """Return the inputs of all uses, shape (samples, n_groups, fan_in, n_positions)."""
+    found = [rule.inputs(n_samples, samples) for rule in rules]
+    inputs = found[0] if len(found) == 1 else torch.cat(found, dim=3)
+    if not unit.merged:
+        return inputs
+    return torch.cat([inputs, torch.ones_like(inputs[:, :, :1])], dim=2)
+
+
+def _positions(use: ParameterUse) -> Positions:
+    if not isinstance(use.geometry, Positions):
+        raise TypeError(f"{use.name!r} is not a matrix applied at positions")
+    return use.geometry
+
+
+def _zeros(layout: EntryLayout, *shape: int) -> Tensor:
+    return torch.zeros(shape, dtype=layout.dtype, device=layout.device)
+
+
+def _length(samples: slice) -> int:
+    return int(samples.stop - samples.start)
