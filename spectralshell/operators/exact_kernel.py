@@ -11,15 +11,16 @@ import torch
 from torch import Tensor
 
 from spectralshell.operators.exact_checks import measure_exact_noise, verified_kernels
+from spectralshell.operators.exact_plan import ExactPlan, plan_exact
+from spectralshell.operators.footprint import Footprint, measure_footprint
 from spectralshell.operators.kernel_problem import Evaluation, halve_until_it_fits, pose_problem
 from spectralshell.operators.layer_assembly import LabelOf, LayerKernels
 from spectralshell.operators.layer_labels import resolve_layers
-from spectralshell.operators.memory_budget import resolve_max_memory
+from spectralshell.operators.memory_budget import format_bytes, resolve_max_memory
 from spectralshell.operators.model_function import cast, widen
 from spectralshell.operators.model_guard import MODEL_LOCK
 
 if TYPE_CHECKING:
-    from spectralshell.operators.kernel_problem import KernelProblem
     from spectralshell.snapshots import Snapshot
 
 
@@ -243,30 +244,45 @@ def build_exact_kernel(
         )
         label_of = resolve_layers(layers, problem.function.names)
         budget = resolve_max_memory(max_memory, problem.function.device)
-        return assemble_exact(
-            problem, label_of=label_of, max_bytes=budget, keep_layers=layers is not None
-        )
+        evaluation = problem.evaluate(problem.chunk_size)
+        with problem.function.guard():
+            footprint: Footprint = problem.function.installed(
+                None, lambda: measure_footprint(evaluation, label_of)
+            )
+        plan = plan_exact(footprint, budget, problem.chunk_size)
+        if plan.peak_bytes > budget:
+            raise MemoryError(
+                f"max_memory: the exact kernel of n = {footprint.n_entries} entries needs "
+                f"{format_bytes(plan.peak_bytes)}, more than {format_bytes(budget)}; allow that "
+                "much, or take fewer samples or the matrix-free kernel."
+            )
+        return assemble_exact(evaluation, plan, label_of=label_of, keep_layers=layers is not None)
 
 
 def assemble_exact(
-    problem: KernelProblem,
-    *,
-    label_of: LabelOf,
-    max_bytes: int,
-    keep_layers: bool = False,
-    evaluation: Evaluation | None = None,
+    evaluation: Evaluation, plan: ExactPlan, *, label_of: LabelOf, keep_layers: bool = False
 ) -> ExactKernel:
-    """Build the exact kernel of a problem."""
+    """Build the exact kernel of an evaluated problem as planned, in smaller chunks if need be.
+
+    Parameters
+    ----------
+    evaluation : Evaluation
+    plan : ExactPlan
+    label_of : callable
+        Label of a parameter.
+    keep_layers : bool
+        Whether to keep the kernels of the labels.
+    """
+    problem = evaluation.problem
 
     def build(size: int | None) -> ExactKernel:
-        known = evaluation is not None and evaluation.chunk_size == size
-        posed = evaluation if known and evaluation else problem.evaluate(size)
-        function = problem.function
-        with function.guard():
-            found: LayerKernels = function.installed(
-                None, lambda: verified_kernels(posed, label_of=label_of, max_bytes=max_bytes)
+        posed = evaluation if evaluation.chunk_size == size else problem.evaluate(size)
+        with problem.function.guard():
+            found: LayerKernels = problem.function.installed(
+                None,
+                lambda: verified_kernels(posed, label_of=label_of, max_bytes=plan.layer_bytes),
             )
         return ExactKernel(posed, found, keep_layers=keep_layers)
 
-    kernel: ExactKernel = halve_until_it_fits(problem, problem.chunk_size, build)[0]
+    kernel: ExactKernel = halve_until_it_fits(problem, plan.chunk_size, build)[0]
     return kernel

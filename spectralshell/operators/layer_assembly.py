@@ -18,7 +18,7 @@ from spectralshell.operators.sample_gradients import add_sample_gradients
 
 LabelOf = Callable[[str], str]
 
-_SLICES = 8
+SLICES = 8
 """A table that a contraction makes at a time is this part of what the layers may take."""
 
 
@@ -115,14 +115,14 @@ def contract_layers(
     chunks = [chunk for chunk in evaluation.chunks() if evaluation.count_entries(chunk)]
     layout = entry_layout(evaluation)
     first = record(evaluation, chunks[0], names, label_of, refused)
-    plans = [_plan(found.unit, layout, evaluation) for found in first.units]
+    plans = [plan_unit(found.unit, layout, evaluation) for found in first.units]
     others = first.others
     kept: Recording | None = first
     del first  # the graph must go when ``kept`` goes
     sums = {label_of(name): KernelSum(layout) for name in names}
-    for group in _groups(plans, max_bytes):
+    for group in group_units(plans, max_bytes):
         stores = [
-            make_store(plan.unit, layout, plan.order, plan.n_numbers, max_bytes // _SLICES)
+            make_store(plan.unit, layout, plan.order, plan.n_numbers, max_bytes // SLICES)
             for plan in plans[group]
         ]
         for chunk in chunks:
@@ -136,7 +136,7 @@ def contract_layers(
             store.add_to(sums[store.unit.label])
             del store
     kept = None
-    _add_others(evaluation, others, label_of, sums, max_bytes // _SLICES)
+    _add_others(evaluation, others, label_of, sums, max_bytes // SLICES)
     orders = {plan.unit.names[0]: plan.order for plan in plans}
     return LayerKernels(
         {label: total.finish() for label, total in sums.items()},
@@ -174,6 +174,14 @@ def entry_layout(evaluation: Evaluation) -> EntryLayout:
     return EntryLayout(
         problem.n_samples, n_slots, kept, problem.function.dtype, problem.function.device
     )
+
+
+def plan_unit(unit: Unit, layout: EntryLayout, evaluation: Evaluation) -> UnitPlan:
+    """Choose a unit's order of contraction, and count what it holds until then."""
+    function = evaluation.problem.function
+    n_numbers = sum(function.parameters[function.names.index(name)].numel() for name in unit.names)
+    order = choose_order(unit, layout.n_samples, layout.n_slots)
+    return UnitPlan(unit, order, n_numbers, store_bytes(unit, layout, order, n_numbers))
 
 
 def _run_backward(
@@ -226,14 +234,7 @@ def _add_others(
         add_sample_gradients(sums[label], record_sample, sizes, max_bytes)
 
 
-def _plan(unit: Unit, layout: EntryLayout, evaluation: Evaluation) -> UnitPlan:
-    function = evaluation.problem.function
-    n_numbers = sum(function.parameters[function.names.index(name)].numel() for name in unit.names)
-    order = choose_order(unit, layout.n_samples, layout.n_slots)
-    return UnitPlan(unit, order, n_numbers, store_bytes(unit, layout, order, n_numbers))
-
-
-def _groups(plans: Sequence[UnitPlan], max_bytes: int) -> Iterator[slice]:
+def group_units(plans: Sequence[UnitPlan], max_bytes: int) -> Iterator[slice]:
     """Yield ranges of units whose stores fit together, in the order of the forward pass."""
     start, held = 0, 0
     for index, plan in enumerate(plans):

@@ -59,15 +59,23 @@ class PullBack:
         output: Any, inputs: Sequence[Tensor], cotangent: Any, *, batched: bool = False
     ) -> Parameters:
         with quiet_differentiation():
-            return torch.autograd.grad(
+            found = torch.autograd.grad(
                 output,
                 inputs,
                 cotangent,
                 retain_graph=True,
                 allow_unused=True,
-                materialize_grads=True,
                 is_grads_batched=batched,
             )
+        if all(part is not None for part in found):
+            return found
+        # torch would fill in zeros of one input for a block of cotangents.
+        first = cotangent if isinstance(cotangent, Tensor) else cotangent[0]
+        block = (first.shape[0],) if batched else ()
+        return tuple(
+            part if part is not None else point.new_zeros(block + point.shape)
+            for part, point in zip(found, inputs, strict=True)
+        )
 
 
 class Linearization(PullBack, ABC):

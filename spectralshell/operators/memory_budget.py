@@ -71,6 +71,20 @@ def parse_bytes(size: int | str) -> int:
     return int(float(match[1]) * unit)
 
 
+def format_bytes(size: float) -> str:
+    """Return a size for a message.
+
+    Examples
+    --------
+    >>> format_bytes(1_500_000_000), format_bytes(512)
+    ('1.5 GB', '512 B')
+    """
+    for unit in ("GB", "MB", "KB"):
+        if size >= _UNITS[unit]:
+            return f"{size / _UNITS[unit]:.3g} {unit}"
+    return f"{int(size)} B"
+
+
 def _free_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
