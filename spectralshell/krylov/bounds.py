@@ -6,24 +6,12 @@ Two errors separate a computed measure from the true one, and both are bounded.
 with these moments the energy below x is smallest and largest for the Gauss-Radau rule with a node
 at x: the weights strictly below x, and these plus the weight at x (Chebyshev, Markov, Stieltjes).
 
-*Rounding.* The computed recurrence is the exact one of an operator M̃ with ‖M̃ - M‖ <= η. A spectral
-projector at an edge a is not a continuous function of M, but one may give way by δ: with P the
-projector of M on λ >= a and P̃ that of M̃ on λ < a - δ, ‖P P̃‖ <= κ = η/δ (Davis and Kahan; 1.6 η/δ
-is used, which holds in any relative position of the spectra and leaves room for the rounding of the
-start vector and of the quadrature itself). Writing sin²θ for the share of the energy of M below a,
-and sin²θ̃ for that of M̃ below a - δ,
-
-    sin θ̃ <= sin θ + κ cos θ,   hence   θ >= arcsin(sin θ̃ / √(1 + κ²)) - arctan κ,
-
-which is never weaker than sin θ >= sin θ̃ - κ and much tighter for the upper bound of a small
-energy. The upper bound is the same statement about the energy above a + δ. Every δ gives a valid
-bound, so the best of many is taken.
+*Rounding.* The computed recurrence is the exact one of an operator M̃ with ‖M̃ - M‖ <= η, whose
+spectral subspaces are turned against those of M; :mod:`spectralshell.krylov.rotation` says by how
+much. An edge may give way by δ, every δ gives a valid bound, and the best of many is taken.
 
 Sources: G. H. Golub and G. Meurant, *Matrices, Moments and Quadrature with Applications* (2010),
-chapter 6; N. I. Akhiezer, *The Classical Moment Problem* (1965), section 2.5, for the
-Chebyshev-Markov-Stieltjes inequalities; C. Davis and W. M. Kahan, "The rotation of eigenvectors by
-a perturbation III" (1970). The energies of spectral shells are those of "Renormalizable spectral
-shell dynamics" (the section that defines shell energies), with the ½ of this package.
+chapter 6; N. I. Akhiezer, *The Classical Moment Problem* (1965), section 2.5.
 """
 
 from __future__ import annotations
@@ -36,6 +24,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from spectralshell.krylov.quadrature import gauss
+from spectralshell.krylov.rotation import rotated_down, rotated_up
 from spectralshell.krylov.secular import RadauFamily, partial_sums, split_masses
 from spectralshell.parameter_checks import check_real
 
@@ -312,8 +301,8 @@ class CumulativeBounds:
         points = np.concatenate([down.ravel(), up.ravel()])
         below, at, above, slack = self.quadrature_at(points)
         n = down.size
-        low = _rotated_down(below[:n], at[:n] + above[:n], kappa_down.ravel(), slack[:n])
-        high = _rotated_up(below[n:] + at[n:], above[n:], kappa_up.ravel(), slack[n:])
+        low = rotated_down(below[:n], at[:n] + above[:n], kappa_down.ravel(), slack[:n])
+        high = rotated_up(below[n:] + at[n:], above[n:], kappa_up.ravel(), slack[n:])
         return low.reshape(down.shape).max(axis=1), high.reshape(up.shape).min(axis=1)
 
     def _most_promising(
@@ -335,7 +324,7 @@ class CumulativeBounds:
         fraction = np.where(gap > 0, np.where(rank > 0, x - left, 0.0) / gap, 0.0)
         even = previous + (from_left[rank] - previous) * fraction
         share = np.clip(np.maximum(from_left[rank] - at, even), 0.0, 1.0)
-        value = _rotated_down(share, 1.0 - share, kappa.ravel()).reshape(points.shape)
+        value = rotated_down(share, 1.0 - share, kappa.ravel()).reshape(points.shape)
         best = value.argmax(axis=1)[:, None]
         return np.take_along_axis(points, best, axis=1), np.take_along_axis(kappa, best, axis=1)
 
@@ -409,17 +398,3 @@ def _evaluate(
 def _floored(noise: float, nodes: Array) -> float:
     largest = float(np.abs(nodes).max()) if len(nodes) else 0.0
     return max(noise, FLOAT64_NOISE * largest)
-
-
-def _rotated_down(below: Array, rest: Array, kappa: Array, slack: Array | float = 0.0) -> Array:
-    """Smallest share sin²θ with sin θ̃ <= sin θ + κ cos θ; ``below`` + ``rest`` = 1."""
-    cos2, sin2 = 1.0 / (1.0 + kappa**2), kappa**2 / (1.0 + kappa**2)
-    angle = np.arctan2(np.sqrt(below * cos2), np.sqrt(rest + below * sin2))
-    return np.asarray(np.sin(np.maximum(angle - np.arctan(kappa) - slack, 0.0)) ** 2)
-
-
-def _rotated_up(below: Array, rest: Array, kappa: Array, slack: Array | float = 0.0) -> Array:
-    """Largest share sin²θ with cos θ̃ <= cos θ + κ sin θ; ``below`` + ``rest`` = 1."""
-    cos2, sin2 = 1.0 / (1.0 + kappa**2), kappa**2 / (1.0 + kappa**2)
-    angle = np.arctan2(np.sqrt(below + rest * sin2), np.sqrt(rest * cos2))
-    return np.asarray(np.sin(np.minimum(angle + np.arctan(kappa) + slack, np.pi / 2)) ** 2)

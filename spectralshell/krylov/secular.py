@@ -193,7 +193,7 @@ class _Stack:
             # Only the sign of the product matters.
             first[row, :count] = np.copysign(family.first, border * family.first)[moving]
             couplings[row, :count] = np.abs(border)[moving]
-        return cls(poles, first, couplings, counts, np.linalg.norm(couplings, axis=1))
+        return cls(poles, first, couplings, counts, np.sqrt(_dot(couplings, couplings)))
 
     def prescribe(self, row: Index, x: Array) -> tuple[Index, Array]:
         """Return how many poles lie at or below each node, and the corner that fixes it."""

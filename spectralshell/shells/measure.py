@@ -7,13 +7,19 @@ from collections.abc import Iterable, Sequence
 from copy import copy
 from dataclasses import dataclass
 from functools import cached_property
-from numbers import Integral
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from spectralshell.parameter_checks import check_real
+from spectralshell.shells.measure_checks import (
+    check_edges,
+    check_label,
+    check_name,
+    finite_vector,
+    read_only,
+)
 from spectralshell.warning_categories import DynamicsWarning
 
 Floats = NDArray[np.float64]
@@ -119,19 +125,19 @@ class SpectralMeasure:
     status: str = "ok"
 
     def __post_init__(self) -> None:
-        nodes = _finite_vector("nodes", self.nodes)
-        weights = _finite_vector("weights", self.weights, length=nodes.size)
+        nodes = finite_vector("nodes", self.nodes)
+        weights = finite_vector("weights", self.weights, length=nodes.size)
         order = np.argsort(nodes, kind="stable")
-        self._set("nodes", _read_only(nodes[order]))
-        self._set("weights", _read_only(weights[order]))
+        self._set("nodes", read_only(nodes[order]))
+        self._set("weights", read_only(weights[order]))
         if self.residual_norms is not None:
-            norms = _finite_vector("residual_norms", self.residual_norms, length=nodes.size)
-            self._set("residual_norms", _read_only(norms[order]))
+            norms = finite_vector("residual_norms", self.residual_norms, length=nodes.size)
+            self._set("residual_norms", read_only(norms[order]))
         for field in ("total", "lambda_max", "floor", "noise"):
             self._set(field, check_real(field, getattr(self, field), low=0.0))
         self._set("tau", check_real("tau", self.tau))
-        self._set("batch", _label("batch", self.batch))
-        self._set("name", None if self.name is None else _check_name(self.name))
+        self._set("batch", check_label("batch", self.batch))
+        self._set("name", None if self.name is None else check_name(self.name))
         if (weights < 0.0).any():
             raise ValueError("weights holds a negative energy; pass energies ½g², never negative.")
         if weights.sum() > self.total * (1.0 + _TOTAL_TOLERANCE):
@@ -177,7 +183,7 @@ class SpectralMeasure:
         lower, mid, upper : ndarray of float64, shape (k,)
             Each non-decreasing and within [0, total]; lower ≤ mid ≤ upper.
         """
-        checked = _check_edges(edges)
+        checked = check_edges(edges)
         mid = self.estimate(checked)
         below = np.searchsorted(self.nodes, checked, side="left")
         if not self.counted:
@@ -204,7 +210,7 @@ class SpectralMeasure:
             Non-decreasing and within [0, total]; the middle of `cumulative`, at a small part of
             its cost.
         """
-        return self._estimate(_check_edges(edges))
+        return self._estimate(check_edges(edges))
 
     def energies(self, edges: ArrayLike) -> Floats:
         """Return ``null`` and the shell energies E_α.
@@ -219,7 +225,7 @@ class SpectralMeasure:
             First the energy below the first edge, then the shells; what lies above the last edge
             is in the last shell. They add up to ``total``.
         """
-        checked = _check_edges(edges, at_least=2)
+        checked = check_edges(edges, at_least=2)
         if self.counted:
             energies = self._count(checked, self.weights)
             energies[0] += self.missing
@@ -228,7 +234,7 @@ class SpectralMeasure:
 
     def density(self, edges: ArrayLike) -> Floats:
         """Return ε = E_α / width of each shell, shape (n_shells,)."""
-        return self.energies(edges)[1:] / np.diff(_check_edges(edges, at_least=2))
+        return self.energies(edges)[1:] / np.diff(check_edges(edges, at_least=2))
 
     def dissipation(self, edges: ArrayLike) -> Floats:
         """Return ``null`` and the dissipation D_α = Σ λ g² = 2 Σ λ w, energy per τ.
@@ -236,11 +242,11 @@ class SpectralMeasure:
         It is summed over nodes, also for Lanczos measures: its sum over all shells is exact there
         from two steps on, its split between neighbouring shells is that of the Ritz values.
         """
-        return self._count(_check_edges(edges, at_least=2), 2.0 * self.nodes * self.weights)
+        return self._count(check_edges(edges, at_least=2), 2.0 * self.nodes * self.weights)
 
     def counts(self, edges: ArrayLike) -> NDArray[np.int64]:
         """Return the number of nodes in ``null`` and in each shell, shape (n_shells + 1,)."""
-        checked = _check_edges(edges, at_least=2)
+        checked = check_edges(edges, at_least=2)
         return np.bincount(self._bins(checked), minlength=checked.size).astype(np.int64)
 
     def lazy_decay(self, tau: ArrayLike) -> Any:
@@ -288,8 +294,8 @@ class SpectralMeasure:
             return self
         wanted = {
             "tau": self.tau if tau is None else check_real("tau", tau),
-            "batch": self.batch if batch is None else _label("batch", batch),
-            "name": self.name if name is None else _check_name(name),
+            "batch": self.batch if batch is None else check_label("batch", batch),
+            "name": self.name if name is None else check_name(name),
         }
         relabelled = copy(self)  # shares what is read-only, and what was computed from it
         for label, value in wanted.items():
@@ -308,7 +314,7 @@ class SpectralMeasure:
         """Energy counted below a rate by the number of nodes below it, shape (m + 1,)."""
         null = self.nodes.searchsorted(self.noise, side="left")
         rank = np.maximum(np.arange(self.nodes.size + 1), null)
-        return _read_only(np.minimum(self._running()[rank] + self.missing, self.total))
+        return read_only(np.minimum(self._running()[rank] + self.missing, self.total))
 
     def _running(self) -> Floats:
         return np.concatenate([[0.0], np.cumsum(self.weights)])
@@ -352,7 +358,7 @@ def cumulative_energies(measures: Sequence[SpectralMeasure], edges: ArrayLike) -
     >>> cumulative_energies([measure], [0.1, 1.0]).tolist()
     [[0.0, 1.0]]
     """
-    checked = _check_edges(edges)
+    checked = check_edges(edges)
     return np.array([measure._estimate(checked) for measure in measures])
 
 
@@ -366,46 +372,3 @@ def join_statuses(statuses: Iterable[str]) -> str:
     """
     phrases = dict.fromkeys(phrase for status in statuses for phrase in status.split("; "))
     return "; ".join(phrase for phrase in phrases if phrase not in ("", "ok")) or "ok"
-
-
-def _finite_vector(name: str, values: Any, *, length: int | None = None) -> Floats:
-    vector = np.array(values, dtype=np.float64)
-    if vector.ndim != 1 or (length is not None and vector.size != length):
-        expected = "(m,)" if length is None else f"({length},) like nodes"
-        raise ValueError(f"{name} must have shape {expected}, got {vector.shape}.")
-    if not np.isfinite(vector).all():
-        raise ValueError(f"{name} holds NaN or infinity, expected finite values; check the solve.")
-    return vector
-
-
-def _read_only(vector: Floats) -> Floats:
-    vector.flags.writeable = False
-    return vector
-
-
-def _check_name(name: Any) -> str:
-    if not isinstance(name, str):
-        raise TypeError(f"name must be a string or None, got {name!r}.")
-    return name
-
-
-def _label(name: str, value: Any) -> int | str:
-    if isinstance(value, str):
-        return str(value)
-    if isinstance(value, Integral) and not isinstance(value, bool):
-        return int(value)
-    raise TypeError(f"{name} must be an integer or a string, got {value!r}; relabel the batch.")
-
-
-def _check_edges(edges: ArrayLike, *, at_least: int = 1) -> Floats:
-    vector = np.asarray(edges, dtype=np.float64)
-    if vector.ndim != 1 or vector.size < at_least:
-        raise ValueError(
-            f"edges must be one-dimensional with at least {at_least} entries, got {vector.shape}."
-        )
-    if not (vector[0] > 0.0 and np.isfinite(vector).all() and (np.diff(vector) >= 0.0).all()):
-        raise ValueError(
-            f"edges must be finite, positive and increasing, got {vector!r}; sort them, or take "
-            "ShellPartition.edges."
-        )
-    return vector
