@@ -152,10 +152,10 @@ def check_finite_gradient(names: list[str], gradient: Parameters) -> None:
 def _gate_defect(
     candidate: Linearization, u: Tensor, v: Tensor, pulled_u: Parameters, pulled_v: Parameters
 ) -> float | None:
-    # Three products, not one: the traced tangent map of a GRU writes to its own constants, so
-    # that its first product is right and every later one wrong.
-    pairs = ((u, v), (v, u), (u, v))
-    products = [(a, candidate.push(candidate.pull(b))) for a, b in pairs]
+    # A map may change with use, by writing to its own constants: the first pair is asked for again
+    # at the end, from a pull-back of the candidate's own. All rungs share the plain one.
+    products = [(u, candidate.push(pulled_v)), (v, candidate.push(pulled_u))]
+    products.append((u, candidate.push(candidate.pull(v))))
     for a, product in products:
         if product.shape != a.shape:
             raise ValueError(f"the product has shape {tuple(product.shape)}, not {tuple(a.shape)}")

@@ -203,9 +203,10 @@ def test_adjoints_fit_together():
     assert float(u @ kernel.jvp(t)) == pytest.approx(expected, rel=1e-12)
 
 
-def test_a_tangent_map_that_changes_with_use_is_refused():
-    kernel = build_kernel(make_snapshot(CASES_BY_NAME["gru"], "nll"), residual="nll")
-    assert "wrong" in kernel.refused["linearize"]
+def test_a_rung_that_fails_is_refused_with_its_reason():
+    kernel = build_kernel(make_snapshot(CASES_BY_NAME["weight norm"]))
+    assert kernel.rung == "double-vjp"
+    assert "forward AD" in kernel.refused["linearize"]
 
 
 def test_a_snapshot_is_measured_at_its_own_state():
