@@ -222,8 +222,8 @@ def _differentiate(
 
 def _in_double(kernel: KernelOperator, evaluation: Evaluation) -> KernelOperator:
     exact = evaluation.problem.function.in_double()
-    # Tracing a tangent map would cost more than the two products it is used for.
-    rung = ForwardMode if kernel.rung.startswith("jvp") else DoubleReverse
+    # Storing a push-forward would cost more than the two products it is used for.
+    rung = DoubleReverse if kernel.rung.startswith("double-vjp") else ForwardMode
     parts = []
     labelled = [chunk for chunk in evaluation.chunks() if evaluation.count_entries(chunk)]
     for part, chunk in zip(kernel.parts, labelled, strict=True):
