@@ -119,6 +119,8 @@ def find_units(
         bias = biases.get(tuple(use.call for use in found))
         if matrix is None or bias is None or label_of(bias) != label_of(name):
             continue
+        if not all(_is_one_per_output(use, matrix) for use in known[bias]):
+            continue
         unit = Unit((name, bias), label_of(name), True, matrix, _count_sources(found))
         units.append(RecordedUnit(unit, tuple(found)))
         merged |= {name, bias}
@@ -187,6 +189,12 @@ def _biases_by_calls(known: dict[str, list[ParameterUse]]) -> dict[tuple[int, ..
         for name, found in known.items()
         if all(isinstance(use.geometry, Translation) for use in found)
     }
+
+
+def _is_one_per_output(use: ParameterUse, matrix: MatrixForm) -> bool:
+    """Tell whether a term has a number for each output, and is not one number for several."""
+    shape = use.geometry.shape if isinstance(use.geometry, Translation) else ()
+    return prod(shape) == matrix.n_groups * matrix.fan_out
 
 
 def _matrix_form(uses: Sequence[ParameterUse]) -> MatrixForm | None:
