@@ -53,12 +53,12 @@ class GramStore(LayerStore):
     def __init__(self, unit: Unit, matrix: MatrixForm, layout: EntryLayout) -> None:
         super().__init__(unit, layout)
         self._outputs = _zeros(layout, layout.n_slots, layout.n_samples, matrix.fan_out)
-        self._inputs: list[Tensor] = []
+        self._inputs: list[tuple[slice, Tensor]] = []
 
     def begin(self, uses: Sequence[ParameterUse], samples: slice) -> None:
         """Take the inputs of a chunk of samples."""
         rules = [_positions(use) for use in uses]
-        self._inputs.append(_inputs(self.unit, rules, _length(samples)).flatten(1))
+        self._inputs.append((samples, _inputs(self.unit, rules, _length(samples)).flatten(1)))
 
     def put(
         self,
@@ -75,7 +75,7 @@ class GramStore(LayerStore):
 
     def add_to(self, total: KernelSum) -> None:
         """Add the unit's kernel."""
-        total.add_gram(torch.cat(self._inputs), self._outputs)
+        total.add_gram(_join(self._inputs, self.layout.n_samples), self._outputs)
 
 
 class PositionStore(LayerStore):
@@ -119,10 +119,11 @@ class PositionStore(LayerStore):
             outputs = self._outputs[:, :, group * fan_out : (group + 1) * fan_out]
             if self._order == PAIRS:
                 inputs = [
-                    _inputs(self.unit, rules, _length(samples))[:, group]
+                    (samples, _inputs(self.unit, rules, _length(samples))[:, group])
                     for samples, rules in self._pieces
                 ]
-                total.add_pairs(torch.cat(inputs), outputs.contiguous(), self._slice_bytes // 2)
+                whole = _join(inputs, self.layout.n_samples)
+                total.add_pairs(whole, outputs.contiguous(), self._slice_bytes // 2)
                 continue
             per_output = self.layout.n * fan_in * outputs.element_size()
             step = max(1, self._slice_bytes // per_output)
@@ -226,6 +227,16 @@ def _inputs(
     if not unit.merged:
         return inputs
     return torch.cat([inputs, torch.ones_like(inputs[:, :, :1])], dim=2)
+
+
+def _join(pieces: Sequence[tuple[slice, Tensor]], n_samples: int) -> Tensor:
+    """Join the inputs of chunks; samples without an entry are in none, and zero."""
+    if len(pieces) == 1 and len(pieces[0][1]) == n_samples:
+        return pieces[0][1]
+    joined = pieces[0][1].new_zeros(n_samples, *pieces[0][1].shape[1:])
+    for samples, piece in pieces:
+        joined[samples] = piece
+    return joined
 
 
 def _positions(use: ParameterUse) -> Positions:
