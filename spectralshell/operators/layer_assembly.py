@@ -247,9 +247,10 @@ def group_units(plans: Sequence[UnitPlan], max_bytes: int) -> Iterator[slice]:
 
 
 def _slots(evaluation: Evaluation, chunk: Chunk) -> Tensor:
-    n_samples = _length(chunk.samples)
-    slots = _places(evaluation, chunk.targets.rows, n_samples)[1]
-    return slots.to(evaluation.problem.function.device)
+    """Return the slot of each entry of a chunk; found where the labels have values."""
+    samples, slots = _places(evaluation, evaluation.targets.rows, evaluation.problem.n_samples)
+    inside = (samples >= chunk.samples.start) & (samples < chunk.samples.stop)
+    return slots[inside].to(evaluation.problem.function.device)
 
 
 def _places(evaluation: Evaluation, rows: Tensor | None, n_samples: int) -> tuple[Tensor, Tensor]:
