@@ -144,8 +144,9 @@ class _Probe:
         v = widen(self.vector)
         wrong: list[str] = []
         for unit in found.units:
+            # Under one label, so that a bias is merged as it was.
             alone = contract_layers(
-                self._evaluation, label_of=str, only=unit, max_bytes=max_bytes
+                self._evaluation, label_of=lambda name: "", only=unit, max_bytes=max_bytes
             ).total()
             expected = sum(squares[name] for name in unit)
             form = float(v @ (widen(alone) @ v))
