@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from joblib import Memory, Parallel, delayed, effective_n_jobs
 from tqdm.auto import tqdm
 
 from spectralshell.estimators.snapshot_digest import configuration_digest, snapshot_digest
-from spectralshell.estimators.solver_choice import choose_solver
+from spectralshell.estimators.solver_choice import plan_solver
 from spectralshell.krylov import (
     CumulativeBounds,
     eigenmeasure,
@@ -20,13 +21,13 @@ from spectralshell.krylov import (
     lanczos,
     residual_norms,
 )
-from spectralshell.operators import KernelOperator, build_kernel
+from spectralshell.operators import ExactKernel, KernelOperator
+from spectralshell.operators.memory_budget import resolve_max_memory
+from spectralshell.operators.survey import survey_kernel
 from spectralshell.shells import SpectralMeasure, noise_floor, quadrature_floor
 from spectralshell.snapshots import Snapshot
 
 _NO_ERROR = "zero error"
-# A forward-mode and a backward pass through the recorded graph, each between one and two.
-_EVALUATIONS_PER_PRODUCT = 3.0
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,8 @@ class MeasurementConfig:
         Where the products run.
     dtype : torch.dtype or None
         Number type of the products.
+    max_memory : int, str or None
+        Working memory, as in :class:`~spectralshell.ShellEnergyEstimator`.
     """
 
     residual: Any = "mse"
@@ -58,6 +61,7 @@ class MeasurementConfig:
     chunk_size: int | None = None
     device: str = "auto"
     dtype: torch.dtype | None = None
+    max_memory: int | str | None = None
 
 
 def measure_snapshots(
@@ -86,7 +90,7 @@ def measure_snapshots(
     n_jobs : int, optional
         Processes; snapshots are the unit of work.
     verbose : int, default=0
-        1 shows a progress bar over snapshots, 2 also one over Lanczos steps.
+        1 shows a progress bar over snapshots and the plan of each, 2 also a bar over Lanczos steps.
     on_done : callable, optional
         Called once for every snapshot, known or new.
 
@@ -97,7 +101,8 @@ def measure_snapshots(
 
     Notes
     -----
-    A new Lanczos measure costs ``n_steps`` products with M, an exact one n, and a few probes.
+    A new Lanczos measure costs ``n_steps`` products with M and a few probes, an exact one a
+    backward pass for each output of a sample, the contraction of the layers, and the eigenproblem.
     """
     for snapshot in snapshots:
         snapshot.check_unchanged()
@@ -136,14 +141,14 @@ def measure_snapshot(
     probe_seed : int, default=0
         Seed of the random probes that check the operator.
     verbose : int, default=0
-        2 shows a progress bar over Lanczos steps.
+        1 writes the plan to the standard error, 2 also shows a progress bar over Lanczos steps.
 
     Returns
     -------
     SpectralMeasure
         Nodes and energies of the residual in the spectrum of M, with certified bounds.
     """
-    with build_kernel(
+    survey = survey_kernel(
         snapshot,
         residual=config.residual,
         parameters=config.parameters,
@@ -151,14 +156,21 @@ def measure_snapshot(
         device=config.device,
         dtype=config.dtype,
         generator=torch.Generator().manual_seed(probe_seed),
-    ) as kernel:
-        solver = config.solver
-        if solver == "auto":
-            operations = _EVALUATIONS_PER_PRODUCT * kernel.forward_flops
-            solver = choose_solver(kernel.n, config.n_steps, operations).solver
-        if solver == "exact":
-            return _solve_exact(kernel)
-        return _solve_lanczos(kernel, config.n_steps, verbose)
+    )
+    plan = plan_solver(
+        survey.footprint,
+        config.n_steps,
+        resolve_max_memory(config.max_memory, survey.device),
+        solver=config.solver,
+        chunk_size=survey.evaluation.chunk_size,
+    )
+    if verbose >= 1:
+        tqdm.write(f"{_label(snapshot)}: {plan.describe()}", file=sys.stderr)
+    if plan.solver == "exact":
+        with survey.build_exact(plan.exact) as exact:
+            return replace(_solve_exact(exact), plan=plan.as_row())
+    with survey.build_matrix_free(plan.lanczos.chunk_size) as kernel:
+        return replace(_solve_lanczos(kernel, config.n_steps, verbose), plan=plan.as_row())
 
 
 def _solve_lanczos(kernel: KernelOperator, n_steps: int, verbose: int) -> SpectralMeasure:
@@ -194,7 +206,7 @@ def _solve_lanczos(kernel: KernelOperator, n_steps: int, verbose: int) -> Spectr
     )
 
 
-def _solve_exact(kernel: KernelOperator) -> SpectralMeasure:
+def _solve_exact(kernel: ExactKernel) -> SpectralMeasure:
     spectrum = eigenmeasure(kernel.to_dense(), kernel.residual_vector, kernel.noise)
     nodes = spectrum.eigenvalues
     return _measure(
@@ -211,7 +223,9 @@ def _solve_exact(kernel: KernelOperator) -> SpectralMeasure:
     )
 
 
-def _measure(kernel: KernelOperator, *, status: str, **fields: Any) -> SpectralMeasure:
+def _measure(
+    kernel: KernelOperator | ExactKernel, *, status: str, **fields: Any
+) -> SpectralMeasure:
     phrases = [phrase for phrase in (kernel.status, status) if phrase != "ok"]
     return SpectralMeasure(
         lambda_max=_largest_rate(fields["nodes"]),
@@ -224,6 +238,11 @@ def _measure(kernel: KernelOperator, *, status: str, **fields: Any) -> SpectralM
         status="; ".join(phrases) or "ok",
         **fields,
     )
+
+
+def _label(snapshot: Snapshot) -> str:
+    name = "" if snapshot.name is None else f" of {snapshot.name}"
+    return f"snapshot{name} at tau={snapshot.tau:g}, batch={snapshot.batch}"
 
 
 def _largest_rate(nodes: np.ndarray) -> float:

@@ -9,6 +9,7 @@ import torch
 from sklearn.utils import check_random_state
 
 from spectralshell.estimators.measurement import MeasurementConfig
+from spectralshell.operators.memory_budget import resolve_max_memory
 from spectralshell.parameter_checks import check_integer, check_option
 from spectralshell.residuals import resolve_residual
 
@@ -22,7 +23,7 @@ def check_measurement_parameters(estimator: Any) -> None:
     Parameters
     ----------
     estimator : estimator
-        With the attributes ``solver, n_steps, chunk_size, verbose, residual, dtype``.
+        With the attributes ``solver, n_steps, chunk_size, max_memory, verbose, residual, dtype``.
 
     Raises
     ------
@@ -33,6 +34,8 @@ def check_measurement_parameters(estimator: Any) -> None:
     check_integer("n_steps", estimator.n_steps, low=1)
     if estimator.chunk_size is not None:
         check_integer("chunk_size", estimator.chunk_size, low=1)
+    if estimator.max_memory is not None:
+        resolve_max_memory(estimator.max_memory, torch.device("cpu"))
     check_integer("verbose", estimator.verbose, low=0)
     chosen = estimator.parameters
     if chosen is not None and not isinstance(chosen, str) and not callable(chosen):
@@ -66,6 +69,7 @@ def measurement_config(estimator: Any) -> MeasurementConfig:
         chunk_size=estimator.chunk_size,
         device=str(estimator.device),
         dtype=_resolve_dtype(estimator.dtype),
+        max_memory=estimator.max_memory,
     )
 
 

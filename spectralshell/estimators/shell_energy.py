@@ -50,7 +50,8 @@ class ShellEnergyEstimator(CallbackSupportMixin, TransformerMixin, BaseEstimator
         Which error and which Jacobian; see the user guide. A callable f(outputs, targets) gives
         the error, sample dimension first.
     solver : {"auto", "lanczos", "exact"}, default="auto"
-        ``"auto"`` takes the cheaper one by operation counts.
+        ``"auto"`` takes the cheaper one by operation counts, which ``plan_`` reports; the same
+        input always gets the same solver.
     n_steps : int, default=100
         Lanczos steps m. A smooth measure is resolved down to about 40 λ_max/m².
     floor : "auto" or float, default="auto"
@@ -63,7 +64,12 @@ class ShellEnergyEstimator(CallbackSupportMixin, TransformerMixin, BaseEstimator
         A regular expression or a predicate over parameter names, for the kernel of those
         parameters alone; all trainable ones by default.
     chunk_size : int, optional
-        Samples per chunk of a product, to bound memory; needs samples that do not interact.
+        Samples recorded at a time, to bound memory; needs samples that do not interact. By default
+        as many as ``max_memory`` allows.
+    max_memory : int or str, optional
+        Bytes of working memory for each snapshot, or a string such as ``"1GB"``; by default half of
+        what is free. A solver that does not fit works in chunks, gives way to the other one
+        (``solver="auto"``), or raises an error that says what would fit.
     device : str, default="auto"
         Where to compute; ``"auto"`` is where the model is.
     dtype : {"float32", "float64"} or torch.dtype, optional
@@ -77,7 +83,8 @@ class ShellEnergyEstimator(CallbackSupportMixin, TransformerMixin, BaseEstimator
         Seeds the random probes that check the operator, a fixed seed if None; the figures do not
         depend on it.
     verbose : int, default=0
-        1 shows a progress bar over snapshots, 2 also one over the Lanczos steps of each.
+        1 shows a progress bar over snapshots and the plan of each before it is begun, 2 also a
+        progress bar over its Lanczos steps.
 
     Attributes
     ----------
@@ -90,8 +97,12 @@ class ShellEnergyEstimator(CallbackSupportMixin, TransformerMixin, BaseEstimator
         per τ), density (energy per unit λ) and whether the shell is resolved; see `shell_frame`.
     solver_ : str
         The solver used; ``"mixed"`` if ``"auto"`` chose differently for different snapshots.
+    plan_ : DataFrame
+        One row per training snapshot: the solver, and for both solvers the predicted cost (seconds
+        of a reference machine, from operation counts) and peak memory (bytes), which decided.
     n_matvecs_ : int
-        Products with M behind the result; probes are counted in ``n_probes_``.
+        Products with M behind the result, none where the exact kernel was built from layers;
+        probes are counted in ``n_probes_``.
     n_probes_ : int
         Products spent on checking the operators.
     resolution_floor_ : float
@@ -110,8 +121,9 @@ class ShellEnergyEstimator(CallbackSupportMixin, TransformerMixin, BaseEstimator
     Notes
     -----
     One product costs about a forward pass in forward mode and a backward pass. Lanczos takes
-    ``n_steps`` of them and (n_steps + 1) vectors of n float64 numbers; the exact solver n of them
-    and n² numbers, where n is the number of (row, output) entries. Results of batches of
+    ``n_steps`` of them and (n_steps + 1) vectors of n float64 numbers, where n is the number of
+    (row, output) entries. The exact solver takes a backward pass for each output of a sample, n²
+    numbers, and an eigenproblem of 9 n³ operations. Results of batches of
     different sizes can be compared in scale (largest eigenvalue, total), not in the shape of the
     low-λ tail: that depends on n.
 
@@ -144,6 +156,7 @@ class ShellEnergyEstimator(CallbackSupportMixin, TransformerMixin, BaseEstimator
         window: tuple[float, float] | None = None,
         parameters: str | Callable[[str], bool] | None = None,
         chunk_size: int | None = None,
+        max_memory: int | str | None = None,
         device: str = "auto",
         dtype: str | torch.dtype | None = None,
         memory: Any = None,
@@ -160,6 +173,7 @@ class ShellEnergyEstimator(CallbackSupportMixin, TransformerMixin, BaseEstimator
         self.window = window
         self.parameters = parameters
         self.chunk_size = chunk_size
+        self.max_memory = max_memory
         self.device = device
         self.dtype = dtype
         self.memory = memory
@@ -366,6 +380,8 @@ class ShellEnergyEstimator(CallbackSupportMixin, TransformerMixin, BaseEstimator
     def _summarise(self, measures: list[SpectralMeasure]) -> None:
         solvers = {m.solver for m in measures}
         self.solver_ = solvers.pop() if len(solvers) == 1 else "mixed"
+        rows = [{"tau": m.tau, "batch": m.batch} | (m.plan or {}) for m in measures]
+        self.plan_ = pd.DataFrame(rows)
         self.n_matvecs_ = sum(m.n_matvecs for m in measures)
         self.n_probes_ = sum(m.n_probes for m in measures)
         self.dynamics_exact_ = all(m.dynamics_exact for m in measures)

@@ -1,60 +1,121 @@
-"""Which solver is cheaper, from operation counts with fixed constants."""
+"""Which solver is cheaper, and whether it fits, from operation counts with fixed constants."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
-# Operations per entry of M³ of a dense symmetric eigenproblem with vectors (reduction to
-# tridiagonal form, iteration, back-transformation).
-_EIGENPROBLEM = 9.0
-# Products on a block of the identity share overheads that a product on one vector pays alone.
-_BLOCK_DISCOUNT = 0.5
-# Two Gram–Schmidt passes of two products each, two operations an entry.
-_REORTHOGONALISATION = 8.0
+from spectralshell.operators.exact_plan import ExactPlan, plan_exact
+from spectralshell.operators.footprint import Footprint
+from spectralshell.operators.lanczos_plan import LanczosPlan, plan_lanczos
+from spectralshell.operators.memory_budget import format_bytes
+
+PLAN_COLUMNS = (
+    "solver",
+    "n_outputs",
+    "exact_cost",
+    "lanczos_cost",
+    "exact_memory",
+    "lanczos_memory",
+    "chunk_size",
+)
 
 
 @dataclass(frozen=True)
 class SolverPlan:
-    """The cheaper solver and the two operation counts that decided.
+    """The solver chosen, and what was predicted for both.
 
     Parameters
     ----------
     solver : {"exact", "lanczos"}
-        The cheaper one; a tie goes to the exact solver, which answers more.
-    exact_operations, lanczos_operations : float
-        Predicted floating-point operations.
+        The cheaper one that fits; a tie goes to the exact solver, which answers more.
+    exact : ExactPlan
+        Chunks, groups, memory and cost of the exact kernel and its eigenproblem.
+    lanczos : LanczosPlan
+        Chunks, memory and cost of the products.
+    n_outputs : int
+        Entries of the residual.
     """
 
     solver: str
-    exact_operations: float
-    lanczos_operations: float
+    exact: ExactPlan
+    lanczos: LanczosPlan
+    n_outputs: int
+
+    @property
+    def chunk_size(self) -> int | None:
+        """Samples recorded at a time by the solver chosen; None takes all."""
+        return self.exact.chunk_size if self.solver == "exact" else self.lanczos.chunk_size
+
+    def describe(self) -> str:
+        """Return a sentence for a user who waits."""
+        return (
+            f"{self.solver} (n = {self.n_outputs}; predicted cost: exact {self.exact.cost:.3g}, "
+            f"lanczos {self.lanczos.cost:.3g}; memory: exact {format_bytes(self.exact.peak_bytes)},"
+            f" lanczos {format_bytes(self.lanczos.peak_bytes)})"
+        )
+
+    def as_row(self) -> dict[str, Any]:
+        """Return the columns of ``plan_``: costs in seconds of a reference machine, bytes."""
+        values = (
+            self.solver,
+            self.n_outputs,
+            self.exact.cost,
+            self.lanczos.cost,
+            self.exact.peak_bytes,
+            self.lanczos.peak_bytes,
+            self.chunk_size,
+        )
+        return dict(zip(PLAN_COLUMNS, values, strict=True))
 
 
-def choose_solver(n: int, n_steps: int, product_operations: float) -> SolverPlan:
-    """Choose between the exact solver and Lanczos.
+def plan_solver(
+    footprint: Footprint,
+    n_steps: int,
+    max_bytes: int,
+    *,
+    solver: str = "auto",
+    chunk_size: int | None = None,
+) -> SolverPlan:
+    """Choose between the exact solver and Lanczos, and how each fits in memory.
 
     Parameters
     ----------
-    n : int
-        Entries of the residual, the size of M.
+    footprint : Footprint
+        Sizes of the problem.
     n_steps : int
         Lanczos steps asked for.
-    product_operations : float
-        Floating-point operations of one product with M.
+    max_bytes : int
+        Working memory.
+    solver : {"auto", "exact", "lanczos"}
+        A solver that was asked for is kept.
+    chunk_size : int, optional
+        Fixes the samples recorded at a time.
 
     Returns
     -------
     SolverPlan
         The same arguments always give the same plan.
 
-    Examples
-    --------
-    >>> choose_solver(40, 100, 1e6).solver
-    'exact'
-    >>> choose_solver(20_000, 100, 1e9).solver
-    'lanczos'
+    Raises
+    ------
+    ValueError
+        If the solver asked for, or both, do not fit; the message says what would.
     """
-    steps = min(n_steps, n)
-    exact = _BLOCK_DISCOUNT * n * product_operations + _EIGENPROBLEM * float(n) ** 3
-    krylov = steps * product_operations + _REORTHOGONALISATION * n * float(steps) ** 2 / 2
-    return SolverPlan("exact" if exact <= krylov else "lanczos", exact, krylov)
+    exact = plan_exact(footprint, max_bytes, chunk_size)
+    lanczos = plan_lanczos(footprint, n_steps, max_bytes, chunk_size)
+    plans: dict[str, ExactPlan | LanczosPlan] = {"exact": exact, "lanczos": lanczos}
+    allowed = plans if solver == "auto" else {solver: plans[solver]}
+    fitting = {name: plan for name, plan in allowed.items() if plan.peak_bytes <= max_bytes}
+    if not fitting:
+        needs = ", ".join(
+            f"solver={name!r} needs about {format_bytes(plan.peak_bytes)}"
+            for name, plan in plans.items()
+        )
+        raise ValueError(
+            f"max_memory: {format_bytes(max_bytes)} do not hold solver={solver!r} for n = "
+            f"{footprint.n_entries} entries: {needs}; allow that much, or take fewer samples or "
+            "steps."
+        )
+    chosen = min(fitting, key=lambda name: fitting[name].cost)
+    return SolverPlan(chosen, exact, lanczos, footprint.n_entries)

@@ -1,6 +1,14 @@
-"""M = J Jᵀ as something that multiplies: built from a model by differentiation, never stored."""
+"""The empirical tangent kernel M = J J* as something that multiplies, and as a matrix."""
 
+from spectralshell.operators.exact_builder import build_exact_kernel
+from spectralshell.operators.exact_kernel import ExactKernel
 from spectralshell.operators.kernel import KernelOperator, build_kernel
 from spectralshell.operators.ladder import DifferentiationError
 
-__all__ = ["DifferentiationError", "KernelOperator", "build_kernel"]
+__all__ = [
+    "DifferentiationError",
+    "ExactKernel",
+    "KernelOperator",
+    "build_exact_kernel",
+    "build_kernel",
+]

@@ -24,6 +24,9 @@ _EIGENPROBLEM = 9.0
 _EIGEN_COPIES = 4
 """n² float64 numbers: the matrix, its vectors, and the work space of the routine."""
 
+_ALLOCATOR = 1.25
+"""Most memory of the process over what is in use: blocks of many sizes come and go."""
+
 _CHECK_PASSES = 10.0
 """Evaluations that the checks of a kernel cost, in forward passes."""
 
@@ -94,7 +97,7 @@ def _plan_chunks(footprint: Footprint, max_bytes: int, size: int) -> ExactPlan:
     sums = _sum_bytes(footprint)
     held = sum(plan.held_bytes for plan in footprint.units)
     largest = max((plan.held_bytes for plan in footprint.units), default=0)
-    left = int(max_bytes - fixed - sums - passing)
+    left = int(max_bytes / _ALLOCATOR - fixed - sums - passing)
     # Beside a layer's own store, its contraction makes tables of a part of this.
     layer_bytes = max(largest, min(left * SLICES // (SLICES + 2), _LARGEST_LAYERS), 1)
     groups = list(group_units(footprint.units, layer_bytes))
@@ -103,7 +106,8 @@ def _plan_chunks(footprint: Footprint, max_bytes: int, size: int) -> ExactPlan:
         (_table_bytes(footprint, plan, layer_bytes) for plan in footprint.units), default=0
     )
     eigen = _EIGEN_COPIES * 8 * footprint.n_entries**2
-    peak = max(fixed + sums + min(stored, held) + max(passing, tables), fixed + 2 * sums, eigen)
+    building = fixed + sums + min(stored, held) + max(passing, tables)
+    peak = max(_ALLOCATOR * max(building, fixed + 2 * sums), eigen)
     n_chunks = -(-footprint.n_samples // size)
     return ExactPlan(
         chunk_size=None if whole else size,

@@ -17,7 +17,13 @@ from spectralshell.operators.model_guard import MODEL_LOCK, full_precision
 from spectralshell.residuals import Residual
 
 _BLOCK_BYTES = 2**28
-_MAX_BLOCK = 64
+"""Parameter tangents that a block may hold."""
+
+_BLOCK_FLOPS = 2**30
+"""Operations of a block's forward passes. Below, calls dominate and columns together save them;
+above, arithmetic does, and large blocks only take memory that the system clears page by page."""
+
+_LEAST_BLOCK, _MAX_BLOCK = 4, 64
 
 
 @dataclass
@@ -129,7 +135,8 @@ class KernelOperator:
         """Return M V for a block V of shape (n, k), in float64.
 
         Columns go through the model together where its operations allow it, else one by one; that
-        the two agree is checked once. When memory runs out, the block is halved.
+        the two agree is checked once. At most 64 go together, and for large models four: the count
+        follows from the operations of a forward pass alone. When memory runs out, it is halved.
         """
         self._check_rows(block, 2)
         self.n_matvecs += int(block.shape[1])
@@ -246,7 +253,8 @@ class KernelOperator:
 
     def _block_size(self) -> int:
         per_column = (self.n_parameters + self.n) * self.dtype.itemsize
-        return max(1, min(_MAX_BLOCK, _BLOCK_BYTES // max(1, per_column)))
+        by_work = max(_LEAST_BLOCK, int(_BLOCK_FLOPS / max(1.0, self.forward_flops)))
+        return max(1, min(_MAX_BLOCK, by_work, _BLOCK_BYTES // max(1, per_column)))
 
     def _run(self, thunk: Callable[[], Any]) -> Any:
         with MODEL_LOCK, torch.inference_mode(False), full_precision(self.device):

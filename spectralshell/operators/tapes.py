@@ -28,6 +28,12 @@ _SHAPE_QUESTIONS = frozenset(
 _REPLAYED_AS = {torch.ops.aten.view.default: torch.ops.aten.reshape.default}
 """A block of tangents may lie in memory in an order that has no view of the shape."""
 
+_IN_PLACE = {
+    getattr(torch.ops.aten, name).Tensor: getattr(torch.ops.aten, f"{name}_").Tensor
+    for name in ("add", "sub", "mul", "div")
+}
+"""Taken where a tape has no further use for the first operand: new memory costs more than sums."""
+
 
 class TapeError(RuntimeError):
     """A computation cannot be replayed as a linear map of its tangents."""
@@ -44,6 +50,7 @@ class _Step:
     results: list[int | None]
     reads: set[StorageWeakRef]
     writes: set[StorageWeakRef]
+    fits: bool
     expired: tuple[int, ...] = ()
     plain: bool = field(init=False)
 
@@ -101,6 +108,7 @@ class Tape:
         self._n_slots = recorder.n_slots
         self._steps = _needed(recorder.steps, _storage(result))
         self._plan_release()
+        self._reuse_memory(recorder.slots_alone())
 
     def __call__(self, *tangents: Tensor) -> Tensor:
         """Return the image of tangents."""
@@ -124,6 +132,22 @@ class Tape:
         for slot, number in last.items():
             self._steps[number].expired += (slot,)
 
+    def _reuse_memory(self, alone: set[int]) -> None:
+        # What no tangent went into has no block dimension, and cannot take one.
+        made = {slot for step in self._steps if step.sources for slot in step.results}
+        for step in self._steps:
+            first = [slot for position, slot in step.sources if position == 0]
+            uses = [slot for _, slot in step.sources]
+            if (
+                step.operation in _IN_PLACE
+                and step.fits
+                and first
+                and first[0] in step.expired
+                and first[0] in alone & made
+                and uses.count(first[0]) == 1
+            ):
+                step.operation = _IN_PLACE[step.operation]
+
 
 class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Keeps what depends on the tangents, by the storage of what an operation reads and writes.
@@ -137,6 +161,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.steps: list[_Step] = []
         self.slots: Any = WeakIdKeyDictionary()
         self.n_slots = 0
+        self._residents: dict[StorageWeakRef, set[int]] = {}
         for tangent in tangents:
             self._new_slot(tangent)
         self._given = {_storage(tangent) for tangent in tangents}
@@ -206,13 +231,20 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         numbers = [self._new_slot(r) if isinstance(r, Tensor) else None for r in results]
         reads = {_storage(arguments[position]) for position, _ in sources}
         operation = _REPLAYED_AS.get(func, func)
+        fits = bool(results) and _alike(arguments[0], results[0])
         self.steps.append(
-            _Step(operation, constants, structure, sources, numbers, reads, set(writes))
+            _Step(operation, constants, structure, sources, numbers, reads, set(writes), fits)
         )
+
+    def slots_alone(self) -> set[int]:
+        """Return the slots whose memory no other slot sees."""
+        crowds = [c for storage, c in self._residents.items() if storage not in self._given]
+        return {slot for crowd in crowds if len(crowd) == 1 for slot in crowd}
 
     def _new_slot(self, tensor: Tensor) -> int:
         slot: int = self.slots.setdefault(tensor, self.n_slots)
         self.n_slots += slot == self.n_slots
+        self._residents.setdefault(_storage(tensor), set()).add(slot)
         return slot
 
     def _copy_captured(self, storage: StorageWeakRef) -> None:
@@ -240,6 +272,14 @@ def _overwritten(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> li
             given = args[position] if position < len(args) else kwargs.get(argument.name)
             found.extend(t for t in tree_flatten(given)[0] if isinstance(t, Tensor))
     return found
+
+
+def _alike(a: Any, b: Any) -> bool:
+    return (
+        isinstance(a, Tensor)
+        and isinstance(b, Tensor)
+        and (a.shape, a.dtype, a.stride()) == (b.shape, b.dtype, b.stride())
+    )
 
 
 def _storage(tensor: Tensor) -> StorageWeakRef:

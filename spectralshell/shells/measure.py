@@ -80,6 +80,8 @@ class SpectralMeasure:
         Whether ė = −M e holds for this residual.
     status : str, default="ok"
         Phrases joined by ``"; "``.
+    plan : dict, optional
+        What was predicted before the measurement: the solver chosen, costs and memory.
 
     Raises
     ------
@@ -123,6 +125,7 @@ class SpectralMeasure:
     n_rows: int = 0
     dynamics_exact: bool = True
     status: str = "ok"
+    plan: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
         nodes = finite_vector("nodes", self.nodes)

@@ -134,7 +134,9 @@ def test_search_over_q_multiplies_as_often_as_one_fit(X, pipe, tmp_path, n_jobs)
     ).fit(snapshots, groups=batches(snapshots))
     assert log.read_text() == after_one_fit
     best = search.best_estimator_[0]
-    assert best.n_matvecs_ == one_fit[0].n_matvecs_ == sum(80 for _ in snapshots)
+    # Built from layers: no product but the one that each kernel is checked with.
+    assert best.n_matvecs_ == one_fit[0].n_matvecs_ == 0
+    assert best.n_probes_ == one_fit[0].n_probes_ == len(snapshots)
 
 
 def test_one_batch_gives_a_status_and_no_exception(X, pipe):

@@ -33,7 +33,7 @@ def count_products(monkeypatch):
     count = {"columns": 0, "operators": 0}
     matmat = KernelOperator.matmat
     matvec = KernelOperator.matvec
-    build = measurement.build_kernel
+    build = measurement.survey_kernel
 
     def counted_matmat(self, V):
         count["columns"] += V.shape[1]
@@ -49,7 +49,7 @@ def count_products(monkeypatch):
 
     monkeypatch.setattr(KernelOperator, "matmat", counted_matmat)
     monkeypatch.setattr(KernelOperator, "matvec", counted_matvec)
-    monkeypatch.setattr(measurement, "build_kernel", counted_build)
+    monkeypatch.setattr(measurement, "survey_kernel", counted_build)
     return count
 
 

@@ -1,0 +1,98 @@
+"""A snapshot looked at before its kernel is built: evaluated once, its costs counted."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from spectralshell.operators.exact_kernel import ExactKernel, assemble_exact
+from spectralshell.operators.exact_plan import ExactPlan
+from spectralshell.operators.footprint import Footprint, measure_footprint
+from spectralshell.operators.kernel import assemble
+from spectralshell.operators.kernel_operator import KernelOperator
+from spectralshell.operators.kernel_problem import Evaluation, pose_problem
+from spectralshell.operators.layer_labels import resolve_layers
+from spectralshell.operators.model_guard import MODEL_LOCK
+
+if TYPE_CHECKING:
+    from spectralshell.snapshots import Snapshot
+
+
+@dataclass(frozen=True)
+class KernelSurvey:
+    """An evaluated problem and its footprint, from which either kernel is built.
+
+    Attributes
+    ----------
+    evaluation : Evaluation
+    footprint : Footprint
+    """
+
+    evaluation: Evaluation
+    footprint: Footprint
+
+    @property
+    def device(self) -> torch.device:
+        """Where the kernel will be."""
+        return self.evaluation.problem.function.device
+
+    def build_matrix_free(self, chunk_size: int | None) -> KernelOperator:
+        """Build the kernel that multiplies, in chunks of samples."""
+        with MODEL_LOCK, torch.inference_mode(False):
+            return assemble(self.evaluation.problem, chunk_size, evaluation=self.evaluation)
+
+    def build_exact(
+        self,
+        plan: ExactPlan,
+        layers: str | Mapping[str, str] | Callable[[str], str] | None = None,
+    ) -> ExactKernel:
+        """Build the kernel as a matrix, with those of ``layers`` if asked for."""
+        with MODEL_LOCK, torch.inference_mode(False):
+            names = self.evaluation.problem.function.names
+            label_of = resolve_layers(layers, names)
+            return assemble_exact(
+                self.evaluation, plan, label_of=label_of, keep_layers=layers is not None
+            )
+
+
+def survey_kernel(
+    snapshot: Snapshot,
+    *,
+    residual: str | Callable[[Tensor, Any], Tensor] = "mse",
+    parameters: Any = None,
+    layers: str | Mapping[str, str] | Callable[[str], str] | None = None,
+    chunk_size: int | None = None,
+    device: str | torch.device = "auto",
+    dtype: str | torch.dtype | None = None,
+    generator: torch.Generator | None = None,
+) -> KernelSurvey:
+    """Evaluate a snapshot and count what its kernel costs.
+
+    The parameters and exceptions are those of
+    :func:`~spectralshell.operators.build_exact_kernel`.
+
+    Notes
+    -----
+    Cost: two evaluations of the model on the batch, and a recorded one on two samples.
+    """
+    with MODEL_LOCK, torch.inference_mode(False):
+        problem = pose_problem(
+            snapshot,
+            residual=residual,
+            parameters=parameters,
+            chunk_size=chunk_size,
+            device=device,
+            dtype=dtype,
+            generator=generator,
+        )
+        label_of = resolve_layers(layers, problem.function.names)
+        evaluation = problem.evaluate(problem.chunk_size)
+        with problem.function.guard():
+            footprint: Footprint = problem.function.installed(
+                None, lambda: measure_footprint(evaluation, label_of)
+            )
+        return KernelSurvey(evaluation, footprint)
