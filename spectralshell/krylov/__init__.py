@@ -3,11 +3,13 @@
 Everything here knows only torch, numpy and scipy: an operator is a function that multiplies a
 vector, a measure is nodes and weights. :func:`lanczos` builds the basis, :func:`gauss` turns the
 recurrence into a quadrature rule, :class:`CumulativeBounds` says with certainty how much energy
-lies below an edge, and :func:`eigenmeasure` is the dense reference.
+lies below an edge, and :func:`eigenmeasure` is the dense reference. :func:`ritz_pairs` and
+:func:`dense_pairs` give the top of the spectrum with its vectors, :func:`compress` a slice in them.
 """
 
 from spectralshell.krylov.bounds import CumulativeBounds, evaluate_together
 from spectralshell.krylov.dense import DenseSpectrum, eigenmeasure
+from spectralshell.krylov.eigenpairs import EigenPairs, compress, dense_pairs, ritz_pairs
 from spectralshell.krylov.lanczos import (
     LanczosResult,
     Recurrence,
@@ -19,8 +21,11 @@ from spectralshell.krylov.quadrature import gauss, radau_matrix, residual_norms
 __all__ = [
     "CumulativeBounds",
     "DenseSpectrum",
+    "EigenPairs",
     "LanczosResult",
     "Recurrence",
+    "compress",
+    "dense_pairs",
     "eigenmeasure",
     "evaluate_together",
     "gauss",
@@ -28,4 +33,5 @@ __all__ = [
     "lanczos_recurrence",
     "radau_matrix",
     "residual_norms",
+    "ritz_pairs",
 ]
