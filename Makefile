@@ -5,6 +5,10 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 WORKERS ?= 2
+# The tools of the benchmarks live apart: some need another numpy, some packages that break torch.
+TORCH_PEERS := .venv-torch-peers
+NEURAL_TANGENTS := .venv-neural-tangents
+BENCHMARK_OPTIONS ?=
 
 # pip reads the first for ordinary installs, newer versions the second for the isolated build.
 export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
@@ -34,8 +38,9 @@ lint: $(VENV)/.installed-lint  ## ruff, its format check, and mypy
 docs: $(VENV)/.installed-docs  ## build the documentation; a warning is an error
 	$(ONE_THREAD) $(BIN)/python -m sphinx -W --keep-going -b html docs docs/_build/html
 
-benchmark: $(VENV)/.installed-demo  ## compare with plain torch.func; writes out/benchmarks/
-	$(ONE_THREAD) $(BIN)/python benchmarks/run.py
+benchmark: $(TORCH_PEERS)/.installed $(NEURAL_TANGENTS)/.installed  ## compare with other tools; writes out/benchmarks/, docs/benchmarks/
+	$(TORCH_PEERS)/bin/python -m benchmarks --docs docs/benchmarks \
+		--jax-python $(NEURAL_TANGENTS)/bin/python $(BENCHMARK_OPTIONS)
 
 clean:  ## remove what the targets made, but keep .venv
 	rm -rf out build dist docs/_build docs/auto_examples docs/generated
@@ -46,4 +51,21 @@ $(BIN)/python:
 
 $(VENV)/.installed-%: pyproject.toml constraints.txt | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[$*]"
+	touch $@
+
+# Without dependencies: curvlinops asks for torchvision through a package that nothing here uses.
+$(TORCH_PEERS)/.installed: pyproject.toml constraints.txt benchmarks/requirements-torch-peers.txt
+	$(PYTHON) -m venv $(TORCH_PEERS)
+	$(TORCH_PEERS)/bin/python -m pip install --quiet --editable ".[plot]" transformers
+	$(TORCH_PEERS)/bin/python -m pip install --quiet --no-deps --requirement benchmarks/requirements-torch-peers.txt
+	$(TORCH_PEERS)/bin/python -c "import curvlinops, hessian_eigenthings"
+	touch $@
+
+# Its numpy is older than the project's: constraints.txt does not hold here.
+$(NEURAL_TANGENTS)/.installed: export PIP_CONSTRAINT :=
+$(NEURAL_TANGENTS)/.installed: export PIP_BUILD_CONSTRAINT :=
+$(NEURAL_TANGENTS)/.installed: benchmarks/requirements-neural-tangents.txt
+	$(PYTHON) -m venv $(NEURAL_TANGENTS)
+	$(NEURAL_TANGENTS)/bin/python -m pip install --quiet --requirement $<
+	$(NEURAL_TANGENTS)/bin/python -c "import neural_tangents"
 	touch $@
