@@ -13,7 +13,7 @@ from joblib import Memory, Parallel, delayed, effective_n_jobs
 from tqdm.auto import tqdm
 
 from spectralshell.estimators.snapshot_digest import configuration_digest, snapshot_digest
-from spectralshell.estimators.solver_choice import plan_solver
+from spectralshell.estimators.solver_choice import SolverPlan, plan_solver
 from spectralshell.krylov import (
     CumulativeBounds,
     eigenmeasure,
@@ -23,7 +23,7 @@ from spectralshell.krylov import (
 )
 from spectralshell.operators import ExactKernel, KernelOperator
 from spectralshell.operators.memory_budget import resolve_max_memory
-from spectralshell.operators.survey import survey_kernel
+from spectralshell.operators.survey import KernelSurvey, survey_kernel
 from spectralshell.shells import SpectralMeasure, noise_floor, quadrature_floor
 from spectralshell.snapshots import Snapshot
 
@@ -148,10 +148,50 @@ def measure_snapshot(
     SpectralMeasure
         Nodes and energies of the residual in the spectrum of M, with certified bounds.
     """
+    survey, plan = plan_snapshot(snapshot, config, probe_seed, verbose)
+    if plan.solver == "exact":
+        with survey.build_exact(plan.exact) as exact:
+            measure = exact_measure(exact, exact.to_dense(), exact.noise)
+    else:
+        with survey.build_matrix_free(plan.lanczos.chunk_size) as kernel:
+            measure = _solve_lanczos(kernel, config.n_steps, verbose)
+    return replace(measure, plan=plan.as_row())
+
+
+def plan_snapshot(
+    snapshot: Snapshot,
+    config: MeasurementConfig,
+    probe_seed: int = 0,
+    verbose: int = 0,
+    layers: Any = None,
+) -> tuple[KernelSurvey, SolverPlan]:
+    """Evaluate a snapshot, count what its kernel costs, and choose the solver.
+
+    Parameters
+    ----------
+    snapshot : Snapshot
+        The model state and batch.
+    config : MeasurementConfig
+        How to measure.
+    probe_seed : int, default=0
+        Seed of the random probes that check the operator.
+    verbose : int, default=0
+        1 writes the plan to the standard error.
+    layers : str, mapping or callable, optional
+        Labels whose kernels will be kept apart.
+
+    Returns
+    -------
+    survey : KernelSurvey
+        From which either kernel is built.
+    plan : SolverPlan
+        The solver chosen, with its chunks.
+    """
     survey = survey_kernel(
         snapshot,
         residual=config.residual,
         parameters=config.parameters,
+        layers=layers,
         chunk_size=config.chunk_size,
         device=config.device,
         dtype=config.dtype,
@@ -166,11 +206,40 @@ def measure_snapshot(
     )
     if verbose >= 1:
         tqdm.write(f"{_label(snapshot)}: {plan.describe()}", file=sys.stderr)
-    if plan.solver == "exact":
-        with survey.build_exact(plan.exact) as exact:
-            return replace(_solve_exact(exact), plan=plan.as_row())
-    with survey.build_matrix_free(plan.lanczos.chunk_size) as kernel:
-        return replace(_solve_lanczos(kernel, config.n_steps, verbose), plan=plan.as_row())
+    return survey, plan
+
+
+def exact_measure(kernel: ExactKernel, matrix: torch.Tensor, noise: float) -> SpectralMeasure:
+    """Return the measure of an exact kernel's residual in the spectrum of a matrix.
+
+    Parameters
+    ----------
+    kernel : ExactKernel
+        Whose residual it is.
+    matrix : Tensor of float64, shape (n, n)
+        The kernel, or that of one of its layers.
+    noise : float
+        Norm of the matrix's rounding error, relative to its norm.
+
+    Returns
+    -------
+    SpectralMeasure
+        Without labels.
+    """
+    spectrum = eigenmeasure(matrix, kernel.residual_vector, noise)
+    nodes = spectrum.eigenvalues
+    return _measure(
+        kernel,
+        solver="exact",
+        nodes=nodes,
+        weights=spectrum.energies,
+        total=float(spectrum.energies.sum()),
+        noise=spectrum.noise,
+        floor=noise_floor(spectrum.noise, _largest_rate(nodes), n=nodes.size),
+        bounds=spectrum.bounds(),
+        residual_norms=None,
+        status=_NO_ERROR if spectrum.mass == 0.0 else spectrum.status,
+    )
 
 
 def _solve_lanczos(kernel: KernelOperator, n_steps: int, verbose: int) -> SpectralMeasure:
@@ -203,23 +272,6 @@ def _solve_lanczos(kernel: KernelOperator, n_steps: int, verbose: int) -> Spectr
         bounds=bounds,
         residual_norms=residual_norms(last, result.beta_last),
         status=_NO_ERROR if total == 0.0 else result.status,
-    )
-
-
-def _solve_exact(kernel: ExactKernel) -> SpectralMeasure:
-    spectrum = eigenmeasure(kernel.to_dense(), kernel.residual_vector, kernel.noise)
-    nodes = spectrum.eigenvalues
-    return _measure(
-        kernel,
-        solver="exact",
-        nodes=nodes,
-        weights=spectrum.energies,
-        total=float(spectrum.energies.sum()),
-        noise=spectrum.noise,
-        floor=noise_floor(spectrum.noise, _largest_rate(nodes), n=nodes.size),
-        bounds=spectrum.bounds(),
-        residual_norms=None,
-        status=_NO_ERROR if spectrum.mass == 0.0 else spectrum.status,
     )
 
 

@@ -17,6 +17,7 @@ from spectralshell.estimators.callback_support import (
     with_callbacks,
 )
 from spectralshell.estimators.hidden_energy import warn_of_hidden_energy
+from spectralshell.estimators.kernel_queries import KernelQueriesMixin
 from spectralshell.estimators.measurement import measure_snapshots
 from spectralshell.estimators.measurement_parameters import (
     check_measurement_parameters,
@@ -31,7 +32,9 @@ from spectralshell.shells import ShellPartition, SpectralMeasure, energy_frame, 
 from spectralshell.snapshots import Snapshot, as_snapshots
 
 
-class ShellEnergyEstimator(CallbackSupportMixin, TransformerMixin, BaseEstimator):
+class ShellEnergyEstimator(
+    KernelQueriesMixin, CallbackSupportMixin, TransformerMixin, BaseEstimator
+):
     """Error energy per logarithmic shell of the empirical tangent kernel.
 
     For each snapshot (one model state on one batch) the residual e is decomposed in the
@@ -42,8 +45,7 @@ class ShellEnergyEstimator(CallbackSupportMixin, TransformerMixin, BaseEstimator
     Parameters
     ----------
     q : float, default=2.0
-        Shell ratio, greater than 1. Nothing that depends on ``q`` is computed twice: a grid over
-        ``q`` costs the products of one fit.
+        Shell ratio, greater than 1. A grid over ``q`` costs the products of one fit.
     lambda_0 : float, default=1.0
         An edge of the partition, 1/τ.
     residual : {"mse", "brier", "cross-entropy", "nll"} or callable, default="mse"

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from scipy.linalg import eigh_tridiagonal, lapack
 
 from spectralshell.krylov.bounds import CumulativeBounds
 from spectralshell.parameter_checks import check_real
@@ -78,7 +79,10 @@ def eigenmeasure(
 
     Notes
     -----
-    Costs O(n³) operations and about 32 n² bytes on the matrix's device.
+    Costs O(n³) operations and about 32 n² bytes on the matrix's device. On the CPU and without
+    vectors, less than half the time of an eigensolver: the matrix is made tridiagonal with the
+    vector as its first direction, and the energies are squared first components of the
+    tridiagonal matrix's eigenvectors (Golub and Welsch, 1969), which need no transformation back.
 
     Examples
     --------
@@ -90,8 +94,12 @@ def eigenmeasure(
     noise = check_real("noise", noise, low=0.0)
     square, vector = _check(matrix, start)
     half = 0.5 * (square - square.T)
-    values, columns = torch.linalg.eigh(square - half)
-    energies = 0.5 * (columns.T @ vector) ** 2
+    columns: torch.Tensor | None = None
+    if vectors or square.device.type != "cpu":
+        values, columns = torch.linalg.eigh(square - half)
+        energies = 0.5 * (columns.T @ vector) ** 2
+    else:
+        values, energies = _project(square - half, vector)
     absolute = noise * float(values.abs().max())
     asymmetry = float(torch.linalg.matrix_norm(half)) / len(values) ** 0.5
     status = "ok"
@@ -106,6 +114,25 @@ def eigenmeasure(
         asymmetry=asymmetry,
         status=status,
     )
+
+
+def _project(symmetric: torch.Tensor, vector: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Eigenvalues, ascending, and the energies of the vector along their eigenvectors."""
+    square, start = symmetric.numpy(), vector.numpy()
+    length = float(np.linalg.norm(start))
+    if length > 0.0:
+        # The reflection that takes the vector to the first axis, which dsytrd leaves alone.
+        mirror = start / length
+        mirror[0] += np.copysign(1.0, mirror[0])
+        mirror /= np.linalg.norm(mirror)
+        image = square @ mirror
+        image -= (mirror @ image) * mirror
+        square = square - 2.0 * (np.outer(mirror, image) + np.outer(image, mirror))
+    work = int(lapack.dsytrd_lwork(len(square), lower=1)[0])
+    _, diagonal, off_diagonal, _, _ = lapack.dsytrd(square, lower=1, lwork=work)
+    values, columns = eigh_tridiagonal(diagonal, off_diagonal, lapack_driver="stemr")
+    energies = 0.5 * (length * columns[0]) ** 2
+    return torch.from_numpy(values), torch.from_numpy(energies)
 
 
 def _check(matrix: torch.Tensor, start: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -70,7 +70,7 @@ def measure_exact_noise(evaluation: Evaluation, matrix: Tensor) -> float:
     function = evaluation.problem.function
     if matrix.is_meta or matrix.dtype == torch.float64 or function.device.type == "mps":
         return floor
-    largest = _norm(matrix)
+    largest = spectral_norm(matrix)
     if largest == 0.0:
         return floor
     chunk = evaluation.take(0, min(_NOISE_SAMPLES, evaluation.problem.n_samples))
@@ -215,7 +215,7 @@ def _warn(names: Collection[str], remedy: str) -> None:
     )
 
 
-def _norm(matrix: Tensor) -> float:
+def spectral_norm(matrix: Tensor) -> float:
     """Return the norm of a positive matrix, from below, by steps of the power method."""
     vector = matrix.diagonal().clone()
     norm = float(vector.abs().max())
