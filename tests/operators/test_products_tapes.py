@@ -118,3 +118,24 @@ def test_blocks_count_columns_of_unused_parameters(rung):
     pushed = linearization.push_block((tangent, drawn(4, 5, seed=4)))
     expected = [jvp(lambda w: w.sin().sum(1), (weight,), (t,))[1] for t in tangent]
     torch.testing.assert_close(pushed, torch.stack(expected))
+
+
+def test_memory_is_reused_only_where_nothing_else_sees_it():
+    constant = drawn(3)
+
+    def compute(t):
+        doubled = t * 2.0
+        seen = doubled.view(3, 1)
+        tripled = doubled * 3.0  # the view of the first operand is still to be read
+        return (tripled + seen.squeeze(1)) * constant + t * constant
+
+    tape = Tape(compute, (drawn(3),))
+    t = drawn(3, seed=1)
+    expected = (t * 8.0 + t) * constant
+    kept = t.clone()
+    for _ in range(2):
+        torch.testing.assert_close(tape(t), expected)
+        torch.testing.assert_close(vmap(tape)(t.expand(2, 3)), expected.expand(2, 3))
+    assert torch.equal(t, kept)
+    names = [str(step.operation) for step in tape._steps if step.operation._schema.is_mutable]
+    assert names == ["aten.add_.Tensor", "aten.mul_.Tensor", "aten.add_.Tensor"]
