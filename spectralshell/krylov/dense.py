@@ -118,7 +118,7 @@ def eigenmeasure(
 
 def _project(symmetric: torch.Tensor, vector: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Eigenvalues, ascending, and the energies of the vector along their eigenvectors."""
-    square, start = symmetric.numpy(), vector.numpy()
+    square, start = symmetric.numpy(), vector.detach().numpy()
     length = float(np.linalg.norm(start))
     if length > 0.0:
         # The reflection that takes the vector to the first axis, which dsytrd leaves alone.
@@ -131,7 +131,8 @@ def _project(symmetric: torch.Tensor, vector: torch.Tensor) -> tuple[torch.Tenso
     work = int(lapack.dsytrd_lwork(len(square), lower=1)[0])
     _, diagonal, off_diagonal, _, _ = lapack.dsytrd(square, lower=1, lwork=work)
     values, columns = eigh_tridiagonal(diagonal, off_diagonal, lapack_driver="stemr")
-    energies = 0.5 * (length * columns[0]) ** 2
+    # A row of an orthogonal matrix; MRRR leaves it some 10 eps away from norm 1.
+    energies = 0.5 * (length * columns[0] / np.linalg.norm(columns[0])) ** 2
     return torch.from_numpy(values), torch.from_numpy(energies)
 
 
