@@ -195,6 +195,7 @@ def _run_backward(
     uses = [unit.uses for unit in recording.units[group]]
     for store, found in zip(stores, uses, strict=True):
         store.begin(found, chunk.samples)
+    slots = slots.to(recording.entries.device)
     edges = list({use.edge: None for found in uses for use in found})
     for slot in range(layout.n_slots):
         # One entry of each sample: samples do not interact, so their gradients stay apart.
@@ -247,10 +248,10 @@ def group_units(plans: Sequence[UnitPlan], max_bytes: int) -> Iterator[slice]:
 
 
 def _slots(evaluation: Evaluation, chunk: Chunk) -> Tensor:
-    """Return the slot of each entry of a chunk; found where the labels have values."""
+    """Return the slot of each entry of a chunk, on the CPU, where labels have values."""
     samples, slots = _places(evaluation, evaluation.targets.rows, evaluation.problem.n_samples)
     inside = (samples >= chunk.samples.start) & (samples < chunk.samples.stop)
-    return slots[inside].to(evaluation.problem.function.device)
+    return slots[inside]
 
 
 def _places(evaluation: Evaluation, rows: Tensor | None, n_samples: int) -> tuple[Tensor, Tensor]:
