@@ -12,7 +12,12 @@ from torch import Tensor
 from spectralshell.operators.kernel import assemble
 from spectralshell.operators.kernel_problem import Chunk, Evaluation
 from spectralshell.operators.ladder import check_finite_gradient, is_out_of_memory
-from spectralshell.operators.layer_assembly import LabelOf, LayerKernels, contract_layers
+from spectralshell.operators.layer_assembly import (
+    LabelOf,
+    LayerKernels,
+    contract_layers,
+    entry_samples,
+)
 from spectralshell.operators.linearizations import DoubleReverse, ForwardMode, Parameters, PullBack
 from spectralshell.operators.model_function import widen
 from spectralshell.operators.noise import NOISE_FLOOR
@@ -21,8 +26,8 @@ from spectralshell.warning_categories import KernelWarning
 AGREEMENT_TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4}
 """Largest ‖M v − J Jᵀ v‖ / ‖J Jᵀ v‖: a hundred times the rounding of deep models."""
 
-_NOISE_SAMPLES = 8
-_NOISE_STEPS = 3
+_NOISE_SAMPLES = 4
+_NOISE_STEPS = 2
 _NOISE_MARGIN = 2.0
 _NORM_STEPS = 5
 
@@ -63,39 +68,59 @@ def verified_kernels(evaluation: Evaluation, *, label_of: LabelOf, max_bytes: in
 def measure_exact_noise(evaluation: Evaluation, matrix: Tensor) -> float:
     """Return the norm of the rounding error of a kernel, relative to its norm.
 
-    The block of the first samples is compared with float64 products, by steps of the power method
-    on the difference; that of all samples is taken to grow with their number, as it does at most.
+    The block of the samples with the largest share of the trace is compared with float64 products,
+    by steps of the power method on the difference. Rounding goes with the entries, so the norm is
+    taken to grow to the whole matrix as the trace does.
     """
     floor = NOISE_FLOOR[matrix.dtype]
     function = evaluation.problem.function
     if matrix.is_meta or matrix.dtype == torch.float64 or function.device.type == "mps":
         return floor
-    largest = spectral_norm(matrix)
+    diagonal = widen(matrix.diagonal())
+    largest, trace = spectral_norm(matrix), float(diagonal.sum())
     if largest == 0.0:
         return floor
-    chunk = evaluation.take(0, min(_NOISE_SAMPLES, evaluation.problem.n_samples))
-    n_entries = evaluation.count_entries(chunk)
-    if n_entries == 0:
-        return floor
-    block = widen(matrix[:n_entries, :n_entries])
-    exact = function.in_double()
-    vector = widen(evaluation.problem.draw(n_entries))
-    norm = 0.0
+    samples = entry_samples(evaluation).to(diagonal.device)
+    shares = diagonal.new_zeros(evaluation.problem.n_samples).index_add_(0, samples, diagonal)
+    chosen = shares.topk(min(_NOISE_SAMPLES, len(shares))).indices.sort().values
+    entries = torch.isin(samples, chosen).nonzero().reshape(-1)
+    block = widen(matrix[entries[:, None], entries])
     try:
-        with function.guard():
-            reference = DoubleReverse(evaluation.vector_function(chunk, exact), exact.parameters)
-            for _ in range(_NOISE_STEPS):
-                vector = vector / vector.norm()
-                difference = block @ vector - reference.push(reference.pull(vector))
-                size = float(difference.norm())
-                norm, vector = max(norm, size), difference
-                if size == 0.0:
-                    break
+        norm = _difference_norm(evaluation, chosen.tolist(), block)
     except (RuntimeError, TypeError, ValueError, MemoryError):
         # Some models fix their dtype inside, and memory may not reach: the floor remains.
         return floor
-    growth = evaluation.residual_vector.numel() / n_entries
+    growth = trace / float(diagonal[entries].sum())
     return max(floor, _NOISE_MARGIN * growth * norm / largest)
+
+
+def _difference_norm(evaluation: Evaluation, samples: list[int], block: Tensor) -> float:
+    """Estimate the norm of a block's error, from below, against products in float64."""
+    function = evaluation.problem.function.in_double()
+    vector = widen(evaluation.problem.draw(len(block)))
+    norm = 0.0
+    with function.guard():
+        parts, sizes = [], []
+        for sample in samples:
+            chunk = evaluation.take(sample, sample + 1)
+            if evaluation.count_entries(chunk):
+                vector_function = evaluation.vector_function(chunk, function)
+                parts.append(DoubleReverse(vector_function, function.parameters))
+                sizes.append(evaluation.count_entries(chunk))
+        for _ in range(_NOISE_STEPS):
+            vector = vector / vector.norm()
+            pulled = [
+                part.pull(piece) for part, piece in zip(parts, vector.split(sizes), strict=True)
+            ]
+            total = tuple(
+                sum(gradients[1:], gradients[0]) for gradients in zip(*pulled, strict=True)
+            )
+            difference = block @ vector - torch.cat([part.push(total) for part in parts])
+            size = float(difference.norm())
+            norm, vector = max(norm, size), difference
+            if size == 0.0:
+                break
+    return norm
 
 
 class _Probe:

@@ -184,6 +184,11 @@ def plan_unit(unit: Unit, layout: EntryLayout, evaluation: Evaluation) -> UnitPl
     return UnitPlan(unit, order, n_numbers, store_bytes(unit, layout, order, n_numbers))
 
 
+def entry_samples(evaluation: Evaluation) -> Tensor:
+    """Return the sample that each entry of the residual belongs to, on the CPU."""
+    return _places(evaluation, evaluation.targets.rows, evaluation.problem.n_samples)[0]
+
+
 def _run_backward(
     recording: Recording,
     group: slice,
