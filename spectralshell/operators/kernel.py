@@ -222,7 +222,7 @@ def _differentiate(
 
 def _in_double(kernel: KernelOperator, evaluation: Evaluation) -> KernelOperator:
     exact = evaluation.problem.function.in_double()
-    # Storing a push-forward would cost more than the two products it is used for.
+    # Storing a push-forward would cost more than the three products it is used for.
     rung = DoubleReverse if kernel.rung.startswith("double-vjp") else ForwardMode
     parts = []
     labelled = [chunk for chunk in evaluation.chunks() if evaluation.count_entries(chunk)]
