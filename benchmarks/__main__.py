@@ -11,7 +11,7 @@ from pathlib import Path
 from benchmarks import studies
 from benchmarks.comparisons import Disagreement, compare, comparisons
 from benchmarks.report import STUDIES, environment, write_part, write_report
-from benchmarks.workers import WorkerError, Workplace
+from benchmarks.workers import CORES, WorkerError, Workplace
 
 
 def main() -> None:
@@ -24,6 +24,7 @@ def main() -> None:
     parser.add_argument("--list", action="store_true", help="list the parts and stop")
     parser.add_argument("--resume", action="store_true", help="keep parts that are there")
     parser.add_argument("--quick", action="store_true", help="tiny problems, to try the pipeline")
+    parser.add_argument("--threads", type=int, default=CORES, help="of torch; XLA takes all cores")
     parser.add_argument("--full", action="store_true", help="all 100 Lanczos steps of curvlinops")
     options = parser.parse_args()
 
@@ -38,7 +39,9 @@ def main() -> None:
     unknown = sorted(set(options.only) - set(names))
     if unknown:
         parser.error(f"no part named {', '.join(unknown)}; there are {', '.join(names)}")
-    workplace = Workplace.create(options.jax_python.absolute(), options.out / "scratch")
+    workplace = Workplace.create(
+        options.jax_python.absolute(), options.out / "scratch", options.threads
+    )
     failed = []
     for name in options.only or names:
         if options.resume and (options.out / "parts" / f"{name}.csv").exists():

@@ -173,11 +173,12 @@ def _products(
 
 
 def _shrunken(comparison: Comparison) -> Comparison:
-    problem = comparison.problem
-    width = {"mlp": 32, "resnet": 4, "gpt-neox": 32}[problem.network]
-    samples = {"mlp": 16, "resnet": 8, "gpt-neox": 2}[problem.network]
-    small = replace(problem, width=width, n_samples=samples)
-    return replace(comparison, problem=small, repeats=2, title=f"[quick] {comparison.title}")
+    return replace(
+        comparison,
+        problem=comparison.problem.tiny(),
+        repeats=2,
+        title=f"[quick] {comparison.title}",
+    )
 
 
 def compare(comparison: Comparison, workplace: Workplace) -> list[dict[str, Any]]:
@@ -195,6 +196,8 @@ def compare(comparison: Comparison, workplace: Workplace) -> list[dict[str, Any]
                 results[index], facts = _result(running[index], workplace)
                 rows[index]["note"] = facts.get("rung", "")
             except WorkerError as error:
+                if index == 0:
+                    raise
                 rows[index]["note"] = f"failed: {error}"
                 if index in running:
                     running.pop(index).close()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,12 @@ class Problem:
         if self.network == "gpt-neox":
             return self.n_samples * TOKENS_PER_SAMPLE
         return self.n_samples * N_CLASSES
+
+    def tiny(self) -> Problem:
+        """Return the same kind of network and batch, as small as they get."""
+        width = {"mlp": 32, "resnet": 4, "gpt-neox": 32}[self.network]
+        samples = {"mlp": 16, "resnet": 8, "gpt-neox": 2}[self.network]
+        return replace(self, width=width, n_samples=samples)
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)

@@ -12,7 +12,7 @@ import pandas as pd
 
 from benchmarks.plots import plot_ratios, plot_scaling
 from benchmarks.registry import JAX, TORCH
-from benchmarks.workers import CORES, WorkerError, Workplace
+from benchmarks.workers import WorkerError, Workplace
 
 STUDIES = ("choice", "memory", "grid", "scaling")
 
@@ -22,7 +22,7 @@ def environment(workplace: Workplace) -> pd.DataFrame:
     known = {
         "processor": _processor(),
         "cores": str(os.cpu_count()),
-        "threads of every contender": str(CORES),
+        "threads of every contender": str(workplace.threads),
         "memory (GB)": f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 1e9:.0f}",
         "system": platform.platform(),
     }
@@ -59,7 +59,7 @@ def comparison_table(rows: pd.DataFrame) -> pd.DataFrame:
             "peak (MB)": [_peak(value) for value in rows["peak_mb"]],
             "difference": [_number(value, 1) for value in rows["difference"]],
             "from": rows["against"].fillna(""),
-            "once before (s)": [_number(value, 2) for value in rows["prepare_seconds"]],
+            "once before (s)": [_once(value) for value in rows["prepare_seconds"]],
             "runs": rows["repeats"].fillna(0).astype(int),
             "note": rows["note"].fillna(""),
         }
@@ -191,6 +191,10 @@ def _peak(value: float) -> str:
     if np.isnan(value):
         return ""
     return f"{value:.0f}" if value >= 20 else "< 20"
+
+
+def _once(value: float) -> str:
+    return _number(value, 2) if value > 1e-3 else ""
 
 
 def _number(value: float, digits: int) -> str:

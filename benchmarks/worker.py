@@ -6,7 +6,7 @@ Requests (``do``) and what they answer:
 - ``prepare``: what is done once before many runs → ``seconds``.
 - ``result`` (path): run once, write the result as ``.npy`` → ``seconds``, ``facts``.
 - ``time``: run once → ``seconds``.
-- ``peak``: prepare and run once, in a process that did neither → ``bytes`` above the network and
+- ``peak``: prepare and run once, on a problem not run yet → ``bytes`` above the network and
   its data, not counting what preparation needed only in passing (compilers).
 - ``describe``: versions and threads.
 """

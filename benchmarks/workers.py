@@ -31,10 +31,13 @@ class Workplace:
         Environment → interpreter.
     scratch : Path
         Folder of arrays, results and the workers' messages.
+    threads : int
+        What every contender may use.
     """
 
     pythons: dict[str, Path]
     scratch: Path
+    threads: int = CORES
     known: dict[str, Path] = field(default_factory=dict)
 
     @property
@@ -43,9 +46,9 @@ class Workplace:
         return self.scratch / "messages.log"
 
     @classmethod
-    def create(cls, jax_python: Path, scratch: Path) -> Workplace:
+    def create(cls, jax_python: Path, scratch: Path, threads: int = CORES) -> Workplace:
         scratch.mkdir(parents=True, exist_ok=True)
-        return cls({TORCH: Path(sys.executable), JAX: jax_python}, scratch.resolve())
+        return cls({TORCH: Path(sys.executable), JAX: jax_python}, scratch.resolve(), threads)
 
     def arrays(self, problem: Problem) -> Path:
         """Return the file of the problem's state and data, written when first asked for."""
@@ -61,7 +64,7 @@ class Workplace:
     def worker(self, contender: str, problem: Problem, options: dict[str, Any]) -> WorkerProcess:
         """Start a worker and set it up; raises WorkerError."""
         python = self.pythons[environment_of(contender)]
-        process = WorkerProcess(python, self.messages)
+        process = WorkerProcess(python, self.messages, self.threads)
         try:
             self.set_up(process, contender, problem, options)
         except WorkerError:
@@ -86,25 +89,31 @@ class Workplace:
         )
 
     def peak(self, contender: str, problem: Problem, options: dict[str, Any]) -> dict[str, Any]:
-        """Measure the memory of one run in a process of its own."""
-        with self.worker(contender, problem, options) as process:
+        """Measure the memory of one run in a process that ran only a tiny problem before.
+
+        The tiny one loads what libraries load when they are first used.
+        """
+        with self.worker(contender, problem.tiny(), options) as process:
+            process.ask("prepare")
+            process.ask("time")
+            self.set_up(process, contender, problem, options)
             return process.ask("peak")
 
     def versions(self, environment: str) -> dict[str, str]:
         """Return the versions of an environment's packages."""
-        with WorkerProcess(self.pythons[environment], self.messages) as process:
+        with WorkerProcess(self.pythons[environment], self.messages, self.threads) as process:
             return process.ask("describe", environment=environment)
 
 
 class WorkerProcess:
     """A running worker; closing it ends the process."""
 
-    def __init__(self, python: Path, messages: Path) -> None:
+    def __init__(self, python: Path, messages: Path, threads: int) -> None:
         if not python.exists():
             raise WorkerError(f"no interpreter at {python}: make benchmark creates it")
-        threads = dict.fromkeys(
-            ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), str(CORES)
-        )
+        names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+        settings = dict.fromkeys(names, str(threads))
+        settings |= {"TF_CPP_MIN_LOG_LEVEL": "3", "JAX_PLATFORMS": "cpu"}
         self._messages = messages.open("a")
         self._process = subprocess.Popen(
             [str(python), "-m", "benchmarks.worker"],
@@ -113,7 +122,7 @@ class WorkerProcess:
             stdout=subprocess.PIPE,
             stderr=self._messages,
             text=True,
-            env=os.environ | threads | {"TF_CPP_MIN_LOG_LEVEL": "3", "JAX_PLATFORMS": "cpu"},
+            env=os.environ | settings,
         )
 
     def ask(self, what: str, **arguments: Any) -> dict[str, Any]:
