@@ -17,7 +17,7 @@ from spectralshell.estimators.measurement import (
 from spectralshell.estimators.measurement_parameters import measurement_config, probe_seed
 from spectralshell.krylov import EigenPairs, dense_pairs, lanczos, ritz_pairs
 from spectralshell.operators import ExactKernel
-from spectralshell.operators.exact_checks import spectral_norm
+from spectralshell.operators.exact_noise import spectral_norm
 from spectralshell.parameter_checks import check_integer
 from spectralshell.shells import SpectralMeasure, shell_frame
 from spectralshell.snapshots import Snapshot, as_snapshots

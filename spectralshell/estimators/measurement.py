@@ -121,7 +121,10 @@ def measure_snapshots(
         for _ in range(len(snapshots) - len(missing)):
             notify()
         for snapshot, measure in _computed(missing, config, memory, probe_seed, n_jobs, verbose):
-            snapshot.measures[key] = measure
+            # Labelled once, so that what is computed from it later is kept with the snapshot.
+            snapshot.measures[key] = measure.relabel(
+                tau=snapshot.tau, batch=snapshot.batch, name=snapshot.name
+            )
             bar.update()
             notify()
     return [s.measures[key].relabel(tau=s.tau, batch=s.batch, name=s.name) for s in snapshots]

@@ -25,8 +25,7 @@ MatMat = Callable[[torch.Tensor], torch.Tensor]
 
 # Rounding of the float64 recurrence and of its diagonalisation, relative to the largest |λ|.
 FLOAT64_NOISE = 4e-15
-# A part of the spectrum this small is cheaper by bisection and inverse iteration (2 cores,
-# n = 640 to 2560).
+# A part of the spectrum this small goes to the partial solver, which computes no other vector.
 PARTIAL_SHARE = 0.25
 
 

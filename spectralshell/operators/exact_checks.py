@@ -1,4 +1,4 @@
-"""Trusting an exact kernel: compared with automatic differentiation, and how exact it is."""
+"""Trusting an exact kernel: compared with automatic differentiation, and mended."""
 
 from __future__ import annotations
 
@@ -16,20 +16,13 @@ from spectralshell.operators.layer_assembly import (
     LabelOf,
     LayerKernels,
     contract_layers,
-    entry_samples,
 )
 from spectralshell.operators.linearizations import DoubleReverse, ForwardMode, Parameters, PullBack
 from spectralshell.operators.model_function import widen
-from spectralshell.operators.noise import NOISE_FLOOR
 from spectralshell.warning_categories import KernelWarning
 
 AGREEMENT_TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4}
 """Largest ‖M v − J Jᵀ v‖ / ‖J Jᵀ v‖: a hundred times the rounding of deep models."""
-
-_NOISE_SAMPLES = 4
-_NOISE_STEPS = 2
-_NOISE_MARGIN = 2.0
-_NORM_STEPS = 5
 
 
 def verified_kernels(evaluation: Evaluation, *, label_of: LabelOf, max_bytes: int) -> LayerKernels:
@@ -63,64 +56,6 @@ def verified_kernels(evaluation: Evaluation, *, label_of: LabelOf, max_bytes: in
         refused += wrong
     _warn(refused or problem.function.names, "every column of the kernel is a product")
     return _by_products(evaluation, label_of)
-
-
-def measure_exact_noise(evaluation: Evaluation, matrix: Tensor) -> float:
-    """Return the norm of the rounding error of a kernel, relative to its norm.
-
-    The block of the samples with the largest share of the trace is compared with float64 products,
-    by steps of the power method on the difference. Rounding goes with the entries, so the norm is
-    taken to grow to the whole matrix as the trace does.
-    """
-    floor = NOISE_FLOOR[matrix.dtype]
-    function = evaluation.problem.function
-    if matrix.is_meta or matrix.dtype == torch.float64 or function.device.type == "mps":
-        return floor
-    diagonal = widen(matrix.diagonal())
-    largest, trace = spectral_norm(matrix), float(diagonal.sum())
-    if largest == 0.0:
-        return floor
-    samples = entry_samples(evaluation).to(diagonal.device)
-    shares = diagonal.new_zeros(evaluation.problem.n_samples).index_add_(0, samples, diagonal)
-    chosen = shares.topk(min(_NOISE_SAMPLES, len(shares))).indices.sort().values
-    entries = torch.isin(samples, chosen).nonzero().reshape(-1)
-    block = widen(matrix[entries[:, None], entries])
-    try:
-        norm = _difference_norm(evaluation, chosen.tolist(), block)
-    except (RuntimeError, TypeError, ValueError, MemoryError):
-        # Some models fix their dtype inside, and memory may not reach: the floor remains.
-        return floor
-    growth = trace / float(diagonal[entries].sum())
-    return max(floor, _NOISE_MARGIN * growth * norm / largest)
-
-
-def _difference_norm(evaluation: Evaluation, samples: list[int], block: Tensor) -> float:
-    """Estimate the norm of a block's error, from below, against products in float64."""
-    function = evaluation.problem.function.in_double()
-    vector = widen(evaluation.problem.draw(len(block)))
-    norm = 0.0
-    with function.guard():
-        parts, sizes = [], []
-        for sample in samples:
-            chunk = evaluation.take(sample, sample + 1)
-            if evaluation.count_entries(chunk):
-                vector_function = evaluation.vector_function(chunk, function)
-                parts.append(DoubleReverse(vector_function, function.parameters))
-                sizes.append(evaluation.count_entries(chunk))
-        for _ in range(_NOISE_STEPS):
-            vector = vector / vector.norm()
-            pulled = [
-                part.pull(piece) for part, piece in zip(parts, vector.split(sizes), strict=True)
-            ]
-            total = tuple(
-                sum(gradients[1:], gradients[0]) for gradients in zip(*pulled, strict=True)
-            )
-            difference = block @ vector - torch.cat([part.push(total) for part in parts])
-            size = float(difference.norm())
-            norm, vector = max(norm, size), difference
-            if size == 0.0:
-                break
-    return norm
 
 
 class _Probe:
@@ -238,16 +173,3 @@ def _warn(names: Collection[str], remedy: str) -> None:
         KernelWarning,
         stacklevel=2,
     )
-
-
-def spectral_norm(matrix: Tensor) -> float:
-    """Return the norm of a positive matrix, from below, by steps of the power method."""
-    vector = matrix.diagonal().clone()
-    norm = float(vector.abs().max())
-    for _ in range(_NORM_STEPS):
-        size = float(vector.norm())
-        if not 0.0 < size < float("inf"):
-            break
-        vector = matrix @ (vector / size)
-        norm = max(norm, float(vector.norm()))
-    return norm

@@ -8,7 +8,8 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
-from spectralshell.operators.exact_checks import measure_exact_noise, verified_kernels
+from spectralshell.operators.exact_checks import verified_kernels
+from spectralshell.operators.exact_noise import measure_exact_noise
 from spectralshell.operators.exact_plan import ExactPlan
 from spectralshell.operators.kernel_problem import Evaluation, halve_until_it_fits
 from spectralshell.operators.layer_assembly import LabelOf, LayerKernels

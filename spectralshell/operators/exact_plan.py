@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from spectralshell.operators.exact_noise import NOISE_SAMPLES
 from spectralshell.operators.footprint import Footprint
 from spectralshell.operators.layer_assembly import SLICES, UnitPlan, group_units
 from spectralshell.operators.layer_units import GRADIENTS, GRAM, operation_counts
@@ -26,6 +27,12 @@ _EIGEN_COPIES = 4
 
 _ALLOCATOR = 1.25
 """Most memory of the process over what is in use: blocks of many sizes come and go."""
+
+_FLOAT32_BYTES = 4
+_NOISE_COPIES = 5
+"""Parameters in float64: their values, two gradients, and the temporaries of a product."""
+_NOISE_GRAPHS = 2.5
+"""Graphs of a stored double backward pass, in those of a forward pass."""
 
 _CHECK_PASSES = 10.0
 """Evaluations that the checks of a kernel cost, in forward passes."""
@@ -106,8 +113,9 @@ def _plan_chunks(footprint: Footprint, max_bytes: int, size: int) -> ExactPlan:
         (_table_bytes(footprint, plan, layer_bytes) for plan in footprint.units), default=0
     )
     eigen = _EIGEN_COPIES * 8 * footprint.n_entries**2
+    noise = _noise_bytes(footprint) if footprint.itemsize == _FLOAT32_BYTES else 0
     building = fixed + sums + min(stored, held) + max(passing, tables)
-    peak = max(_ALLOCATOR * max(building, fixed + 2 * sums), eigen)
+    peak = max(_ALLOCATOR * max(building, fixed + 2 * sums, noise), eigen)
     n_chunks = -(-footprint.n_samples // size)
     return ExactPlan(
         chunk_size=None if whole else size,
@@ -147,6 +155,12 @@ def _operations(plan: UnitPlan, footprint: Footprint) -> float:
 def _fixed_bytes(footprint: Footprint) -> int:
     """Bytes of the model's own copy and of the gradient that the result is compared with."""
     return 3 * footprint.n_parameters * footprint.itemsize
+
+
+def _noise_bytes(footprint: Footprint) -> float:
+    """Bytes of the float64 products of a few samples that tell the rounding error."""
+    graphs = 2 * _NOISE_GRAPHS * footprint.graph_bytes * NOISE_SAMPLES
+    return _NOISE_COPIES * 8 * footprint.n_parameters + graphs
 
 
 def _sum_bytes(footprint: Footprint) -> int:
