@@ -36,9 +36,7 @@ def test_a_rung_that_is_wrong_at_any_time_is_refused(rung, monkeypatch):
     assert kernel.rung == "double-vjp"
 
 
-@pytest.mark.parametrize(
-    ("forward_flops", "widths"), [(1e3, [64, 6]), (1e8, [10] * 7), (1e12, [4] * 17 + [2])]
-)
+@pytest.mark.parametrize(("forward_flops", "widths"), [(1e3, [64, 6]), (1e8, [10] * 7), (1e12, [])])
 def test_width_of_blocks_follows_from_operations_alone(forward_flops, widths, monkeypatch):
     kernel = build_kernel(make_snapshot(CASES_BY_NAME["mlp"]))
     block = torch.randn(kernel.n, 70, generator=torch.Generator().manual_seed(0)).double()
