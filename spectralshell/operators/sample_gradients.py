@@ -42,6 +42,8 @@ def add_sample_gradients(
         )
         for sample in range(layout.n_samples):
             entries, slots, leaves = record(sample)
+            if not entries.requires_grad:  # this sample does not use them
+                continue
             for entry, slot in zip(entries, slots.tolist(), strict=True):
                 gradients = torch.autograd.grad(
                     entry, leaves, retain_graph=True, allow_unused=True, materialize_grads=True
