@@ -47,10 +47,14 @@ class Product(_Ours):
         columns = self.data["vectors"][:, : self.options["columns"]]
         if self.options["columns"] == 1:
             return self.kernel.matvec(columns[:, 0])[:, None]
+        # A wide block builds the matrix at the first call, and every timed run has to be a first.
+        self.kernel.forget_matrix()
         return self.kernel.matmat(columns)
 
     def facts(self) -> dict[str, Any]:
-        return {"rung": self.kernel.rung}
+        matrix_from = self.kernel.matrix_from
+        by_matrix = matrix_from is not None and self.options["columns"] >= matrix_from
+        return {"rung": self.kernel.rung, "by_matrix": by_matrix}
 
 
 class Fit(_Ours):

@@ -9,7 +9,6 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from spectralshell.operators.kernel import assemble
 from spectralshell.operators.kernel_problem import Chunk, Evaluation
 from spectralshell.operators.ladder import check_finite_gradient, is_out_of_memory
 from spectralshell.operators.layer_assembly import (
@@ -18,6 +17,7 @@ from spectralshell.operators.layer_assembly import (
     contract_layers,
 )
 from spectralshell.operators.linearizations import DoubleReverse, ForwardMode, Parameters, PullBack
+from spectralshell.operators.matrix_free import assemble
 from spectralshell.operators.model_function import widen
 from spectralshell.warning_categories import KernelWarning
 

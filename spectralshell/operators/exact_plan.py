@@ -54,14 +54,17 @@ class ExactPlan:
         Groups of layers, for each of which the passes are repeated.
     peak_bytes : int
         Predicted most memory at a time, the eigenproblem included.
+    kernel_cost : float
+        Predicted seconds of the reference machine for the kernel.
     cost : float
-        Predicted seconds of the reference machine, the eigenproblem included.
+        The same with the eigenproblem.
     """
 
     chunk_size: int | None
     layer_bytes: int
     n_groups: int
     peak_bytes: int
+    kernel_cost: float
     cost: float
 
 
@@ -117,12 +120,14 @@ def _plan_chunks(footprint: Footprint, max_bytes: int, size: int) -> ExactPlan:
     building = fixed + sums + min(stored, held) + max(passing, tables)
     peak = max(_ALLOCATOR * max(building, fixed + 2 * sums, noise), eigen)
     n_chunks = -(-footprint.n_samples // size)
+    cost = _cost(footprint, len(groups), n_chunks)
     return ExactPlan(
         chunk_size=None if whole else size,
         layer_bytes=layer_bytes,
         n_groups=len(groups),
         peak_bytes=int(peak),
-        cost=_cost(footprint, len(groups), n_chunks) + eigen_cost(footprint.n_entries),
+        kernel_cost=cost,
+        cost=cost + eigen_cost(footprint.n_entries),
     )
 
 

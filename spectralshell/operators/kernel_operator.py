@@ -64,6 +64,8 @@ class KernelOperator:
         Samples per chunk, where chunks are in use.
     forward_flops : float
         Operations of one evaluation of the model on the batch, for cost estimates.
+    matrix_from : int or None
+        Columns from which a block is multiplied with the matrix, as that takes fewer operations.
     n_matvecs, n_probes : int
         Products asked for so far, and products spent on checks.
     status : str
@@ -109,6 +111,9 @@ class KernelOperator:
         self.norm = 0.0
         self.n_matvecs = 0
         self.n_probes = 0
+        self.matrix_from: int | None = None
+        self._build_matrix: Callable[[], Tensor] | None = None
+        self._matrix: Tensor | None = None
         self.status = "ok"
 
     def matvec(self, vector: Tensor) -> Tensor:
@@ -135,17 +140,17 @@ class KernelOperator:
     def matmat(self, block: Tensor) -> Tensor:
         """Return M V for a block V of shape (n, k), in float64.
 
-        Columns go through a small model together where its operations allow it, at most 64, and
-        through a large one one by one: the count follows from the operations of a forward pass and
-        the number of parameters alone. That the two ways agree is checked once. When memory runs
-        out, the block is halved.
+        A block of at least ``matrix_from`` columns is multiplied with M as a matrix, built from the
+        layers at the first such call. Otherwise columns go through a small model together where
+        its operations allow it, at most 64, and through a large one one by one. All follows from
+        the operations of a forward pass and the number of parameters alone. That a block and its
+        columns agree is checked once. When memory runs out, the block is halved.
         """
         self._check_rows(block, 2)
         self.n_matvecs += int(block.shape[1])
-        if block.shape[1] == 0:
-            return self.residual_vector.new_zeros(self.n, 0)
-        product = self._run(lambda: self._apply_blockwise(self._narrow(block).T))
-        return widen(product.T.contiguous())
+        if self.matrix_from is not None and block.shape[1] >= self.matrix_from:
+            return widen(self._as_matrix() @ self._narrow(block))
+        return self._multiply(block)
 
     def rmatvec(self, vector: Tensor) -> Parameters:
         """Return Jᵀu as tensors in the shapes of the parameters, in ``dtype``."""
@@ -184,12 +189,24 @@ class KernelOperator:
             block[start:stop] = torch.eye(
                 stop - start, dtype=torch.float64, device=self.residual_vector.device
             )
-            columns.append(self.matmat(block))
+            self.n_matvecs += stop - start
+            columns.append(self._multiply(block))
         return torch.cat(columns, dim=1)
+
+    def offer_matrix(self, matrix_from: int, build: Callable[[], Tensor]) -> None:
+        """Let blocks of at least ``matrix_from`` columns use M as a matrix, built when needed."""
+        self.matrix_from = matrix_from
+        self._build_matrix = build
 
     def close(self) -> None:
         """Free the recorded graphs; products are errors afterwards."""
         self.parts = []
+        self.forget_matrix()
+        self._build_matrix = None
+
+    def forget_matrix(self) -> None:
+        """Free the matrix that wide blocks are multiplied with; the next one builds it again."""
+        self._matrix = None
 
     def __enter__(self) -> KernelOperator:
         return self
@@ -224,6 +241,19 @@ class KernelOperator:
         """Return J t in the working dtype; where the model is called, inside its guard."""
         pushed = [part.linearization.push(tangents) for part in self.parts]
         return pushed[0] if len(pushed) == 1 else torch.cat(pushed)
+
+    def _multiply(self, block: Tensor) -> Tensor:
+        if block.shape[1] == 0:
+            return self.residual_vector.new_zeros(self.n, 0)
+        product = self._run(lambda: self._apply_blockwise(self._narrow(block).T))
+        return widen(product.T.contiguous())
+
+    def _as_matrix(self) -> Tensor:
+        if self._matrix is None:
+            if self._build_matrix is None:
+                raise ValueError("this KernelOperator has no way to build its matrix.")
+            self._matrix = self._build_matrix()
+        return self._matrix
 
     def _apply_blockwise(self, columns: Tensor) -> Tensor:
         size = self._block_size()

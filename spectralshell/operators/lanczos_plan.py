@@ -85,13 +85,18 @@ def _peak_bytes(footprint: Footprint, n_steps: int, size: int) -> int:
     return int(graphs + parameters + basis)
 
 
-def _cost(footprint: Footprint, n_steps: int, size: int) -> float:
-    steps = min(n_steps, footprint.n_entries)
-    n_chunks = -(-footprint.n_samples // size)
+def product_cost(footprint: Footprint, chunk_size: int | None) -> float:
+    """Return the reference seconds of one product, its graphs stored or recorded in chunks."""
+    n_chunks = 1 if chunk_size is None else -(-footprint.n_samples // chunk_size)
     passes = _PRODUCT_PASSES if n_chunks == 1 else _STREAMED_PASSES
-    product = (
+    return (
         passes * footprint.forward_flops * footprint.itemsize / 4 / MODEL_RATE
         + _NODES_PER_PRODUCT * footprint.n_nodes * n_chunks * NODE_SECONDS
     )
+
+
+def _cost(footprint: Footprint, n_steps: int, size: int) -> float:
+    steps = min(n_steps, footprint.n_entries)
+    product = product_cost(footprint, None if size >= footprint.n_samples else size)
     dense = 4.0 * footprint.n_entries * float(steps) ** 2 / _DENSE_RATE
     return (steps + _SETUP_PRODUCTS) * product + dense

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from math import ceil
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from spectralshell.operators.exact_kernel import ExactKernel, assemble_exact
-from spectralshell.operators.exact_plan import ExactPlan
+from spectralshell.operators.exact_plan import ExactPlan, plan_exact
 from spectralshell.operators.footprint import Footprint, measure_footprint
-from spectralshell.operators.kernel import assemble
 from spectralshell.operators.kernel_operator import KernelOperator
 from spectralshell.operators.kernel_problem import Evaluation, pose_problem
+from spectralshell.operators.lanczos_plan import product_cost
 from spectralshell.operators.layer_labels import resolve_layers
+from spectralshell.operators.matrix_free import assemble
+from spectralshell.operators.memory_budget import resolve_max_memory
 from spectralshell.operators.model_guard import MODEL_LOCK
 
 if TYPE_CHECKING:
@@ -41,9 +44,22 @@ class KernelSurvey:
         return self.evaluation.problem.function.device
 
     def build_matrix_free(self, chunk_size: int | None) -> KernelOperator:
-        """Build the kernel that multiplies, in chunks of samples."""
+        """Build the kernel that multiplies, in chunks of samples.
+
+        Blocks so wide that the matrix takes fewer operations are multiplied with the matrix, if
+        half of the free memory holds it.
+        """
         with MODEL_LOCK, torch.inference_mode(False):
-            return assemble(self.evaluation.problem, chunk_size, evaluation=self.evaluation)
+            problem = self.evaluation.problem
+            kernel = assemble(problem, chunk_size, evaluation=self.evaluation)
+        budget = resolve_max_memory(None, self.device)
+        plan = plan_exact(self.footprint, budget, problem.chunk_size)
+        if plan.peak_bytes <= budget:
+            product = product_cost(self.footprint, kernel.chunk_size)
+            kernel.offer_matrix(
+                ceil(plan.kernel_cost / product), lambda: self.build_exact(plan).matrix
+            )
+        return kernel
 
     def build_exact(
         self,

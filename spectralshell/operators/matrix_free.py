@@ -1,0 +1,174 @@
+"""Assembling the matrix-free kernel of a problem, and testing it before it is used."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from spectralshell.operators.kernel_operator import KernelOperator, Part
+from spectralshell.operators.kernel_problem import (
+    Evaluation,
+    KernelProblem,
+    halve_until_it_fits,
+    pose_problem,
+)
+from spectralshell.operators.ladder import Climb, DifferentiationError, climb
+from spectralshell.operators.linearizations import DoubleReverse, ForwardMode, Streamed
+from spectralshell.operators.model_guard import MODEL_LOCK
+from spectralshell.operators.module_faults import name_offending_module
+from spectralshell.operators.noise import backward_reads_model, measure_noise
+
+if TYPE_CHECKING:
+    from spectralshell.snapshots import Snapshot
+
+
+def assemble_kernel(
+    snapshot: Snapshot,
+    *,
+    residual: str | Callable[[Tensor, Any], Tensor] = "mse",
+    parameters: Any = None,
+    chunk_size: int | None = None,
+    device: str | torch.device = "auto",
+    dtype: str | torch.dtype | None = None,
+    generator: torch.Generator | None = None,
+    rungs: Sequence[str] | None = None,
+) -> KernelOperator:
+    """Build a kernel that multiplies alone; ``rungs`` restricts the ladder, for tests of a rung."""
+    # Tensors made under the user's inference mode could not be differentiated.
+    with MODEL_LOCK, torch.inference_mode(False):
+        problem = pose_problem(
+            snapshot,
+            residual=residual,
+            parameters=parameters,
+            chunk_size=chunk_size,
+            device=device,
+            dtype=dtype,
+            generator=generator,
+        )
+        return assemble(problem, problem.chunk_size, rungs=rungs)
+
+
+def assemble(
+    problem: KernelProblem,
+    size: int | None,
+    *,
+    evaluation: Evaluation | None = None,
+    rungs: Sequence[str] | None = None,
+) -> KernelOperator:
+    """Build the matrix-free kernel of a problem in chunks of ``size`` samples, or smaller ones.
+
+    Parameters
+    ----------
+    problem : KernelProblem
+    size : int or None
+        Samples of a chunk; None takes all at once.
+    evaluation : Evaluation, optional
+        Of the same problem, in chunks of ``size``.
+    rungs : sequence of str, optional
+        Restricts the ladder, for tests of a rung.
+    """
+
+    def build(size: int | None) -> KernelOperator:
+        known = evaluation is not None and evaluation.chunk_size == size
+        return _assemble(evaluation if known and evaluation else problem.evaluate(size), rungs)
+
+    kernel: KernelOperator
+    kernel, fitting = halve_until_it_fits(problem, size, build)
+    notes = list(problem.notes)
+    if fitting != size:
+        notes.append(f"memory ran out: computed in chunks of {fitting} samples")
+    if notes:
+        kernel.status = "; ".join(notes)
+    return kernel
+
+
+def _assemble(evaluation: Evaluation, rungs: Sequence[str] | None) -> KernelOperator:
+    problem = evaluation.problem
+    function = problem.function
+
+    def finish() -> KernelOperator:
+        parts, steps = _differentiate(evaluation, rungs)
+        kernel = KernelOperator(
+            function,
+            parts,
+            problem.residual,
+            evaluation.targets.n_rows,
+            evaluation.residual_vector,
+            evaluation.values,
+        )
+        kernel.refused = {name: why for step in steps for name, why in step.refused.items()}
+        kernel.n_probes = sum(step.n_probes for step in steps)
+        kernel.n_samples = problem.n_samples
+        kernel.chunk_size = evaluation.chunk_size
+        kernel.forward_flops = evaluation.forward_flops
+        kernel.reads_model = backward_reads_model(kernel, function, problem.draw)
+        measure_noise(kernel, problem.draw, lambda: _in_double(kernel, evaluation))
+        return kernel
+
+    with function.guard():
+        return function.installed(None, finish)
+
+
+def _differentiate(
+    evaluation: Evaluation, rungs: Sequence[str] | None
+) -> tuple[list[Part], list[Climb]]:
+    problem = evaluation.problem
+    function = problem.function
+    parts: list[Part] = []
+    steps: list[Climb] = []
+    first = 0
+    for chunk in evaluation.chunks():
+        n_entries = evaluation.count_entries(chunk)
+        if n_entries == 0:
+            continue  # no row of this chunk is labelled
+        vector = evaluation.vector_function(chunk)
+        try:
+            step = climb(
+                vector,
+                function.parameters,
+                function.names,
+                problem.draw,
+                streamed=evaluation.chunk_size is not None,
+                # The first chunk chooses for all: they run the same operations.
+                rungs=(steps[0].rung,) if steps else rungs,
+            )
+        except DifferentiationError as failure:
+            where = name_offending_module(function, chunk.inputs, problem.draw)
+            raise DifferentiationError(
+                "model: no way to differentiate it multiplies by its Jacobian correctly; the fault "
+                f"starts in {where}. So it looks too where a model lowers the precision inside, by "
+                f"autocast or a cast of its own. Tried {failure}"
+            ) from failure
+        steps.append(step)
+        parts.append(Part(slice(first, first + n_entries), step.linearization))
+        first += n_entries
+    return parts, steps
+
+
+def _in_double(kernel: KernelOperator, evaluation: Evaluation) -> KernelOperator:
+    exact = evaluation.problem.function.in_double()
+    # Storing a push-forward would cost more than the three products it is used for.
+    rung = DoubleReverse if kernel.rung.startswith("double-vjp") else ForwardMode
+    parts = []
+    labelled = [chunk for chunk in evaluation.chunks() if evaluation.count_entries(chunk)]
+    for part, chunk in zip(kernel.parts, labelled, strict=True):
+        vector = evaluation.vector_function(chunk, exact)
+        linearization = (
+            rung(vector, exact.parameters)
+            if kernel.chunk_size is None
+            else Streamed(rung, vector, exact.parameters)
+        )
+        parts.append(Part(part.entries, linearization))
+    reference = KernelOperator(
+        exact,
+        parts,
+        evaluation.problem.residual,
+        kernel.n_rows,
+        kernel.residual_vector,
+        kernel.residual_vector,
+    )
+    reference.reads_model = kernel.reads_model
+    return reference
