@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Collection
-from dataclasses import replace
+from collections import defaultdict
+from collections.abc import Callable, Collection, Mapping
 
 import torch
 from torch import Tensor
 
+from spectralshell.operators.kernel_operator import KernelOperator
 from spectralshell.operators.kernel_problem import Chunk, Evaluation
-from spectralshell.operators.ladder import check_finite_gradient, is_out_of_memory
+from spectralshell.operators.ladder import check_depends, check_finite_gradient, is_out_of_memory
 from spectralshell.operators.layer_assembly import (
     LabelOf,
     LayerKernels,
+    StructureError,
     contract_layers,
 )
 from spectralshell.operators.linearizations import DoubleReverse, ForwardMode, Parameters, PullBack
@@ -21,8 +23,13 @@ from spectralshell.operators.matrix_free import assemble
 from spectralshell.operators.model_function import widen
 from spectralshell.warning_categories import KernelWarning
 
-AGREEMENT_TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4}
-"""Largest ‖M v − J Jᵀ v‖ / ‖J Jᵀ v‖: a hundred times the rounding of deep models."""
+AGREEMENT_TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
+"""Largest ‖M v − J Jᵀ v‖ / ‖J Jᵀ v‖: ten times the float32 rounding of deep models."""
+
+_FORMS = 2
+
+_VANISHING = 100.0
+"""Gradients below this many roundings of the whole are nothing but rounding."""
 
 
 def verified_kernels(evaluation: Evaluation, *, label_of: LabelOf, max_bytes: int) -> LayerKernels:
@@ -33,28 +40,34 @@ def verified_kernels(evaluation: Evaluation, *, label_of: LabelOf, max_bytes: in
     not help, every column of M becomes a product. A :class:`~spectralshell.warning_categories.
     KernelWarning` then names the modules.
     """
-    refused: list[str] = []
+    wrong: list[str] = []
+    irregular: list[str] = []
     problem = evaluation.problem
     probe = _Probe(evaluation)
-    for _ in range(2):
+    attempts = 2
+    while attempts:
         try:
             found = contract_layers(
-                evaluation, label_of=label_of, refused=refused, max_bytes=max_bytes
+                evaluation, label_of=label_of, refused=[*wrong, *irregular], max_bytes=max_bytes
             )
+        except StructureError as error:  # each time about other parameters: it comes to an end
+            irregular += error.args[1]
+            continue
         except (RuntimeError, ValueError, IndexError, TypeError) as error:
             if is_out_of_memory(error):
                 raise
             break
-        if probe.agrees(found.total()):
-            if refused:
-                _warn(refused, "the gradients of each sample were used for them")
+        if probe.agrees(found, label_of):
+            if wrong:
+                _warn(wrong, "the gradients of each sample were used for them")
             return found
-        wrong = probe.find_wrong_units(found, max_bytes)
+        blamed = probe.find_wrong_units(found, [*wrong, *irregular], max_bytes)
         del found
-        if not wrong or set(wrong) <= set(refused):
+        if not blamed:
             break
-        refused += wrong
-    _warn(refused or problem.function.names, "every column of the kernel is a product")
+        wrong += blamed
+        attempts -= 1
+    _warn(wrong or problem.function.names, "every column of the kernel is a product")
     return _by_products(evaluation, label_of)
 
 
@@ -73,15 +86,24 @@ class _Probe:
             if n_entries:
                 self._chunks.append((slice(first, first + n_entries), chunk))
             first += n_entries
-        self.gradient = self._pull()
+        self.gradient = self._pull(self.vector)
         check_finite_gradient(problem.function.names, self.gradient)
-        self._product: Tensor | None = None
+        self._squares = {
+            name: 0.0 if part.is_meta else float(widen(part).square().sum())
+            for name, part in zip(problem.function.names, self.gradient, strict=True)
+        }
 
-    def agrees(self, matrix: Tensor) -> bool:
-        """Tell whether M v is J Jᵀ v."""
+    def agrees(self, found: LayerKernels, label_of: LabelOf) -> bool:
+        """Tell whether M v is J Jᵀ v, and the form of each label that of its gradient."""
+        matrix = found.total()
         if matrix.is_meta:
             return True
-        found = widen(matrix @ self.vector)
+        squares: dict[str, float] = defaultdict(float)
+        for name, square in self._squares.items():
+            squares[label_of(name)] += square
+        if any(self._differs(kernel, squares[name]) for name, kernel in found.kernels.items()):
+            return False
+        image = widen(matrix @ self.vector)
         tolerance = AGREEMENT_TOLERANCE[matrix.dtype]
         for rung in (ForwardMode, DoubleReverse):
             try:
@@ -90,36 +112,72 @@ class _Probe:
                 if is_out_of_memory(error):
                     raise
                 continue
-            if float((found - expected).norm()) <= tolerance * float(expected.norm()):
+            if float((image - expected).norm()) <= tolerance * float(expected.norm()):
                 return True
-        return False
+            if self._is_product(expected, tolerance):
+                return False
+        return self._forms_agree(matrix)
 
-    def find_wrong_units(self, found: LayerKernels, max_bytes: int) -> list[str]:
+    def _is_product(self, product: Tensor, tolerance: float) -> bool:
+        """Tell whether a rung's J Jᵀ v passes ⟨u, J Jᵀ v⟩ = ⟨Jᵀu, Jᵀv⟩."""
+        u = self._evaluation.problem.draw(len(product))
+        pulled = self._pull(u)
+        form, expected = float(widen(u) @ product), _inner(pulled, self.gradient)
+        scale = (_inner(pulled, pulled) * _inner(self.gradient, self.gradient)) ** 0.5
+        return bool(abs(form - expected) <= tolerance * scale)
+
+    def _forms_agree(self, matrix: Tensor) -> bool:
+        """Tell whether ⟨u, M w⟩ is ⟨Jᵀu, Jᵀw⟩, where reverse mode alone is to be trusted.
+
+        Through functions that are differentiable once no rung gives a product, or a wrong one.
+        """
+        for _ in range(_FORMS):
+            u, w = (self._evaluation.problem.draw(len(matrix)) for _ in range(2))
+            pulled_u, pulled_w = self._pull(u), self._pull(w)
+            scale = (_inner(pulled_u, pulled_u) * _inner(pulled_w, pulled_w)) ** 0.5
+            form = float(widen(u) @ widen(matrix @ w))
+            tolerance = AGREEMENT_TOLERANCE[matrix.dtype]
+            if not abs(form - _inner(pulled_u, pulled_w)) <= tolerance * scale:
+                return False
+        return True
+
+    def find_wrong_units(
+        self, found: LayerKernels, refused: Collection[str], max_bytes: int
+    ) -> list[str]:
         """Name the parameters of units whose own quadratic form is not that of their gradient."""
-        names = self._evaluation.problem.function.names
-        squares = {
-            name: float(widen(part).square().sum())
-            for name, part in zip(names, self.gradient, strict=True)
-        }
-        v = widen(self.vector)
         wrong: list[str] = []
         for unit in found.units:
-            # Under one label, so that a bias is merged as it was.
-            alone = contract_layers(
-                self._evaluation, label_of=lambda name: "", only=unit, max_bytes=max_bytes
-            ).total()
-            expected = sum(squares[name] for name in unit)
-            form = float(v @ (widen(alone) @ v))
-            if not abs(form - expected) <= AGREEMENT_TOLERANCE[alone.dtype] * max(form, expected):
+            if not set(unit).isdisjoint(refused):
+                continue
+            try:
+                # Under one label, so that a bias is merged as it was.
+                alone = contract_layers(
+                    self._evaluation, label_of=lambda name: "", only=unit, max_bytes=max_bytes
+                ).total()
+            except (RuntimeError, ValueError, IndexError, TypeError) as error:
+                if is_out_of_memory(error):
+                    raise
+                wrong += unit
+                continue
+            if self._differs(alone, sum(self._squares[name] for name in unit)):
                 wrong += unit
         return wrong
 
-    def _pull(self) -> Parameters:
+    def _differs(self, kernel: Tensor, expected: float) -> bool:
+        """Tell whether vᵀM_l v is not ‖J_lᵀv‖²; what vanishes but for rounding is right."""
+        v = widen(self.vector)
+        form = float(v @ widen(kernel @ self.vector))
+        rounding = (_VANISHING * torch.finfo(kernel.dtype).eps) ** 2 * sum(self._squares.values())
+        tolerance = AGREEMENT_TOLERANCE[kernel.dtype] * max(form, expected) + rounding
+        return not abs(form - expected) <= tolerance
+
+    def _pull(self, vector: Tensor) -> Parameters:
         function = self._evaluation.problem.function
         total: Parameters | None = None
         for entries, chunk in self._chunks:
             plain = PullBack(self._evaluation.vector_function(chunk), function.parameters)
-            pulled = plain.pull(self.vector[entries])
+            check_depends(plain)
+            pulled = plain.pull(vector[entries])
             total = (
                 pulled
                 if total is None
@@ -139,19 +197,22 @@ class _Probe:
         )
 
 
+def _inner(a: Parameters, b: Parameters) -> float:
+    return sum(float((widen(x) * widen(y)).sum()) for x, y in zip(a, b, strict=True))
+
+
 def _by_products(evaluation: Evaluation, label_of: LabelOf) -> LayerKernels:
     problem = evaluation.problem
     labels: dict[str, list[str]] = {}
     for name in problem.function.names:
         labels.setdefault(label_of(name), []).append(name)
-    kernels, n_matvecs, n_probes, rung, noise = {}, 0, 0, "", 0.0
-    for label, names in labels.items():
-        part = replace(problem, function=problem.function.selecting(names))
-        with assemble(part, evaluation.chunk_size) as kernel:
-            kernels[label] = kernel.to_dense().to(kernel.dtype)
-            n_matvecs += kernel.n_matvecs
-            n_probes += kernel.n_probes
-            rung, noise = kernel.rung, max(noise, kernel.noise)
+    with assemble(problem, evaluation.chunk_size) as kernel:
+        if len(labels) == 1:
+            kernels = dict.fromkeys(labels, kernel.to_dense().to(kernel.dtype))
+        else:
+            kernels = _products_by_label(kernel, labels)
+        found = (kernel.rung, kernel.n_matvecs, kernel.n_probes, kernel.noise)
+    rung, n_matvecs, n_probes, noise = found
     return LayerKernels(
         kernels,
         orders=dict.fromkeys(problem.function.names, "products"),
@@ -162,6 +223,20 @@ def _by_products(evaluation: Evaluation, label_of: LabelOf) -> LayerKernels:
         noise=noise,
         notes=("layers disagree with automatic differentiation: columns are products",),
     )
+
+
+def _products_by_label(
+    kernel: KernelOperator, labels: Mapping[str, Collection[str]]
+) -> dict[str, Tensor]:
+    """Return J_l J_lᵀ for each label, column by column; one alone may vanish but for rounding."""
+    columns: dict[str, list[Tensor]] = {label: [] for label in labels}
+    identity = torch.eye(kernel.n, dtype=torch.float64, device=kernel.residual_vector.device)
+    for unit in identity:
+        named = dict(zip(kernel.parameter_names, kernel.rmatvec(unit), strict=True))
+        for label, names in labels.items():
+            tangents = [t if name in names else torch.zeros_like(t) for name, t in named.items()]
+            columns[label].append(kernel.jvp(tangents).to(kernel.dtype))
+    return {label: torch.stack(found, dim=1) for label, found in columns.items()}
 
 
 def _warn(names: Collection[str], remedy: str) -> None:

@@ -189,8 +189,8 @@ def _table_bytes(footprint: Footprint, plan: UnitPlan, layer_bytes: int) -> int:
         table = n * matrix.fan_in * matrix.fan_out * itemsize
         return min(table, limit) + 2 * min(footprint.n_samples * unfolded, limit // 4)
     products = n * matrix.fan_out * matrix.n_positions * itemsize
-    gram = (footprint.n_samples * matrix.n_positions) ** 2 * itemsize // 8
-    return 2 * footprint.n_samples * unfolded + 2 * gram + min(products, limit // 2)
+    gram = (footprint.n_samples * matrix.n_positions) ** 2 * itemsize
+    return 2 * footprint.n_samples * unfolded + min(gram, limit // 2) + min(products, limit // 2)
 
 
 def _held(plans: Sequence[UnitPlan]) -> int:

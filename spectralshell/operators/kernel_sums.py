@@ -103,22 +103,25 @@ class KernelSum:
         inputs : Tensor, shape (n_samples, fan_in, n_positions)
         outputs : Tensor, shape (n_samples, n_slots, fan_out, n_positions)
         max_bytes : int
-            For the products of a sample's inputs with the others' output gradients.
+            For the Gram matrices of some samples' inputs with the others', and again for their
+            products with the output gradients.
         """
         n_samples, n_slots, fan_out, positions = outputs.shape
         total = self._in_order_of_samples()
         flat = inputs.transpose(1, 2).reshape(n_samples * positions, -1)
         per_sample = n_slots * fan_out * positions * outputs.element_size()
         step = max(1, max_bytes // per_sample)
-        for tile in self.layout.sample_tiles():
-            rows = flat[tile.start * positions : tile.stop * positions]
-            gram = rows @ flat[tile.start * positions :].T
-            gram = gram.view(-1, positions, n_samples - tile.start, positions).permute(0, 2, 3, 1)
-            for sample in range(tile.start, tile.stop):
+        together = max(1, max_bytes // (positions * flat.shape[0] * outputs.element_size()))
+        for first in range(0, n_samples, together):
+            last = min(first + together, n_samples)
+            rows = flat[first * positions : last * positions]
+            gram = rows @ flat[first * positions :].T
+            gram = gram.view(-1, positions, n_samples - first, positions).permute(0, 2, 3, 1)
+            for sample in range(first, last):
                 left = outputs[sample].reshape(n_slots, -1)
                 for start in range(sample, n_samples, step):
                     others = outputs[start : start + step]
-                    between = gram[sample - tile.start, start - tile.start :][: len(others)]
+                    between = gram[sample - first, start - first :][: len(others)]
                     mixed = torch.bmm(others.reshape(len(others), -1, positions), between)
                     block = left @ mixed.view(len(others) * n_slots, -1).T
                     target = total[sample, :, start : start + len(others)]

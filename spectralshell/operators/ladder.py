@@ -83,11 +83,7 @@ def climb(
     values to compare, and the first rung that runs is taken.
     """
     plain = PullBack(function, parameters)
-    if not plain.output.requires_grad:
-        raise ValueError(
-            "the residual does not depend on the selected parameters: the model's forward detaches "
-            "its outputs or runs under no_grad, or `parameters=` selects unused ones."
-        )
+    check_depends(plain)
     u, v = draw(plain.output.numel()), draw(plain.output.numel())
     pulled_u, pulled_v = plain.pull(u), plain.pull(v)
     check_finite_gradient(names, pulled_u)
@@ -136,6 +132,15 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and (
         "not enough memory" in text or "out of memory" in text
     )
+
+
+def check_depends(plain: PullBack) -> None:
+    """Raise ValueError if a vector does not depend on any parameter."""
+    if not plain.output.requires_grad:
+        raise ValueError(
+            "the residual does not depend on the selected parameters: the model's forward detaches "
+            "its outputs or runs under no_grad, or `parameters=` selects unused ones."
+        )
 
 
 def check_finite_gradient(names: list[str], gradient: Parameters) -> None:

@@ -22,6 +22,10 @@ SLICES = 8
 """A table that a contraction makes at a time is this part of what the layers may take."""
 
 
+class StructureError(ValueError):
+    """Chunks use parameters in different ways; ``args[1]`` names those parameters."""
+
+
 @dataclass(frozen=True)
 class Recording:
     """A forward pass with its graph, and the parameters sorted into units."""
@@ -128,6 +132,7 @@ def contract_layers(
         for chunk in chunks:
             if kept is None:
                 kept = record(evaluation, chunk, names, label_of, refused)
+                _check_same(kept, plans, others)
             _run_backward(kept, group, stores, chunk, _slots(evaluation, chunk), layout)
             if len(chunks) > 1 or group.stop == len(plans):
                 kept = None
@@ -238,6 +243,17 @@ def _add_others(
 
         sizes = [function.parameters[index].numel() for index in positions]
         add_sample_gradients(sums[label], record_sample, sizes, max_bytes)
+
+
+def _check_same(recording: Recording, plans: Sequence[UnitPlan], others: Sequence[str]) -> None:
+    """Raise if a chunk's units are not those that the first chunk was planned with."""
+    planned = [plan.unit.names for plan in plans]
+    found = [recorded.unit.names for recorded in recording.units]
+    differing = {name for unit in set(planned) ^ set(found) for name in unit}
+    differing |= set(recording.others) - set(others)
+    if differing or planned != found:
+        names = sorted(differing) or sorted(name for unit in planned for name in unit)
+        raise StructureError("chunks use parameters in different ways", names)
 
 
 def group_units(plans: Sequence[UnitPlan], max_bytes: int) -> Iterator[slice]:

@@ -130,7 +130,8 @@ def find_units(
             unit = Unit((name,), label_of(name), False, matrix, _count_sources(found))
             units.append(RecordedUnit(unit, tuple(found)))
     units.sort(key=lambda recorded: recorded.uses[0].call)
-    others = [name for name in names if name not in known and graph_uses[name]]
+    # A refused one may be in use in other chunks.
+    others = [n for n in names if n not in known and (graph_uses[n] or n in refused)]
     return units, others
 
 
