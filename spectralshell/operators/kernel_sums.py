@@ -127,10 +127,6 @@ class KernelSum:
                     target = total[sample, :, start : start + len(others)]
                     target += block.view(n_slots, len(others), n_slots)
 
-    def add_dense(self, kernel: Tensor) -> None:
-        """Add a kernel whose entries are ordered by sample, shape (n, n)."""
-        self._in_order_of_samples().view(self.layout.n, self.layout.n).add_(kernel)
-
     def finish(self) -> Tensor:
         """Return the whole matrix of the entries kept, and forget the parts."""
         n = self.layout.n
