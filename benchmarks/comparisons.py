@@ -166,6 +166,9 @@ def _products(
     options = {"columns": columns}
     plain = "torch.func vjp + jvp"
     entries = [Entry("product", options), Entry(against, options, asked=asked)]
+    if columns > 1:
+        again = options | {"further": True}
+        entries.append(Entry("product", again, label="product, further blocks"))
     if against != plain and columns == 1:
         entries.append(Entry(plain, options))
     reference = Entry(plain, options | {"dtype": "float64"})

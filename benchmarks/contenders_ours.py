@@ -47,8 +47,9 @@ class Product(_Ours):
         columns = self.data["vectors"][:, : self.options["columns"]]
         if self.options["columns"] == 1:
             return self.kernel.matvec(columns[:, 0])[:, None]
-        # A wide block builds the matrix at the first call, and every timed run has to be a first.
-        self.kernel.forget_matrix()
+        # A wide block builds the matrix at the first call; so every timed run has to be a first.
+        if not self.options.get("further"):
+            self.kernel.forget_matrix()
         return self.kernel.matmat(columns)
 
     def facts(self) -> dict[str, Any]:
@@ -104,7 +105,9 @@ class Grid(_Ours):
 
     def run(self) -> ShellEnergyEstimator:
         X = self.snapshots()
-        estimator = ShellEnergyEstimator(solver=self.options["solver"])
+        estimator = ShellEnergyEstimator(
+            solver=self.options["solver"], n_steps=self.options["n_steps"]
+        )
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ResolutionWarning)
             if self.options["search"] == "none":

@@ -115,10 +115,10 @@ def _limited(workplace: Workplace, problem: Problem, limit: int | None) -> dict[
 
 def grid(workplace: Workplace, *, quick: bool = False) -> list[dict[str, Any]]:
     """Twenty values of q against one fit of the same snapshots."""
-    problem = Problem("resnet", 4 if quick else 16, 32 if quick else 512)
+    problem = Problem("resnet", 4 if quick else 8, 32 if quick else 128)
     rows = []
     for solver in SOLVERS:
-        base = {"solver": solver, "batches": 8, "folds": 2}
+        base = {"solver": solver, "batches": 8, "folds": 2, "n_steps": 50}
         searches = {"none": "one fit", "loop": "20 fits in a loop", "cv": "GridSearchCV, 20 × 2"}
         running = {
             i: workplace.worker("grid", problem, base | {"search": search})
@@ -127,7 +127,7 @@ def grid(workplace: Workplace, *, quick: bool = False) -> list[dict[str, Any]]:
         try:
             for process in running.values():
                 process.ask("time")
-            times = take_turns(running, 1 if quick else 3)
+            times = take_turns(running, 1 if quick else 2)
         finally:
             for process in running.values():
                 process.close()
@@ -141,7 +141,7 @@ def grid(workplace: Workplace, *, quick: bool = False) -> list[dict[str, Any]]:
 
 def scaling(workplace: Workplace, *, quick: bool = False) -> list[dict[str, Any]]:
     """Cost against samples, parameters and Lanczos steps; one row for each point."""
-    samples = (8, 16) if quick else (32, 64, 128, 256, 512)
+    samples = (8, 16) if quick else (16, 32, 64, 128, 256)
     lines: list[tuple[str, str, list[tuple[float, Problem, str, dict[str, Any]]]]] = []
     for network, width, factor in (("resnet", 16, 1), ("mlp", 256, 8)):
         problems = [Problem(network, width, factor * n) for n in samples]

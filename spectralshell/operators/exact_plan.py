@@ -12,13 +12,13 @@ from spectralshell.operators.layer_units import GRADIENTS, GRAM, operation_count
 
 # Rates of a reference machine with two cores: they weigh the parts, and are never measured, so that
 # the same problem always gets the same plan. Halved in float64.
-MODEL_RATE = 4e10
+MODEL_RATE = 1e11
 """Operations a second of a model's forward and backward passes."""
 _CONTRACTION_RATE = 1e11
 _MEMORY_RATE = 5e9
 NODE_SECONDS = 1.5e-5
 """Overhead of an operation of the model."""
-_EIGEN_RATE = 2e10
+_EIGEN_RATE = 6e10
 
 _EIGENPROBLEM = 9.0
 """Operations per entry of n³ of a dense symmetric eigenproblem with vectors."""
