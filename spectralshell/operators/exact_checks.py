@@ -11,16 +11,22 @@ from torch import Tensor
 
 from spectralshell.operators.kernel_operator import KernelOperator
 from spectralshell.operators.kernel_problem import Chunk, Evaluation
-from spectralshell.operators.ladder import check_depends, check_finite_gradient, is_out_of_memory
+from spectralshell.operators.ladder import (
+    IndependenceError,
+    check_finite_gradient,
+    is_out_of_memory,
+)
 from spectralshell.operators.layer_assembly import (
     LabelOf,
     LayerKernels,
+    OnRecord,
     StructureError,
     contract_layers,
 )
 from spectralshell.operators.linearizations import DoubleReverse, ForwardMode, Parameters, PullBack
 from spectralshell.operators.matrix_free import assemble
 from spectralshell.operators.model_function import widen
+from spectralshell.operators.model_guard import quiet_differentiation
 from spectralshell.warning_categories import KernelWarning
 
 AGREEMENT_TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
@@ -32,7 +38,9 @@ _VANISHING = 100.0
 """Gradients below this many roundings of the whole are nothing but rounding."""
 
 
-def verified_kernels(evaluation: Evaluation, *, label_of: LabelOf, max_bytes: int) -> LayerKernels:
+def verified_kernels(
+    evaluation: Evaluation, *, label_of: LabelOf, max_bytes: int, record_size: int | None = None
+) -> LayerKernels:
     """Contract the layers, compare with a matrix-free product, and mend what differs.
 
     Where a product with a random vector differs from automatic differentiation, each unit is
@@ -48,8 +56,15 @@ def verified_kernels(evaluation: Evaluation, *, label_of: LabelOf, max_bytes: in
     while attempts:
         try:
             found = contract_layers(
-                evaluation, label_of=label_of, refused=[*wrong, *irregular], max_bytes=max_bytes
+                evaluation,
+                label_of=label_of,
+                refused=[*wrong, *irregular],
+                max_bytes=max_bytes,
+                record_size=record_size,
+                on_record=probe.watch(),
             )
+        except IndependenceError:
+            raise
         except StructureError as error:  # each time about other parameters: it comes to an end
             irregular += error.args[1]
             continue
@@ -72,13 +87,14 @@ def verified_kernels(evaluation: Evaluation, *, label_of: LabelOf, max_bytes: in
 
 
 class _Probe:
-    """Two random vectors with their gradients, and the product of one, by plain differentiation."""
+    """A random vector with its gradient by plain reverse mode, and its product."""
 
     def __init__(self, evaluation: Evaluation) -> None:
         self._evaluation = evaluation
         problem = evaluation.problem
         n = evaluation.residual_vector.numel()
         self.vector = problem.draw(n)
+        self.gradient: Parameters = ()
         self._chunks: list[tuple[slice, Chunk]] = []
         first = 0
         for chunk in evaluation.chunks():
@@ -86,11 +102,36 @@ class _Probe:
             if n_entries:
                 self._chunks.append((slice(first, first + n_entries), chunk))
             first += n_entries
-        self.gradient = self._pull(self.vector)
-        check_finite_gradient(problem.function.names, self.gradient)
+        self._squares: dict[str, float] = {}
+
+    def watch(self) -> OnRecord:
+        """Return what takes the gradient ⟨v, entries⟩ along the graphs recorded for the layers."""
+        self.gradient = ()
+        first = 0
+
+        def pull(entries: Tensor, leaves: Parameters) -> None:
+            nonlocal first
+            last = first + entries.numel()
+            with quiet_differentiation():
+                pulled = torch.autograd.grad(
+                    entries,
+                    leaves,
+                    self.vector[first:last],
+                    retain_graph=True,
+                    allow_unused=True,
+                    materialize_grads=True,
+                )
+            first = last
+            self.gradient = _added(self.gradient, pulled)
+
+        return pull
+
+    def _measure_gradient(self) -> None:
+        names = self._evaluation.problem.function.names
+        check_finite_gradient(names, self.gradient)
         self._squares = {
             name: 0.0 if part.is_meta else float(widen(part).square().sum())
-            for name, part in zip(problem.function.names, self.gradient, strict=True)
+            for name, part in zip(names, self.gradient, strict=True)
         }
 
     def agrees(self, found: LayerKernels, label_of: LabelOf) -> bool:
@@ -98,6 +139,7 @@ class _Probe:
         matrix = found.total()
         if matrix.is_meta:
             return True
+        self._measure_gradient()
         squares: dict[str, float] = defaultdict(float)
         for name, square in self._squares.items():
             squares[label_of(name)] += square
@@ -173,17 +215,11 @@ class _Probe:
 
     def _pull(self, vector: Tensor) -> Parameters:
         function = self._evaluation.problem.function
-        total: Parameters | None = None
+        total: Parameters = ()
         for entries, chunk in self._chunks:
             plain = PullBack(self._evaluation.vector_function(chunk), function.parameters)
-            check_depends(plain)
-            pulled = plain.pull(vector[entries])
-            total = (
-                pulled
-                if total is None
-                else tuple(a + b for a, b in zip(total, pulled, strict=True))
-            )
-        return total or ()
+            total = _added(total, plain.pull(vector[entries]))
+        return total
 
     def _push(self, rung: Callable[..., ForwardMode | DoubleReverse]) -> Tensor:
         function = self._evaluation.problem.function
@@ -195,6 +231,10 @@ class _Probe:
                 for _, chunk in self._chunks
             ]
         )
+
+
+def _added(total: Parameters, more: Parameters) -> Parameters:
+    return tuple(a + b for a, b in zip(total, more, strict=True)) if total else tuple(more)
 
 
 def _inner(a: Parameters, b: Parameters) -> float:

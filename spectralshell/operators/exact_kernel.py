@@ -41,7 +41,7 @@ class ExactKernel:
     dtype : torch.dtype
         In which the kernel was computed.
     chunk_size : int or None
-        Samples per chunk, where chunks were in use.
+        Samples recorded at a time; None is all.
     forward_flops : float
         Operations of one evaluation of the model on the batch.
     n_matvecs, n_probes : int
@@ -52,7 +52,14 @@ class ExactKernel:
         ``"ok"``, or what to know about the measurement.
     """
 
-    def __init__(self, evaluation: Evaluation, found: LayerKernels, *, keep_layers: bool) -> None:
+    def __init__(
+        self,
+        evaluation: Evaluation,
+        found: LayerKernels,
+        chunk_size: int | None,
+        *,
+        keep_layers: bool,
+    ) -> None:
         problem = evaluation.problem
         self._evaluation: Evaluation | None = evaluation
         self.n = int(evaluation.residual_vector.numel())
@@ -65,7 +72,7 @@ class ExactKernel:
         self.dynamics_exact = problem.residual.dynamics_exact
         self.dtype = problem.function.dtype
         self.device = problem.function.device
-        self.chunk_size = evaluation.chunk_size
+        self.chunk_size = chunk_size
         self.forward_flops = evaluation.forward_flops
         self.orders = found.orders
         self.rung = found.rung
@@ -152,13 +159,14 @@ def assemble_exact(
     problem = evaluation.problem
 
     def build(size: int | None) -> ExactKernel:
-        posed = evaluation if evaluation.chunk_size == size else problem.evaluate(size)
         with problem.function.guard():
             found: LayerKernels = problem.function.installed(
                 None,
-                lambda: verified_kernels(posed, label_of=label_of, max_bytes=plan.layer_bytes),
+                lambda: verified_kernels(
+                    evaluation, label_of=label_of, max_bytes=plan.layer_bytes, record_size=size
+                ),
             )
-        return ExactKernel(posed, found, keep_layers=keep_layers)
+        return ExactKernel(evaluation, found, size, keep_layers=keep_layers)
 
     kernel: ExactKernel = halve_until_it_fits(problem, plan.chunk_size, build)[0]
     return kernel

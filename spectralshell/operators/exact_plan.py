@@ -38,6 +38,9 @@ _CHECK_PASSES = 10.0
 """Evaluations that the checks of a kernel cost, in forward passes."""
 
 _LARGEST_LAYERS = 2**31
+_GRAPH_BYTES = 2**26
+_FEWEST_SAMPLES = 8
+"""Larger chunks are not faster: their passes are bound by memory."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +88,7 @@ def plan_exact(footprint: Footprint, max_bytes: int, chunk_size: int | None = No
         If nothing fits, the plan that takes the least memory: its ``peak_bytes`` are then larger
         than ``max_bytes``.
     """
-    sizes = [chunk_size] if chunk_size is not None else _halvings(footprint.n_samples)
+    sizes = [chunk_size] if chunk_size is not None else _chunk_sizes(footprint)
     plans = [_plan_chunks(footprint, max_bytes, size) for size in sizes]
     fitting = [plan for plan in plans if plan.peak_bytes <= max_bytes]
     if fitting:
@@ -101,9 +104,7 @@ def eigen_cost(n: int) -> float:
 def _plan_chunks(footprint: Footprint, max_bytes: int, size: int) -> ExactPlan:
     whole = size >= footprint.n_samples
     fixed = _fixed_bytes(footprint)
-    passing = min(size, footprint.n_samples) * (
-        footprint.graph_bytes + 4 * footprint.largest_activation * footprint.itemsize
-    )
+    passing = min(size, footprint.n_samples) * _passing_bytes(footprint)
     sums = _sum_bytes(footprint)
     held = sum(plan.held_bytes for plan in footprint.units)
     largest = max((plan.held_bytes for plan in footprint.units), default=0)
@@ -162,6 +163,12 @@ def _fixed_bytes(footprint: Footprint) -> int:
     return 3 * footprint.n_parameters * footprint.itemsize
 
 
+def _passing_bytes(footprint: Footprint) -> float:
+    """Bytes that a recorded sample takes: its graph, and output gradients on their way."""
+    waiting = sum(plan.passing_numbers for plan in footprint.units) * footprint.n_slots
+    return footprint.graph_bytes + footprint.itemsize * (4 * footprint.largest_activation + waiting)
+
+
 def _noise_bytes(footprint: Footprint) -> float:
     """Bytes of the float64 products of a few samples that tell the rounding error."""
     graphs = 2 * _NOISE_GRAPHS * footprint.graph_bytes * NOISE_SAMPLES
@@ -197,8 +204,12 @@ def _held(plans: Sequence[UnitPlan]) -> int:
     return sum(plan.held_bytes for plan in plans)
 
 
-def _halvings(n_samples: int) -> list[int]:
-    sizes = [n_samples]
+def _chunk_sizes(footprint: Footprint) -> list[int]:
+    """Return the sizes to choose from: halvings, the first with graphs that stay near the cores."""
+    size = footprint.n_samples
+    while size > _FEWEST_SAMPLES and size * footprint.graph_bytes > _GRAPH_BYTES:
+        size = (size + 1) // 2
+    sizes = [size]
     while sizes[-1] > 1:
         sizes.append((sizes[-1] + 1) // 2)
     return sizes

@@ -140,9 +140,9 @@ class Evaluation:
         """Operations of one evaluation, at least two for each parameter and sample."""
         return max(self.flops, 2.0 * self.problem.n_samples * self.problem.function.n_parameters)
 
-    def chunks(self) -> list[Chunk]:
-        """Return the chunks of all samples."""
-        bounds = chunk_bounds(self.problem.n_samples, self.chunk_size)
+    def chunks(self, size: int | None = None) -> list[Chunk]:
+        """Return all samples in chunks of ``size``, by default those of the evaluation."""
+        bounds = chunk_bounds(self.problem.n_samples, size or self.chunk_size)
         return [self.take(start, stop) for start, stop in bounds]
 
     def take(self, start: int, stop: int) -> Chunk:

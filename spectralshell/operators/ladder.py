@@ -83,7 +83,7 @@ def climb(
     values to compare, and the first rung that runs is taken.
     """
     plain = PullBack(function, parameters)
-    check_depends(plain)
+    check_depends(plain.output)
     u, v = draw(plain.output.numel()), draw(plain.output.numel())
     pulled_u, pulled_v = plain.pull(u), plain.pull(v)
     check_finite_gradient(names, pulled_u)
@@ -134,10 +134,14 @@ def is_out_of_memory(error: BaseException) -> bool:
     )
 
 
-def check_depends(plain: PullBack) -> None:
+class IndependenceError(ValueError):
+    """The residual does not depend on the parameters."""
+
+
+def check_depends(output: Tensor) -> None:
     """Raise ValueError if a vector does not depend on any parameter."""
-    if not plain.output.requires_grad:
-        raise ValueError(
+    if not output.requires_grad:
+        raise IndependenceError(
             "the residual does not depend on the selected parameters: the model's forward detaches "
             "its outputs or runs under no_grad, or `parameters=` selects unused ones."
         )

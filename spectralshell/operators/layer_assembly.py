@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,12 +11,19 @@ from torch import Tensor
 
 from spectralshell.operators.kernel_problem import Chunk, Evaluation
 from spectralshell.operators.kernel_sums import EntryLayout, KernelSum
-from spectralshell.operators.layer_stores import LayerStore, make_store, store_bytes
+from spectralshell.operators.ladder import check_depends
+from spectralshell.operators.layer_stores import (
+    LayerStore,
+    make_store,
+    passing_numbers,
+    store_bytes,
+)
 from spectralshell.operators.layer_units import RecordedUnit, Unit, choose_order, find_units
 from spectralshell.operators.parameter_uses import UseRecorder, count_graph_uses
 from spectralshell.operators.sample_gradients import add_sample_gradients
 
 LabelOf = Callable[[str], str]
+OnRecord = Callable[[Tensor, tuple[Tensor, ...]], None]
 
 SLICES = 8
 """A table that a contraction makes at a time is this part of what the layers may take."""
@@ -31,6 +38,7 @@ class Recording:
     """A forward pass with its graph, and the parameters sorted into units."""
 
     entries: Tensor
+    leaves: tuple[Tensor, ...]
     units: list[RecordedUnit]
     others: list[str]
 
@@ -43,6 +51,11 @@ class UnitPlan:
     order: str
     n_numbers: int
     held_bytes: int
+
+    @property
+    def passing_numbers(self) -> int:
+        """Numbers held for each entry of a chunk, until its end."""
+        return passing_numbers(self.unit, self.order, self.n_numbers)
 
 
 @dataclass(frozen=True)
@@ -92,13 +105,14 @@ def contract_layers(
     refused: Collection[str] = (),
     only: Collection[str] | None = None,
     max_bytes: int,
+    record_size: int | None = None,
+    on_record: OnRecord | None = None,
 ) -> LayerKernels:
     """Build the kernel of every label.
 
     Parameters
     ----------
     evaluation : Evaluation
-        Its chunks are recorded one after the other.
     label_of : callable
         Label of a parameter.
     refused : collection of str
@@ -108,6 +122,10 @@ def contract_layers(
     max_bytes : int
         For what is kept of the layers; where it does not suffice, they are taken in groups, and
         the passes are repeated for each.
+    record_size : int, optional
+        Samples recorded at a time, by default the evaluation's chunks.
+    on_record : callable
+        Called with each chunk's entries, their graph and its leaves, once for each chunk.
 
     Notes
     -----
@@ -116,7 +134,7 @@ def contract_layers(
     inside the model's guard.
     """
     names = evaluation.problem.function.names if only is None else only
-    chunks = [chunk for chunk in evaluation.chunks() if evaluation.count_entries(chunk)]
+    chunks = [c for c in evaluation.chunks(record_size) if evaluation.count_entries(c)]
     layout = entry_layout(evaluation)
     first = record(evaluation, chunks[0], names, label_of, refused)
     plans = [plan_unit(found.unit, layout, evaluation) for found in first.units]
@@ -124,7 +142,8 @@ def contract_layers(
     kept: Recording | None = first
     del first  # the graph must go when ``kept`` goes
     sums = {label_of(name): KernelSum(layout) for name in names}
-    for group in group_units(plans, max_bytes):
+    # Without a unit there is still a pass to be watched.
+    for turn, group in enumerate(group_units(plans, max_bytes) or [slice(0, 0)]):
         stores = [
             make_store(plan.unit, layout, plan.order, plan.n_numbers, max_bytes // SLICES)
             for plan in plans[group]
@@ -133,6 +152,8 @@ def contract_layers(
             if kept is None:
                 kept = record(evaluation, chunk, names, label_of, refused)
                 _check_same(kept, plans, others)
+            if on_record is not None and turn == 0:
+                on_record(kept.entries, kept.leaves)
             _run_backward(kept, group, stores, chunk, _slots(evaluation, chunk), layout)
             if len(chunks) > 1 or group.stop == len(plans):
                 kept = None
@@ -163,9 +184,10 @@ def record(
     by_id = {id(leaf): name for leaf, name in zip(leaves, function.names, strict=True)}
     with torch.enable_grad(), UseRecorder(by_id, _length(chunk.samples)) as recorder:
         entries = evaluation.vector_function(chunk)(*leaves)
+    check_depends(entries)
     counts = count_graph_uses(entries, by_id)
     units, others = find_units(recorder.uses, counts, names, label_of, refused)
-    return Recording(entries, units, others)
+    return Recording(entries, leaves, units, others)
 
 
 def entry_layout(evaluation: Evaluation) -> EntryLayout:
@@ -207,6 +229,8 @@ def _run_backward(
         store.begin(found, chunk.samples)
     slots = slots.to(recording.entries.device)
     edges = list({use.edge: None for found in uses for use in found})
+    if not edges:
+        return
     for slot in range(layout.n_slots):
         # One entry of each sample: samples do not interact, so their gradients stay apart.
         chosen = (slots == slot).to(recording.entries)
@@ -216,6 +240,8 @@ def _run_backward(
         arrived = dict(zip(edges, cotangents, strict=True))
         for store, found in zip(stores, uses, strict=True):
             store.put(found, [arrived[use.edge] for use in found], chunk.samples, slot)
+    for store in stores:
+        store.end(chunk.samples)
 
 
 def _add_others(
@@ -256,16 +282,16 @@ def _check_same(recording: Recording, plans: Sequence[UnitPlan], others: Sequenc
         raise StructureError("chunks use parameters in different ways", names)
 
 
-def group_units(plans: Sequence[UnitPlan], max_bytes: int) -> Iterator[slice]:
-    """Yield ranges of units whose stores fit together, in the order of the forward pass."""
+def group_units(plans: Sequence[UnitPlan], max_bytes: int) -> list[slice]:
+    """Return ranges of units whose stores fit together, in the order of the forward pass."""
+    groups: list[slice] = []
     start, held = 0, 0
     for index, plan in enumerate(plans):
         if index > start and held + plan.held_bytes > max_bytes:
-            yield slice(start, index)
+            groups.append(slice(start, index))
             start, held = index, 0
         held += plan.held_bytes
-    if plans:
-        yield slice(start, len(plans))
+    return [*groups, slice(start, len(plans))] if plans else groups
 
 
 def _slots(evaluation: Evaluation, chunk: Chunk) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -41,6 +42,9 @@ class LayerStore(ABC):
         slot: int,
     ) -> None:
         """Take the output gradients of one slot of a chunk; None is zero."""
+
+    def end(self, samples: slice) -> None:  # noqa: B027  most stores have nothing left to do
+        """Finish a chunk, whose graph is freed next."""
 
     @abstractmethod
     def add_to(self, total: KernelSum) -> None:
@@ -131,6 +135,15 @@ class PositionStore(LayerStore):
                 chosen = outputs[:, :, start : start + step]
                 total.add_gradients(self._gradients(chosen, group))
 
+    def gradients(self) -> Tensor:
+        """Return the gradients of all entries, shape (n_samples, n_slots, numbers)."""
+        fan_out = self._matrix.fan_out
+        found = [
+            self._gradients(self._outputs[:, :, group * fan_out : (group + 1) * fan_out], group)
+            for group in range(self._matrix.n_groups)
+        ]
+        return found[0] if len(found) == 1 else torch.cat(found, dim=2)
+
     def _gradients(self, outputs: Tensor, group: int) -> Tensor:
         """Return Σ_p g_p a_pᵀ for all entries, shape (n_samples, n_slots, fan_out · fan_in)."""
         fan_in = self._matrix.fan_in + self.unit.merged
@@ -166,15 +179,51 @@ class GradientStore(LayerStore):
         slot: int,
     ) -> None:
         """Take the output gradients of one slot of a chunk."""
-        n_samples = _length(samples)
         for use, cotangent in zip(uses, cotangents, strict=True):
-            if cotangent is None:
-                continue
-            gradient = use.geometry.gradient(cotangent, n_samples).flatten(1)
-            if self.unit.merged:
-                shift = _positions(use).outputs(cotangent, n_samples).sum(3).flatten(1)
-                gradient = torch.cat([gradient, shift], dim=1)
-            self._gradients[samples, slot] += gradient
+            if cotangent is not None:
+                gradient = use.geometry.gradient(cotangent, _length(samples))
+                self._gradients[samples, slot] += gradient.flatten(1)
+
+    def add_to(self, total: KernelSum) -> None:
+        """Add the unit's kernel."""
+        total.add_gradients(self._gradients)
+
+
+class MatrixGradientStore(LayerStore):
+    """The gradients of a matrix, each chunk's from its output gradients when they are complete."""
+
+    def __init__(
+        self, unit: Unit, matrix: MatrixForm, layout: EntryLayout, slice_bytes: int
+    ) -> None:
+        super().__init__(unit, layout)
+        self._matrix = matrix
+        self._slice_bytes = slice_bytes
+        numbers = matrix.n_groups * matrix.fan_out * (matrix.fan_in + unit.merged)
+        self._gradients = _zeros(layout, layout.n_samples, layout.n_slots, numbers)
+        self._chunk: PositionStore | None = None
+
+    def begin(self, uses: Sequence[ParameterUse], samples: slice) -> None:
+        """Take the inputs of a chunk of samples."""
+        layout = replace(self.layout, n_samples=_length(samples))
+        self._chunk = PositionStore(self.unit, self._matrix, layout, GRADIENTS, self._slice_bytes)
+        self._chunk.begin(uses, slice(0, layout.n_samples))
+
+    def put(
+        self,
+        uses: Sequence[ParameterUse],
+        cotangents: Sequence[Tensor | None],
+        samples: slice,
+        slot: int,
+    ) -> None:
+        """Take the output gradients of one slot of a chunk."""
+        if self._chunk is not None:
+            self._chunk.put(uses, cotangents, slice(0, _length(samples)), slot)
+
+    def end(self, samples: slice) -> None:
+        """Turn the chunk's output gradients into gradients."""
+        if self._chunk is not None:
+            self._gradients[samples] = self._chunk.gradients()
+            self._chunk = None
 
     def add_to(self, total: KernelSum) -> None:
         """Add the unit's kernel."""
@@ -201,21 +250,31 @@ def make_store(
         return GramStore(unit, unit.matrix, layout)
     if unit.matrix is not None and _keeps_positions(unit.matrix, order, n_numbers):
         return PositionStore(unit, unit.matrix, layout, order, slice_bytes)
+    if unit.matrix is not None:
+        return MatrixGradientStore(unit, unit.matrix, layout, slice_bytes)
     return GradientStore(unit, layout, n_numbers)
 
 
 def store_bytes(unit: Unit, layout: EntryLayout, order: str, n_numbers: int) -> int:
-    """Return the bytes that a unit's store holds while the passes run, beside the graph's."""
+    """Return the bytes that a unit's store holds from chunk to chunk."""
     matrix = unit.matrix
     if matrix is not None and (order == GRAM or _keeps_positions(matrix, order, n_numbers)):
         n_numbers = matrix.n_positions * matrix.n_groups * matrix.fan_out
     return layout.n * n_numbers * layout.itemsize
 
 
+def passing_numbers(unit: Unit, order: str, n_numbers: int) -> int:
+    """Return the numbers that a unit's store holds for each entry of a chunk, until its end."""
+    matrix = unit.matrix
+    if matrix is None or order == GRAM or _keeps_positions(matrix, order, n_numbers):
+        return 0
+    return matrix.n_positions * matrix.n_groups * matrix.fan_out
+
+
 def _keeps_positions(matrix: MatrixForm, order: str, n_numbers: int) -> bool:
     """Tell whether output gradients are kept, which take less memory than the parameters'."""
     numbers = matrix.n_positions * matrix.n_groups * matrix.fan_out
-    return order == PAIRS or (order == GRADIENTS and (numbers < n_numbers or matrix.unfolds))
+    return order == PAIRS or (order == GRADIENTS and numbers < n_numbers)
 
 
 def _inputs(

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from spectralshell.operators.double_reference import DoubleReference
 from spectralshell.operators.kernel_operator import KernelOperator, Part
 from spectralshell.operators.kernel_problem import (
     Evaluation,
@@ -16,7 +17,6 @@ from spectralshell.operators.kernel_problem import (
     pose_problem,
 )
 from spectralshell.operators.ladder import Climb, DifferentiationError, climb
-from spectralshell.operators.linearizations import DoubleReverse, ForwardMode, Streamed
 from spectralshell.operators.model_guard import MODEL_LOCK
 from spectralshell.operators.module_faults import name_offending_module
 from spectralshell.operators.noise import backward_reads_model, measure_noise
@@ -105,7 +105,7 @@ def _assemble(evaluation: Evaluation, rungs: Sequence[str] | None) -> KernelOper
         kernel.chunk_size = evaluation.chunk_size
         kernel.forward_flops = evaluation.forward_flops
         kernel.reads_model = backward_reads_model(kernel, function, problem.draw)
-        measure_noise(kernel, problem.draw, lambda: _in_double(kernel, evaluation))
+        measure_noise(kernel, problem.draw, DoubleReference(kernel, evaluation))
         return kernel
 
     with function.guard():
@@ -146,29 +146,3 @@ def _differentiate(
         parts.append(Part(slice(first, first + n_entries), step.linearization))
         first += n_entries
     return parts, steps
-
-
-def _in_double(kernel: KernelOperator, evaluation: Evaluation) -> KernelOperator:
-    exact = evaluation.problem.function.in_double()
-    # Storing a push-forward would cost more than the three products it is used for.
-    rung = DoubleReverse if kernel.rung.startswith("double-vjp") else ForwardMode
-    parts = []
-    labelled = [chunk for chunk in evaluation.chunks() if evaluation.count_entries(chunk)]
-    for part, chunk in zip(kernel.parts, labelled, strict=True):
-        vector = evaluation.vector_function(chunk, exact)
-        linearization = (
-            rung(vector, exact.parameters)
-            if kernel.chunk_size is None
-            else Streamed(rung, vector, exact.parameters)
-        )
-        parts.append(Part(part.entries, linearization))
-    reference = KernelOperator(
-        exact,
-        parts,
-        evaluation.problem.residual,
-        kernel.n_rows,
-        kernel.residual_vector,
-        kernel.residual_vector,
-    )
-    reference.reads_model = kernel.reads_model
-    return reference

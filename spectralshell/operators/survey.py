@@ -14,7 +14,11 @@ from spectralshell.operators.exact_kernel import ExactKernel, assemble_exact
 from spectralshell.operators.exact_plan import ExactPlan, plan_exact
 from spectralshell.operators.footprint import Footprint, measure_footprint
 from spectralshell.operators.kernel_operator import KernelOperator
-from spectralshell.operators.kernel_problem import Evaluation, pose_problem
+from spectralshell.operators.kernel_problem import (
+    Evaluation,
+    halve_until_it_fits,
+    pose_problem,
+)
 from spectralshell.operators.lanczos_plan import product_cost
 from spectralshell.operators.layer_labels import resolve_layers
 from spectralshell.operators.matrix_free import assemble
@@ -23,6 +27,10 @@ from spectralshell.operators.model_guard import MODEL_LOCK
 
 if TYPE_CHECKING:
     from spectralshell.snapshots import Snapshot
+
+
+_BLOCKS_EXPECTED = 4
+"""Who multiplies a block multiplies several: block Lanczos, subspace iteration, couplings."""
 
 
 @dataclass(frozen=True)
@@ -46,8 +54,8 @@ class KernelSurvey:
     def build_matrix_free(self, chunk_size: int | None) -> KernelOperator:
         """Build the kernel that multiplies, in chunks of samples.
 
-        Blocks so wide that the matrix takes fewer operations are multiplied with the matrix, if
-        half of the free memory holds it.
+        Wide blocks are multiplied with the matrix, if half of the free memory holds it and building
+        it costs less than a few such blocks of products.
         """
         with MODEL_LOCK, torch.inference_mode(False):
             problem = self.evaluation.problem
@@ -57,7 +65,8 @@ class KernelSurvey:
         if plan.peak_bytes <= budget:
             product = product_cost(self.footprint, kernel.chunk_size)
             kernel.offer_matrix(
-                ceil(plan.kernel_cost / product), lambda: self.build_exact(plan).matrix
+                max(2, ceil(plan.kernel_cost / (_BLOCKS_EXPECTED * product))),
+                lambda: self.build_exact(plan).matrix,
             )
         return kernel
 
@@ -106,7 +115,10 @@ def survey_kernel(
             generator=generator,
         )
         label_of = resolve_layers(layers, problem.function.names)
-        evaluation = problem.evaluate(problem.chunk_size)
+        evaluation: Evaluation
+        evaluation, size = halve_until_it_fits(problem, problem.chunk_size, problem.evaluate)
+        if size != problem.chunk_size:
+            problem.notes.append(f"memory ran out: computed in chunks of {size} samples")
         with problem.function.guard():
             footprint: Footprint = problem.function.installed(
                 None, lambda: measure_footprint(evaluation, label_of)

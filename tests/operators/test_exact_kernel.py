@@ -188,7 +188,7 @@ def test_the_model_is_left_alone(name):
     assert model_fingerprint(snapshot.model) == before
 
 
-@pytest.mark.parametrize("call", range(6))
+@pytest.mark.parametrize("call", range(5))
 def test_the_model_is_left_alone_after_an_exception(call):
     calls = iter(range(100))
 
