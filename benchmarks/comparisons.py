@@ -87,7 +87,9 @@ def comparisons(*, quick: bool = False, full: bool = False) -> list[Comparison]:
     """Return all comparisons; ``quick`` on tiny problems, ``full`` with every Lanczos step."""
     mlp, cnn = Problem("mlp", 256, 256), Problem("resnet", 16, 64)
     resnet, language = Problem("resnet", 64, 64), Problem("gpt-neox", 128, 4, "nll")
-    exact_reference = Entry("torch.func Jacobian contraction", {"dtype": "float64"})
+    exact_reference = Entry("torch.func Jacobian contraction", {"dtype": "float64", "once": True})
+    once = {"once": True}
+    once_label = "torch.func Jacobian contraction, one Jacobian"
     structured = {"implementation": "STRUCTURED_DERIVATIVES"}
     steps = FULL_STEPS if full else 5
     lanczos = "curvlinops, 100 Lanczos steps" + ("" if full else f" ({steps} × {100 // steps})")
@@ -101,6 +103,7 @@ def comparisons(*, quick: bool = False, full: bool = False) -> list[Comparison]:
                 Entry("neural-tangents", structured, asked=1.0),
                 Entry("torch.func NTK-vector products", {"chunk": 64}, at_most=3, asked=50.0),
                 Entry("torch.func Jacobian contraction", at_most=2, asked=50.0),
+                Entry("torch.func Jacobian contraction", once, label=once_label, at_most=2),
             ),
             repeats=15,
             reference=Entry("torch.func NTK-vector products", {"chunk": 64, "dtype": "float64"}),
@@ -113,6 +116,7 @@ def comparisons(*, quick: bool = False, full: bool = False) -> list[Comparison]:
                 Entry("exact kernel"),
                 Entry("neural-tangents", structured, asked=1 / 0.8, memory_asked=2.0),
                 Entry("torch.func Jacobian contraction", at_most=3, asked=4.0, memory_asked=2.0),
+                Entry("torch.func Jacobian contraction", once, label=once_label, at_most=3),
             ),
             repeats=5,
             reference=exact_reference,

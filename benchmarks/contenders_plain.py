@@ -37,13 +37,19 @@ class _Plain(Contender):
 class JacobianContraction(_Plain):
     """Every sample's Jacobian by vmap and jacrev, then one product for each parameter.
 
-    The Jacobian is taken once, although the recipe for two sets of inputs takes it twice.
+    The recipe is for two sets of inputs and takes a Jacobian of each; with the option ``once`` the
+    same one serves both.
     """
 
     def run(self) -> Tensor:
-        jacobian = vmap(jacrev(self.single), (None, 0))(self.parameters, self.data["inputs"])
-        flat = [block.flatten(2) for block in jacobian.values()]
-        return self.as_matrix(sum(torch.einsum("Naf,Mbf->NaMb", j, j) for j in flat))
+        left = self.jacobian()
+        right = left if self.options.get("once") else self.jacobian()
+        pairs = zip(left, right, strict=True)
+        return self.as_matrix(sum(torch.einsum("Naf,Mbf->NaMb", a, b) for a, b in pairs))
+
+    def jacobian(self) -> list[Tensor]:
+        blocks = vmap(jacrev(self.single), (None, 0))(self.parameters, self.data["inputs"])
+        return [block.flatten(2) for block in blocks.values()]
 
 
 class NTKVectorProducts(_Plain):
