@@ -141,7 +141,7 @@ def grid(workplace: Workplace, *, quick: bool = False) -> list[dict[str, Any]]:
 
 def scaling(workplace: Workplace, *, quick: bool = False) -> list[dict[str, Any]]:
     """Cost against samples, parameters and Lanczos steps; one row for each point."""
-    samples = (8, 16) if quick else (16, 32, 64, 128, 256)
+    samples = (8, 16) if quick else (16, 32, 64, 128)
     lines: list[tuple[str, str, list[tuple[float, Problem, str, dict[str, Any]]]]] = []
     for network, width, factor in (("resnet", 16, 1), ("mlp", 256, 8)):
         problems = [Problem(network, width, factor * n) for n in samples]
@@ -154,14 +154,14 @@ def scaling(workplace: Workplace, *, quick: bool = False) -> list[dict[str, Any]
              [(p.n_samples, p, "fit", {"solver": "lanczos", "n_steps": 20}) for p in problems])
         )  # fmt: skip
     for solver in SOLVERS:
-        widths = (4, 8) if quick else (8, 16, 32, 64)
+        widths = (4, 8) if quick else (8, 16, 32)
         problems = [Problem("resnet", width, 16) for width in widths]
         options = {"solver": solver, "n_steps": 20}
         lines.append(
             ("parameters", f"resnet, N = 16, {solver}",
              [(count_parameters(p), p, "fit", options) for p in problems])
         )  # fmt: skip
-    steps = (5, 10) if quick else (10, 20, 40, 80, 160)
+    steps = (5, 10) if quick else (10, 20, 40, 80)
     problem = Problem("resnet", 16, 8 if quick else 32)
     lines.append(
         ("steps", "resnet 16, N = 32, Lanczos",

@@ -39,8 +39,8 @@ _CHECK_PASSES = 10.0
 
 _LARGEST_LAYERS = 2**31
 _GRAPH_BYTES = 2**26
+"""Of a chunk: larger ones are not faster, and need more memory."""
 _FEWEST_SAMPLES = 8
-"""Larger chunks are not faster: their passes are bound by memory."""
 
 
 @dataclass(frozen=True)
