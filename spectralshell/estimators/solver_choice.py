@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from spectralshell.operators.exact_plan import ExactPlan, plan_exact
+from spectralshell.operators.exact_plan import ROOM, ExactPlan, fits, plan_exact
 from spectralshell.operators.footprint import Footprint
 from spectralshell.operators.lanczos_plan import LanczosPlan, plan_lanczos
 from spectralshell.operators.memory_budget import format_bytes
@@ -106,10 +106,10 @@ def plan_solver(
     lanczos = plan_lanczos(footprint, n_steps, max_bytes, chunk_size)
     plans: dict[str, ExactPlan | LanczosPlan] = {"exact": exact, "lanczos": lanczos}
     allowed = plans if solver == "auto" else {solver: plans[solver]}
-    fitting = {name: plan for name, plan in allowed.items() if plan.peak_bytes <= max_bytes}
+    fitting = {name: plan for name, plan in allowed.items() if fits(plan.peak_bytes, max_bytes)}
     if not fitting:
         needs = ", ".join(
-            f"solver={name!r} needs about {format_bytes(plan.peak_bytes)}"
+            f"solver={name!r} needs about {format_bytes(plan.peak_bytes / ROOM)}"
             for name, plan in plans.items()
         )
         raise ValueError(

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from spectralshell.operators.exact_kernel import ExactKernel
-from spectralshell.operators.exact_plan import plan_exact
+from spectralshell.operators.exact_plan import ROOM, fits, plan_exact
 from spectralshell.operators.memory_budget import format_bytes, resolve_max_memory
 from spectralshell.operators.survey import survey_kernel
 
@@ -121,10 +121,10 @@ def build_exact_kernel(
     )
     budget = resolve_max_memory(max_memory, survey.device)
     plan = plan_exact(survey.footprint, budget, survey.evaluation.problem.chunk_size)
-    if plan.peak_bytes > budget:
+    if not fits(plan.peak_bytes, budget):
         raise ValueError(
             f"max_memory: the exact kernel of n = {survey.footprint.n_entries} entries needs about "
-            f"{format_bytes(plan.peak_bytes)}, and {format_bytes(budget)} are allowed; allow that "
-            "much, take fewer samples, or use the matrix-free kernel."
+            f"{format_bytes(plan.peak_bytes / ROOM)}, and {format_bytes(budget)} are allowed; "
+            "allow that much, take fewer samples, or use the matrix-free kernel."
         )
     return survey.build_exact(plan, layers)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from spectralshell.operators.exact_plan import MODEL_RATE, NODE_SECONDS
+from spectralshell.operators.exact_plan import MODEL_RATE, NODE_SECONDS, fits
 from spectralshell.operators.footprint import Footprint
 
 _PRODUCT_PASSES = 4.0
@@ -17,10 +17,10 @@ _SETUP_PRODUCTS = 20.0
 """The ladder's test, and the probes of the noise."""
 
 _NODES_PER_PRODUCT = 4.0
-_GRAPHS = 2.5
-"""Graphs of a stored product, in those of a recorded forward pass."""
+_GRAPHS = 1.25
+"""Graph and tape of a stored product, in graphs of a recorded forward pass."""
 
-_PARAMETER_COPIES = 6
+_PARAMETER_COPIES = 12
 """Own copy, pulled-back gradient and its temporaries, and those of the float64 reference."""
 
 _DENSE_RATE = 2e10
@@ -67,7 +67,11 @@ def plan_lanczos(
         If nothing fits, the plan for single samples.
     """
     size = footprint.n_samples if chunk_size is None else chunk_size
-    while chunk_size is None and size > 1 and _peak_bytes(footprint, n_steps, size) > max_bytes:
+    while (
+        chunk_size is None
+        and size > 1
+        and not fits(_peak_bytes(footprint, n_steps, size), max_bytes)
+    ):
         size = (size + 1) // 2
     whole = size >= footprint.n_samples
     return LanczosPlan(

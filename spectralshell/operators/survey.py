@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from spectralshell.operators.exact_kernel import ExactKernel, assemble_exact
-from spectralshell.operators.exact_plan import ExactPlan, plan_exact
+from spectralshell.operators.exact_plan import ExactPlan, fits, plan_exact
 from spectralshell.operators.footprint import Footprint, measure_footprint
 from spectralshell.operators.kernel_operator import KernelOperator
 from spectralshell.operators.kernel_problem import (
@@ -62,7 +62,7 @@ class KernelSurvey:
             kernel = assemble(problem, chunk_size, evaluation=self.evaluation)
         budget = resolve_max_memory(None, self.device)
         plan = plan_exact(self.footprint, budget, problem.chunk_size)
-        if plan.peak_bytes <= budget:
+        if fits(plan.peak_bytes, budget):
             product = product_cost(self.footprint, kernel.chunk_size)
             kernel.offer_matrix(
                 max(2, ceil(plan.kernel_cost / (_BLOCKS_EXPECTED * product))),
