@@ -10,6 +10,7 @@ import pandas as pd
 
 mpl.use("Agg")
 from matplotlib import pyplot as plt
+from matplotlib.ticker import NullFormatter
 
 _AXES = {
     "N": "samples N",
@@ -33,7 +34,12 @@ def plot_scaling(rows: pd.DataFrame, folder: Path) -> None:
         panel.set_xlabel(_AXES[axis])
         panel.set_ylabel("seconds")
         panel.grid(alpha=0.3, which="both", lw=0.4)
-        panel.legend(fontsize=7, title="fitted exponent", title_fontsize=7)
+        panel.xaxis.set_minor_formatter(NullFormatter())
+        panel.yaxis.set_minor_formatter(NullFormatter())
+        panel.legend(
+            fontsize=7, title="fitted exponent", title_fontsize=7, loc="lower center",
+            bbox_to_anchor=(0.5, 1.0),
+        )  # fmt: skip
     figure.tight_layout()
     figure.savefig(folder / "scaling.png", dpi=110)
     plt.close(figure)
