@@ -31,6 +31,9 @@ ROOM = 0.85
 _ALLOCATOR = 1.27
 """Most memory of the process over what is in use: blocks of many sizes come and go."""
 
+_PARAMETER_COPIES = 6
+"""The model's own, a gradient with its temporaries, and those of the product along it."""
+
 _FLOAT32_BYTES = 4
 _NOISE_COPIES = 5
 """Parameters in float64: their values, two gradients, and the temporaries of a product."""
@@ -167,8 +170,8 @@ def _operations(plan: UnitPlan, footprint: Footprint) -> float:
 
 
 def _fixed_bytes(footprint: Footprint) -> int:
-    """Bytes of the model's own copy and of the gradient that the result is compared with."""
-    return 3 * footprint.n_parameters * footprint.itemsize
+    """Bytes of the model's own copy, and of the gradient and product that M is compared with."""
+    return _PARAMETER_COPIES * footprint.n_parameters * footprint.itemsize
 
 
 def _passing_bytes(footprint: Footprint) -> float:
