@@ -39,10 +39,6 @@ class Geometry(ABC):
             The parameter flattened behind its first dimension.
         """
 
-    def held_bytes(self) -> int:
-        """Bytes of the tensors that the rule keeps alive."""
-        return sum(t.numel() * t.element_size() for t in self.sources)
-
 
 class Positions(Geometry):
     """A matrix applied at positions: gradient = Σ_p g_p a_pᵀ, in blocks for groups.

@@ -31,15 +31,12 @@ class Unit:
         Whether the bias is in: it is the weight of an input that is 1.
     matrix : MatrixForm or None
         Sizes, where every use applies a matrix of the same form at positions.
-    n_sources : int
-        Numbers of one sample's inputs, over all uses.
     """
 
     names: tuple[str, ...]
     label: str
     merged: bool
     matrix: MatrixForm | None
-    n_sources: int
 
 
 @dataclass(frozen=True)
@@ -121,13 +118,13 @@ def find_units(
             continue
         if not all(_is_one_per_output(use, matrix) for use in known[bias]):
             continue
-        unit = Unit((name, bias), label_of(name), True, matrix, _count_sources(found))
+        unit = Unit((name, bias), label_of(name), True, matrix)
         units.append(RecordedUnit(unit, tuple(found)))
         merged |= {name, bias}
     for name, found in known.items():
         if name not in merged:
             matrix = _matrix_form(found)
-            unit = Unit((name,), label_of(name), False, matrix, _count_sources(found))
+            unit = Unit((name,), label_of(name), False, matrix)
             units.append(RecordedUnit(unit, tuple(found)))
     units.sort(key=lambda recorded: recorded.uses[0].call)
     # A refused one may be in use in other chunks.
@@ -222,7 +219,3 @@ def _form_of_one(use: ParameterUse) -> tuple[int, int, int, bool] | None:
         return None
     transposed = isinstance(geometry, Matrix) and geometry.transposed
     return geometry.n_groups, geometry.fan_in, use.fan_out, transposed
-
-
-def _count_sources(uses: Sequence[ParameterUse]) -> int:
-    return sum(t.numel() // use.n_samples for use in uses for t in use.geometry.sources)

@@ -81,12 +81,6 @@ class ModelFunction:
         state.update(zip(self.names, self.parameters, strict=True))
         return ModelFunction(self.model, state, self.names, self.device, torch.float64)
 
-    def selecting(self, names: list[str]) -> ModelFunction:
-        """Return the function of some of its parameters, the others frozen too."""
-        state = dict(self._constants)
-        state.update(zip(self.names, self.parameters, strict=True))
-        return ModelFunction(self.model, state, names, self.device, self.dtype)
-
     def guard(self) -> AbstractContextManager[None]:
         """Return the context in which the model may be called."""
         return guarded(self.model, self.device)

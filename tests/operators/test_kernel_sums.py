@@ -143,7 +143,7 @@ def test_every_order_gives_the_same_kernel(network, order, chunk_size, monkeypat
 
 def unit_of(**sizes):
     form = {"n_groups": 1, "fan_in": 64, "fan_out": 64, "n_positions": 1, "unfolds": False} | sizes
-    return Unit(("w", "b"), "", True, MatrixForm(**form), 64)
+    return Unit(("w", "b"), "", True, MatrixForm(**form))
 
 
 @pytest.mark.parametrize(
@@ -154,7 +154,7 @@ def unit_of(**sizes):
         (unit_of(n_positions=1024, fan_in=27, fan_out=16), 64, 10, GRADIENTS),
         (unit_of(n_positions=1024, fan_in=9, fan_out=1, n_groups=32), 64, 10, GRADIENTS),
         (unit_of(fan_in=1, fan_out=1000), 4, 1, GRAM),
-        (Unit(("gain",), "", False, None, 64), 64, 10, GRADIENTS),
+        (Unit(("gain",), "", False, None), 64, 10, GRADIENTS),
     ],
 )
 def test_the_fewest_operations_are_chosen(unit, n_samples, n_slots, order):
