@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
-from joblib import Memory, Parallel, delayed, effective_n_jobs
+from joblib import Memory
 from tqdm.auto import tqdm
 
-from spectralshell.estimators.snapshot_digest import configuration_digest, snapshot_digest
+from spectralshell.estimators.remembered import measure_each
 from spectralshell.estimators.solver_choice import SolverPlan, plan_solver
 from spectralshell.krylov import (
     CumulativeBounds,
@@ -104,30 +104,16 @@ def measure_snapshots(
     A new Lanczos measure costs ``n_steps`` products with M and a few probes, an exact one a
     backward pass for each output of a sample, the contraction of the layers, and the eigenproblem.
     """
-    for snapshot in snapshots:
-        snapshot.check_unchanged()
-    # A clone's callable is another object with the same code, so callables count by their code.
-    key = configuration_digest(config)
-    missing = [s for s in snapshots if key not in s.measures]
-    bar = tqdm(
-        total=len(snapshots),
-        initial=len(snapshots) - len(missing),
-        desc="measuring snapshots",
-        unit="snapshot",
-        disable=verbose < 1 or not missing,
+    return measure_each(
+        snapshots,
+        config,
+        measure_snapshot,
+        memory=memory,
+        probe_seed=probe_seed,
+        n_jobs=n_jobs,
+        verbose=verbose,
+        on_done=on_done,
     )
-    notify = on_done if on_done is not None else _nothing
-    with bar:
-        for _ in range(len(snapshots) - len(missing)):
-            notify()
-        for snapshot, measure in _computed(missing, config, memory, probe_seed, n_jobs, verbose):
-            # Labelled once, so that what is computed from it later is kept with the snapshot.
-            snapshot.measures[key] = measure.relabel(
-                tau=snapshot.tau, batch=snapshot.batch, name=snapshot.name
-            )
-            bar.update()
-            notify()
-    return [s.measures[key].relabel(tau=s.tau, batch=s.batch, name=s.name) for s in snapshots]
 
 
 def measure_snapshot(
@@ -302,53 +288,3 @@ def _label(snapshot: Snapshot) -> str:
 
 def _largest_rate(nodes: np.ndarray) -> float:
     return max(float(nodes[-1]), 0.0) if nodes.size else 0.0
-
-
-def _computed(
-    snapshots: Sequence[Snapshot],
-    config: MeasurementConfig,
-    memory: Memory,
-    probe_seed: int,
-    n_jobs: int | None,
-    verbose: int,
-) -> Iterator[tuple[Snapshot, SpectralMeasure]]:
-    """Yield snapshots and measures in order, each as soon as it is there."""
-    if len(snapshots) < 2 or effective_n_jobs(n_jobs) == 1:
-        for snapshot in snapshots:
-            yield snapshot, _measure_cached(snapshot, config, memory, probe_seed, verbose)
-        return
-    results = Parallel(n_jobs=n_jobs, return_as="generator")(
-        delayed(_measure_cached)(snapshot, config, memory, probe_seed, 0) for snapshot in snapshots
-    )
-    yield from zip(snapshots, results, strict=True)
-
-
-def _measure_cached(
-    snapshot: Snapshot,
-    config: MeasurementConfig,
-    memory: Memory,
-    probe_seed: int,
-    verbose: int,
-) -> SpectralMeasure:
-    """Measure through ``memory``, also from a worker, so that all fill the same cache."""
-    if memory.location is None:
-        return measure_snapshot(snapshot, config, probe_seed, verbose)
-    key = (snapshot_digest(snapshot), configuration_digest(config))
-    ignored = ["snapshot", "config", "probe_seed", "verbose"]
-    lookup = memory.cache(_measure_for_key, ignore=ignored)
-    return lookup(key, snapshot, config, probe_seed, verbose)
-
-
-def _measure_for_key(
-    key: tuple[str, str],
-    snapshot: Snapshot,
-    config: MeasurementConfig,
-    probe_seed: int,
-    verbose: int,
-) -> SpectralMeasure:
-    del key  # what joblib looks the result up by, instead of hashing the model
-    return measure_snapshot(snapshot, config, probe_seed, verbose)
-
-
-def _nothing() -> None:
-    """Do nothing: the default of ``on_done``."""

@@ -51,24 +51,33 @@ def snapshot_digest(snapshot: Snapshot) -> str:
 
 
 def configuration_digest(config: Any) -> str:
-    """Digest of a measurement's configuration; callables count by their code.
+    """Digest of a measurement's configuration.
 
     Parameters
     ----------
-    config : MeasurementConfig
-        The configuration.
+    config : dataclass
+        The configuration. Callables count by their code, snapshots and tensors by their values.
 
     Returns
     -------
     str
         A SHA-256 in hexadecimal digits.
     """
-    digest = hashlib.sha256()
+    digest = hashlib.sha256(type(config).__name__.encode())
     for field in fields(config):
-        value = getattr(config, field.name)
-        digest.update(_callable_bytes(value) if callable(value) else repr(value).encode())
+        for part in _option_parts(getattr(config, field.name)):
+            digest.update(part)
         digest.update(b"\0")
     return digest.hexdigest()
+
+
+def _option_parts(value: Any) -> Iterable[bytes]:
+    if isinstance(value, Snapshot):
+        yield f"{snapshot_digest(value)} {value.tau!r}".encode()
+    elif callable(value):
+        yield _callable_bytes(value)
+    else:
+        yield from _data_parts(value)
 
 
 def _state_parts(state: Mapping[str, Tensor]) -> Iterable[bytes]:

@@ -1,0 +1,134 @@
+"""Which modes a coupling is measured between: all of them, or those of a block Krylov space."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from spectralshell.operators.exact_plan import ROOM, ExactPlan, fits, plan_exact
+from spectralshell.operators.footprint import Footprint
+from spectralshell.operators.lanczos_plan import LanczosPlan, plan_lanczos, product_cost
+from spectralshell.operators.memory_budget import format_bytes
+
+_MATRICES = 4
+"""Float64 matrices of the modes beside the couplings kept: the modes, M, dM/dt and a product."""
+
+
+@dataclass(frozen=True)
+class CouplingPlan:
+    """The solver chosen for the modes, and what was predicted for both.
+
+    Parameters
+    ----------
+    solver : {"exact", "lanczos"}
+        The cheaper one that fits; a tie goes to the exact solver, whose modes are all there.
+    exact : ExactPlan
+        How the exact kernel is built.
+    lanczos : LanczosPlan
+        Chunks of the products.
+    exact_cost, lanczos_cost : float
+        Predicted seconds of the reference machine, the couplings included.
+    exact_bytes, lanczos_bytes : int
+        Predicted peak memory.
+    n_outputs : int
+        Entries of the residual.
+    """
+
+    solver: str
+    exact: ExactPlan
+    lanczos: LanczosPlan
+    exact_cost: float
+    lanczos_cost: float
+    exact_bytes: int
+    lanczos_bytes: int
+    n_outputs: int
+
+    def describe(self) -> str:
+        """Return a sentence for a user who waits."""
+        return (
+            f"{self.solver} (n = {self.n_outputs}; predicted cost: exact {self.exact_cost:.3g}, "
+            f"lanczos {self.lanczos_cost:.3g}; memory: exact {format_bytes(self.exact_bytes)}, "
+            f"lanczos {format_bytes(self.lanczos_bytes)})"
+        )
+
+
+def plan_couplings(
+    footprint: Footprint,
+    max_bytes: int,
+    *,
+    solver: str = "auto",
+    n_steps: int,
+    block_size: int,
+    n_directions: int,
+    derivative: str,
+    chunk_size: int | None = None,
+) -> CouplingPlan:
+    """Choose between all modes and those of a block Krylov space.
+
+    Parameters
+    ----------
+    footprint : Footprint
+        Sizes of the problem.
+    max_bytes : int
+        Working memory.
+    solver : {"auto", "exact", "lanczos"}
+        A solver that was asked for is kept.
+    n_steps, block_size : int
+        Of block Lanczos; its modes are at most their product.
+    n_directions : int
+        Directions along which the kernel is differentiated.
+    derivative : {"exact", "difference"}
+        Two kernels for each direction, or two products for each mode.
+    chunk_size : int, optional
+        Fixes the samples recorded at a time.
+
+    Returns
+    -------
+    CouplingPlan
+        The same arguments always give the same plan.
+
+    Raises
+    ------
+    ValueError
+        If the solver asked for, or both, do not fit; the message says what would.
+    """
+    n = footprint.n_entries
+    n_modes = min(n_steps * block_size, n)
+    exact = plan_exact(footprint, max_bytes, chunk_size)
+    lanczos = plan_lanczos(footprint, n_modes, max_bytes, chunk_size)
+    product = product_cost(footprint, lanczos.chunk_size)
+    from_kernels = 2.0 * exact.kernel_cost
+    of_all = from_kernels if derivative == "difference" else 2.0 * n * product
+    costs = {
+        "exact": exact.cost + n_directions * of_all,
+        "lanczos": lanczos.cost + n_directions * 2.0 * n_modes * product,
+    }
+    kept = 8 * (_MATRICES + n_directions)
+    peaks = {
+        "exact": int(exact.peak_bytes + kept * n**2),
+        "lanczos": int(lanczos.peak_bytes + kept * n_modes**2 + 16 * n * n_modes),
+    }
+    allowed = list(peaks) if solver == "auto" else [solver]
+    fitting = [name for name in allowed if fits(peaks[name], max_bytes)]
+    if not fitting:
+        needs = ", ".join(
+            f"solver={name!r} needs about {format_bytes(peak / ROOM)}"
+            for name, peak in peaks.items()
+        )
+        raise ValueError(
+            f"max_memory: {format_bytes(max_bytes)} do not hold solver={solver!r} for n = {n} "
+            f"entries and {n_directions} directions: {needs}; allow that much, or take fewer "
+            "samples, steps or random directions."
+        )
+    return CouplingPlan(
+        solver=min(fitting, key=lambda name: costs[name]),
+        exact=exact,
+        lanczos=lanczos,
+        exact_cost=costs["exact"],
+        lanczos_cost=costs["lanczos"],
+        exact_bytes=peaks["exact"],
+        lanczos_bytes=peaks["lanczos"],
+        n_outputs=n,
+    )
+
+
+__all__ = ["CouplingPlan", "plan_couplings"]
