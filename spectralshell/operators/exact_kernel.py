@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from functools import cached_property
-from types import TracebackType
 
 import torch
 from torch import Tensor
@@ -11,13 +10,14 @@ from torch import Tensor
 from spectralshell.operators.exact_checks import verified_kernels
 from spectralshell.operators.exact_noise import measure_exact_noise
 from spectralshell.operators.exact_plan import ExactPlan
+from spectralshell.operators.kernel_base import Kernel
 from spectralshell.operators.kernel_problem import Evaluation, halve_until_it_fits
 from spectralshell.operators.layer_assembly import LabelOf, LayerKernels
 from spectralshell.operators.model_function import cast, widen
 from spectralshell.operators.model_guard import MODEL_LOCK
 
 
-class ExactKernel:
+class ExactKernel(Kernel):
     """M = J Jᵀ of one snapshot as a matrix; made by :func:`build_exact_kernel`.
 
     Attributes
@@ -115,31 +115,6 @@ class ExactKernel:
     def close(self) -> None:
         """Free what only the noise still needs; the matrix stays."""
         self._evaluation = None
-
-    def __enter__(self) -> ExactKernel:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
-
-    def __repr__(self) -> str:
-        return (
-            f"ExactKernel(n={self.n}, n_parameters={self.n_parameters}, "
-            f"residual={self.residual!r}, rung={self.rung!r}, dtype={self.dtype})"
-        )
-
-    def _check_rows(self, tensor: Tensor, ndim: int) -> None:
-        if tensor.ndim != ndim or tensor.shape[0] != self.n:
-            expected = f"({self.n},)" if ndim == 1 else f"({self.n}, k)"
-            raise ValueError(
-                f"the operand has shape {tuple(tensor.shape)}, expected {expected}: one entry for "
-                "each row and output of the residual."
-            )
 
 
 def assemble_exact(

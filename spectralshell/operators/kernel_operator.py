@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from spectralshell.operators.ladder import blocks_agree, is_out_of_memory
+from spectralshell.operators.kernel_base import Kernel
+from spectralshell.operators.ladder import blocks_agree, is_out_of_memory, pulls_agree
 from spectralshell.operators.linearizations import Linearization, Parameters
 from spectralshell.operators.model_function import ModelFunction, cast, widen
 from spectralshell.operators.model_guard import MODEL_LOCK, full_precision
@@ -35,7 +35,7 @@ class Part:
     linearization: Linearization
 
 
-class KernelOperator:
+class KernelOperator(Kernel):
     """M = J Jᵀ of one snapshot, matrix-free; made by :func:`~spectralshell.operators.build_kernel`.
 
     Attributes
@@ -93,6 +93,7 @@ class KernelOperator:
         self._values = values
         self.reads_model = False
         self.blocks_work: bool | None = None
+        self.pull_blocks_work: bool | None = None
         self.residual_vector = residual_vector
         self.n = int(residual_vector.numel())
         self.n_rows = n_rows
@@ -158,6 +159,31 @@ class KernelOperator:
         pulled: Parameters = self._run(lambda: self.pull(self._narrow(vector)))
         return pulled
 
+    def rmatmat(self, block: Tensor) -> Iterator[tuple[slice, Parameters]]:
+        """Yield JᵀU for U of shape (n, k), a range of columns at a time.
+
+        Yields
+        ------
+        columns : slice
+            At most 64, and as many as some memory holds.
+        tangents : tuple of Tensor
+            Stacked along the first dimension, in ``dtype``.
+        """
+        self._check_rows(block, 2)
+        columns = self._narrow(block).T
+        start, size = 0, self._stack_size()
+        while start < len(columns):
+            part = columns[start : start + size]
+            try:
+                pulled = self._run(lambda part=part: self._pull_columns(part))
+            except Exception as error:
+                if not is_out_of_memory(error) or size == 1:
+                    raise
+                size //= 2
+                continue
+            yield slice(start, start + len(part)), pulled
+            start += len(part)
+
     def jvp(self, tangents: Sequence[Tensor]) -> Tensor:
         """Return J t in float64, shape (n,), for a tangent as :meth:`rmatvec` returns it."""
         self._check_open()
@@ -208,23 +234,6 @@ class KernelOperator:
         """Free the matrix that wide blocks are multiplied with; the next one builds it again."""
         self._matrix = None
 
-    def __enter__(self) -> KernelOperator:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
-
-    def __repr__(self) -> str:
-        return (
-            f"KernelOperator(n={self.n}, n_parameters={self.n_parameters}, "
-            f"residual={self.residual!r}, rung={self.rung!r}, dtype={self.dtype})"
-        )
-
     def product(self, vector: Tensor) -> Tensor:
         """Return M v as :meth:`matvec` does, without counting it: for probes."""
         return widen(self._run(lambda: self.push(self.pull(self._narrow(vector)))))
@@ -269,12 +278,31 @@ class KernelOperator:
                 size //= 2
 
     def _apply_block(self, columns: Tensor) -> Tensor:
+        total = self._pull_block(columns)
+        pushed = [part.linearization.push_block(total) for part in self.parts]
+        return torch.cat(pushed, dim=1)
+
+    def _pull_columns(self, columns: Tensor) -> Parameters:
+        size = self._block_size()
+        if len(columns) > 1 and size > 1 and self._can_pull_blocks(columns):
+            pieces = [self._pull_block(part) for part in torch.split(columns, size)]
+            return pieces[0] if len(pieces) == 1 else tuple(map(torch.cat, zip(*pieces, strict=True)))
+        singles = [self.pull(column) for column in columns]
+        return tuple(map(torch.stack, zip(*singles, strict=True)))
+
+    def _pull_block(self, columns: Tensor) -> Parameters:
         total: Parameters | None = None
         for part in self.parts:
             pulled = part.linearization.pull_block(columns[:, part.entries])
             total = pulled if total is None else _added(total, pulled)
-        pushed = [part.linearization.push_block(total or ()) for part in self.parts]
-        return torch.cat(pushed, dim=1)
+        return total or ()
+
+    def _can_pull_blocks(self, columns: Tensor) -> bool:
+        if self.pull_blocks_work is None:
+            part = self.parts[0]
+            self.pull_blocks_work = pulls_agree(part.linearization, columns[:2, part.entries])
+            self.n_probes += 2
+        return self.pull_blocks_work
 
     def _can_use_blocks(self, columns: Tensor) -> bool:
         if self.blocks_work is None:
@@ -284,9 +312,12 @@ class KernelOperator:
         return self.blocks_work
 
     def _block_size(self) -> int:
-        per_column = (self.n_parameters + self.n) * self.dtype.itemsize
         by_work = int(_BLOCK_FLOPS / max(1.0, self.forward_flops))
-        return max(1, min(_MAX_BLOCK, by_work, _BLOCK_BYTES // max(1, per_column)))
+        return max(1, min(self._stack_size(), by_work))
+
+    def _stack_size(self) -> int:
+        per_column = (self.n_parameters + self.n) * self.dtype.itemsize
+        return max(1, min(_MAX_BLOCK, _BLOCK_BYTES // max(1, per_column)))
 
     def _run(self, thunk: Callable[[], Any]) -> Any:
         with MODEL_LOCK, torch.inference_mode(False), full_precision(self.device):
@@ -303,12 +334,7 @@ class KernelOperator:
 
     def _check_rows(self, tensor: Tensor, ndim: int) -> None:
         self._check_open()
-        if tensor.ndim != ndim or tensor.shape[0] != self.n:
-            expected = f"({self.n},)" if ndim == 1 else f"({self.n}, k)"
-            raise ValueError(
-                f"the operand has shape {tuple(tensor.shape)}, expected {expected}: one entry for "
-                "each row and output of the residual."
-            )
+        super()._check_rows(tensor, ndim)
 
     def _check_open(self) -> None:
         if not self.parts:

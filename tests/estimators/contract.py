@@ -120,6 +120,16 @@ class SnapshotEstimatorContract:
         )
         assert np.isfinite(result["test_score"]).all()
 
+    def test_joblib_round_trip(self, measured_trajectory, tmp_path):
+        estimator = self.make().fit(measured_trajectory)
+        joblib.dump(estimator, tmp_path / "estimator.joblib")
+        copy = joblib.load(tmp_path / "estimator.joblib")
+        assert copy.get_params() == estimator.get_params()
+
+
+class ShellEstimatorContract(SnapshotEstimatorContract):
+    """For estimators with a shell ratio."""
+
     def test_grid_search_over_q(self, measured_trajectory):
         X = measured_trajectory
         search = GridSearchCV(
@@ -127,9 +137,3 @@ class SnapshotEstimatorContract:
         )
         search.fit(X, groups=[s.batch for s in X])
         assert search.best_params_["q"] in (1.5, 2.0, 4.0)
-
-    def test_joblib_round_trip(self, measured_trajectory, tmp_path):
-        estimator = self.make().fit(measured_trajectory)
-        joblib.dump(estimator, tmp_path / "estimator.joblib")
-        copy = joblib.load(tmp_path / "estimator.joblib")
-        assert copy.get_params() == estimator.get_params()

@@ -13,7 +13,7 @@ from spectralshell import ShellEnergyEstimator, largest_q_within_one_se
 from spectralshell.estimators import measurement
 from spectralshell.operators import KernelOperator
 from spectralshell.warning_categories import ResolutionWarning
-from tests.estimators.contract import SnapshotEstimatorContract
+from tests.estimators.contract import ShellEstimatorContract
 
 # Sums of a few hundred float64 energies.
 CLOSURE_RTOL = 1e-12
@@ -23,7 +23,7 @@ def scaled_error(outputs, targets, scale):
     return scale * (outputs - torch.nn.functional.one_hot(targets, 10))
 
 
-class TestContract(SnapshotEstimatorContract):
+class TestContract(ShellEstimatorContract):
     estimator_class = ShellEnergyEstimator
 
 
