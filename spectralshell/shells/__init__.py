@@ -1,6 +1,10 @@
 """Logarithmic shells: partitions, spectral measures, and the frames made of them."""
 
 from spectralshell.shells.batch_mean import mean_measure
+from spectralshell.shells.coupling import shell_coupling
+from spectralshell.shells.coupling_nulls import permutation_p_value, permuted_couplings
+from spectralshell.shells.diagonal_scaling import diagonal_scaling
+from spectralshell.shells.flux import ShellBalance, shell_balance
 from spectralshell.shells.frames import (
     average_over_batches,
     energy_frame,
@@ -16,20 +20,38 @@ from spectralshell.shells.partition import (
     shell_name,
 )
 from spectralshell.shells.resolution import noise_floor, quadrature_floor
+from spectralshell.shells.soft_shells import SoftShells
+from spectralshell.shells.toeplitz_matrix import (
+    intra_inter_ratio,
+    offset_kernel,
+    toeplitz_part,
+    toeplitz_residual,
+)
 
 __all__ = [
+    "ShellBalance",
     "ShellPartition",
+    "SoftShells",
     "SpectralMeasure",
     "average_over_batches",
     "cumulative_energies",
+    "diagonal_scaling",
     "edges_from_names",
     "energy_frame",
+    "intra_inter_ratio",
     "mean_measure",
     "noise_floor",
+    "offset_kernel",
     "parse_shell_name",
+    "permutation_p_value",
+    "permuted_couplings",
     "quadrature_floor",
     "read_frame",
+    "shell_balance",
+    "shell_coupling",
     "shell_frame",
     "shell_name",
+    "toeplitz_part",
+    "toeplitz_residual",
     "write_frame",
 ]
