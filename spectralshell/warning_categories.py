@@ -9,5 +9,9 @@ class DynamicsWarning(UserWarning):
     """A quantity needs the relation ė = −M e, which this residual does not have."""
 
 
+class GateWarning(UserWarning):
+    """An exact derivative of a kernel misses the jumps of gates, as those of ReLU."""
+
+
 class KernelWarning(UserWarning):
     """A kernel had to be found in a slower way than its structure promised."""

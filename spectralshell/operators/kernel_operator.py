@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -175,7 +176,7 @@ class KernelOperator(Kernel):
         while start < len(columns):
             part = columns[start : start + size]
             try:
-                pulled = self._run(lambda part=part: self._pull_columns(part))
+                pulled: Parameters = self._run(partial(self._pull_columns, part))
             except Exception as error:
                 if not is_out_of_memory(error) or size == 1:
                     raise
@@ -286,7 +287,7 @@ class KernelOperator(Kernel):
         size = self._block_size()
         if len(columns) > 1 and size > 1 and self._can_pull_blocks(columns):
             pieces = [self._pull_block(part) for part in torch.split(columns, size)]
-            return pieces[0] if len(pieces) == 1 else tuple(map(torch.cat, zip(*pieces, strict=True)))
+            return tuple(map(torch.cat, zip(*pieces, strict=True)))
         singles = [self.pull(column) for column in columns]
         return tuple(map(torch.stack, zip(*singles, strict=True)))
 

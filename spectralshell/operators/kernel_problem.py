@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,6 +13,7 @@ from spectralshell.operators.ladder import is_out_of_memory
 from spectralshell.operators.linearizations import VectorFunction
 from spectralshell.operators.model_function import (
     ModelFunction,
+    Parameters,
     cast,
     map_tensors,
     select_parameters,
@@ -23,6 +24,7 @@ from spectralshell.operators.probes import (
     check_finite_state,
     chunk_bounds,
     evaluate,
+    evaluate_chunks,
     take_samples,
 )
 from spectralshell.operators.settings import resolve_device, resolve_dtype
@@ -154,6 +156,26 @@ class Evaluation:
         part = self.targets.samples(start, stop, problem.n_samples, rows_per_sample)
         targets = part.to(function.device, function.dtype)
         return Chunk(slice(start, stop), inputs, targets, self.outputs[start:stop])
+
+    def moved(self, parameters: Parameters) -> Evaluation:
+        """Evaluate the problem at other values of the parameters, once: its checks were made here.
+
+        Raises
+        ------
+        ValueError
+            If the outputs there are not finite.
+        """
+        problem = replace(self.problem, function=self.problem.function.at(parameters))
+        function, bounds = problem.function, chunk_bounds(problem.n_samples, self.chunk_size)
+        with function.guard():
+            outputs = evaluate_chunks(function, problem.inputs, bounds)
+        if not outputs.is_meta and not bool(torch.isfinite(outputs).all()):
+            raise ValueError(
+                "model: the outputs hold NaN or infinite values where the parameters were "
+                "displaced to; take a smaller step."
+            )
+        error, values = _error_and_values(problem.residual, outputs, self.targets)
+        return replace(self, problem=problem, outputs=outputs, residual_vector=error, values=values)
 
     def count_entries(self, chunk: Chunk) -> int:
         """Return the number of the chunk's entries in the residual."""

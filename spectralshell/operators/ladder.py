@@ -99,7 +99,7 @@ def climb(
         except Exception as error:  # any failure inside torch sends us to the next rung
             if is_out_of_memory(error):
                 raise
-            refused[name] = f"{type(error).__name__}: {_first_line(error)}"
+            refused[name] = f"{type(error).__name__}: {first_line(error)}"
             continue
         if defect is None or defect <= GATE_TOLERANCE[u.dtype]:
             return Climb(candidate, name, refused, n_probes=3 * (len(refused) + 1))
@@ -122,6 +122,25 @@ def blocks_agree(linearization: Linearization, block: Tensor) -> bool:
         return True
     difference = float(widen(together - apart).norm())
     return difference <= BLOCK_TOLERANCE[block.dtype] * float(widen(apart).norm())
+
+
+def pulls_agree(linearization: PullBack, block: Tensor) -> bool:
+    """Tell whether the pull-back of a block (k, n) runs and equals those of its rows."""
+    try:
+        together = linearization.pull_block(block)
+    except Exception as error:  # vmap has no rule for some operation: fall back on a loop
+        if is_out_of_memory(error):
+            raise
+        return False
+    singles = zip(*(linearization.pull(row) for row in block), strict=True)
+    apart = tuple(torch.stack(parts) for parts in singles)
+    if any(a.shape != b.shape for a, b in zip(together, apart, strict=True)):
+        return False
+    if block.is_meta:
+        return True
+    difference = tuple(a - b for a, b in zip(together, apart, strict=True))
+    scale = float(_inner(apart, apart).sqrt())
+    return float(_inner(difference, difference).sqrt()) <= BLOCK_TOLERANCE[block.dtype] * scale
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -182,6 +201,7 @@ def _inner(a: Parameters, b: Parameters) -> Tensor:
     return torch.stack(terms).sum()
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """Return the beginning of an exception's text."""
     text = str(error).strip()
     return text.splitlines()[0][:200] if text else "no message"

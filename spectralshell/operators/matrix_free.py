@@ -57,6 +57,7 @@ def assemble(
     *,
     evaluation: Evaluation | None = None,
     rungs: Sequence[str] | None = None,
+    measured: bool = True,
 ) -> KernelOperator:
     """Build the matrix-free kernel of a problem in chunks of ``size`` samples, or smaller ones.
 
@@ -69,11 +70,14 @@ def assemble(
         Of the same problem, in chunks of ``size``.
     rungs : sequence of str, optional
         Restricts the ladder, for tests of a rung.
+    measured : bool, default=True
+        Whether to measure the norm and the noise, which takes about nine products.
     """
 
     def build(size: int | None) -> KernelOperator:
         known = evaluation is not None and evaluation.chunk_size == size
-        return _assemble(evaluation if known and evaluation else problem.evaluate(size), rungs)
+        taken = evaluation if known and evaluation else problem.evaluate(size)
+        return _assemble(taken, rungs, measured=measured)
 
     kernel: KernelOperator
     kernel, fitting = halve_until_it_fits(problem, size, build)
@@ -85,7 +89,9 @@ def assemble(
     return kernel
 
 
-def _assemble(evaluation: Evaluation, rungs: Sequence[str] | None) -> KernelOperator:
+def _assemble(
+    evaluation: Evaluation, rungs: Sequence[str] | None, *, measured: bool
+) -> KernelOperator:
     problem = evaluation.problem
     function = problem.function
 
@@ -105,7 +111,8 @@ def _assemble(evaluation: Evaluation, rungs: Sequence[str] | None) -> KernelOper
         kernel.chunk_size = evaluation.chunk_size
         kernel.forward_flops = evaluation.forward_flops
         kernel.reads_model = backward_reads_model(kernel, function, problem.draw)
-        measure_noise(kernel, problem.draw, DoubleReference(kernel, evaluation))
+        if measured:
+            measure_noise(kernel, problem.draw, DoubleReference(kernel, evaluation))
         return kernel
 
     with function.guard():

@@ -75,11 +75,25 @@ class ModelFunction:
         """Number of selected scalars, tied ones once."""
         return sum(parameter.numel() for parameter in self.parameters)
 
+    def positions(self) -> dict[str, int]:
+        """Return the position of each selected parameter by name, tied ones by all their names."""
+        return {
+            alias: position
+            for position, name in enumerate(self.names)
+            for alias in self._aliases.get(name, [name])
+        }
+
     def in_double(self) -> ModelFunction:
         """Return the same function at the same point, computed in float64."""
         state = dict(self._constants)
         state.update(zip(self.names, self.parameters, strict=True))
         return ModelFunction(self.model, state, self.names, self.device, torch.float64)
+
+    def at(self, parameters: Parameters) -> ModelFunction:
+        """Return the same function with other values of the selected parameters."""
+        state = dict(self._constants)
+        state.update(zip(self.names, parameters, strict=True))
+        return ModelFunction(self.model, state, self.names, self.device, self.dtype)
 
     def guard(self) -> AbstractContextManager[None]:
         """Return the context in which the model may be called."""

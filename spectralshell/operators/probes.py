@@ -81,7 +81,7 @@ def evaluate(
     """
     bounds = chunk_bounds(n_samples, size)
     with FlopCounterMode(display=False) as counter:
-        outputs = _evaluate_chunks(function, inputs, bounds)
+        outputs = evaluate_chunks(function, inputs, bounds)
     flops = float(counter.get_total_flops())
     if not outputs.is_floating_point():
         raise ValueError(
@@ -104,7 +104,7 @@ def evaluate(
         )
     if size is not None and _differ(
         outputs,
-        _evaluate_chunks(function, inputs, _shifted_bounds(n_samples, size)),
+        evaluate_chunks(function, inputs, _shifted_bounds(n_samples, size)),
         COUPLING_TOLERANCE[function.dtype],
     ):
         _check_repeatable(function, inputs, outputs, bounds)
@@ -121,7 +121,7 @@ def evaluate(
 def _check_repeatable(
     function: ModelFunction, inputs: Any, outputs: Tensor, bounds: list[tuple[int, int]]
 ) -> None:
-    again = _evaluate_chunks(function, inputs, bounds)
+    again = evaluate_chunks(function, inputs, bounds)
     if _differ(outputs, again, REPEAT_TOLERANCE[function.dtype]):
         n_samples = bounds[-1][1]
         parts = [take_samples(inputs, slice(*bound), n_samples) for bound in bounds]
@@ -166,7 +166,8 @@ def take_samples(inputs: Any, positions: slice, n_samples: int) -> Any:
     return map_tensors(take, inputs)
 
 
-def _evaluate_chunks(function: ModelFunction, inputs: Any, bounds: list[tuple[int, int]]) -> Tensor:
+def evaluate_chunks(function: ModelFunction, inputs: Any, bounds: list[tuple[int, int]]) -> Tensor:
+    """Evaluate a model once, by the ranges of :func:`chunk_bounds`, without a graph."""
     n_samples = bounds[-1][1]
     with torch.no_grad():
         return torch.cat(

@@ -1,0 +1,177 @@
+"""Directions in parameter space along which a kernel moves."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from spectralshell.operators.kernel_problem import Evaluation
+from spectralshell.operators.linearizations import Parameters, PullBack
+from spectralshell.operators.model_function import ModelFunction, cast, widen
+from spectralshell.residuals import resolve_residual
+
+if TYPE_CHECKING:
+    from spectralshell.snapshots import Snapshot
+
+NAMED_DIRECTIONS = ("gradient-flow", "cross-entropy", "random")
+
+
+@dataclass(frozen=True, eq=False)
+class Direction:
+    """A rate of change θ̇ of the parameters.
+
+    Attributes
+    ----------
+    name : str
+        ``"gradient-flow"``, ``"cross-entropy"``, ``"random"``, ``"snapshot"`` or ``"mapping"``.
+    tangents : tuple of Tensor
+        In the shapes of the parameters and the order of ``parameter_names``, in the working dtype.
+    norm : float
+        ‖θ̇‖, the 2-norm over all parameters; NaN on the meta device.
+    unit : str
+        What θ̇ is per: ``"per tau"`` (of the loss's own gradient flow, or of the snapshots' times)
+        or ``"as given"``; rates of the kernel are per the same.
+    """
+
+    name: str
+    tangents: Parameters
+    norm: float
+    unit: str
+
+    def scaled(self, factor: float) -> Direction:
+        """Return the direction times a number."""
+        tangents = tuple(tangent * factor for tangent in self.tangents)
+        return Direction(self.name, tangents, self.norm * abs(factor), "as given")
+
+    def with_norm(self, norm: float) -> Direction:
+        """Return the direction scaled to a norm; zero stays zero, and what has no values as is."""
+        return self.scaled(norm / self.norm) if self.norm > 0.0 else self
+
+
+def as_direction(name: str, tangents: Parameters, unit: str) -> Direction:
+    """Return a direction with its norm."""
+    if tangents[0].is_meta:
+        return Direction(name, tangents, float("nan"), unit)
+    square = sum(float(widen(tangent).square().sum()) for tangent in tangents)
+    return Direction(name, tangents, square**0.5, unit)
+
+
+def gradient_flow(evaluation: Evaluation) -> Direction:
+    """Return the velocity of the residual's own loss, by plain reverse mode.
+
+    To be called inside the model's guard.
+    """
+    cotangent = evaluation.problem.residual.velocity_cotangent(evaluation.residual_vector)
+    return as_direction("gradient-flow", _pulled(evaluation, cotangent), "per tau")
+
+
+def cross_entropy_flow(evaluation: Evaluation) -> Direction:
+    """Return minus the gradient of the mean cross-entropy, whatever the residual.
+
+    To be called inside the model's guard.
+
+    Raises
+    ------
+    ValueError, TypeError
+        If the targets are not class labels.
+    """
+    loss = resolve_residual("nll")
+    problem = evaluation.problem
+    try:
+        targets = loss.prepare(problem.targets, evaluation.outputs)
+    except (ValueError, TypeError) as error:
+        raise type(error)(
+            f'direction="cross-entropy" needs logits and class labels: {error}'
+        ) from error
+    trained = replace(evaluation, problem=replace(problem, residual=loss), targets=targets)
+    first = evaluation.residual_vector
+    cotangent = first.new_full((targets.n_rows,), -(targets.n_rows**-0.5))
+    return as_direction("cross-entropy", _pulled(trained, cotangent), "per tau")
+
+
+def random_direction(function: ModelFunction, generator: torch.Generator) -> Direction:
+    """Return a Gaussian direction; its numbers depend on the generator alone."""
+    n = function.n_parameters
+    if function.device.type == "meta":
+        numbers = torch.empty(n, dtype=function.dtype, device=function.device)
+    else:
+        drawn = torch.randn(n, generator=generator, device=generator.device, dtype=torch.float64)
+        numbers = drawn.to(function.dtype).to(function.device)
+    pieces = torch.split(numbers, [p.numel() for p in function.parameters])
+    tangents = tuple(
+        piece.reshape(p.shape) for piece, p in zip(pieces, function.parameters, strict=True)
+    )
+    return as_direction("random", tangents, "as given")
+
+
+def displacement(function: ModelFunction, snapshot: Snapshot, other: Snapshot) -> Direction:
+    """Return the way from one snapshot's parameters to another's, over the time between them.
+
+    Raises
+    ------
+    ValueError
+        If the other's state lacks a parameter or has it in another shape.
+    """
+    here, there = snapshot.load_state(), other.load_state()
+    elapsed = other.tau - snapshot.tau
+    tangents = []
+    for name in function.names:
+        if name not in there or there[name].shape != here[name].shape:
+            found = tuple(there[name].shape) if name in there else "no such parameter"
+            raise ValueError(
+                f"direction: the other snapshot's {name!r} is {found}, expected shape "
+                f"{tuple(here[name].shape)}; pass a snapshot of the same model."
+            )
+        # In float64: the difference of close checkpoints would round away.
+        way = widen(there[name].detach()) - widen(here[name].detach()).to(there[name].device)
+        tangents.append(cast(way / (elapsed or 1.0), function.device, function.dtype))
+    return as_direction("snapshot", tuple(tangents), "per tau" if elapsed else "as given")
+
+
+def mapped_direction(function: ModelFunction, given: Mapping[str, Any]) -> Direction:
+    """Return the direction with given tensors by name, and zeros for the rest.
+
+    Raises
+    ------
+    ValueError
+        If a name is not a differentiated parameter, a shape is wrong, or a value not finite.
+    """
+    positions = function.positions()
+    tangents = [torch.zeros_like(p) for p in function.parameters]
+    for name, value in given.items():
+        if name not in positions:
+            raise ValueError(
+                f"direction: {name!r} is none of the differentiated parameters: "
+                f"{', '.join(function.names[:8])}{' …' if len(function.names) > 8 else ''}."
+            )
+        tensor = torch.as_tensor(value).detach()
+        expected = tangents[positions[name]]
+        if tensor.shape != expected.shape:
+            raise ValueError(
+                f"direction: {name!r} has shape {tuple(tensor.shape)}, expected "
+                f"{tuple(expected.shape)}."
+            )
+        if tensor.is_complex() or not bool(torch.isfinite(tensor).all()):
+            raise ValueError(f"direction: {name!r} holds values that are not finite real numbers.")
+        tangents[positions[name]] = tensor.to(expected)
+    return as_direction("mapping", tuple(tangents), "as given")
+
+
+def _pulled(evaluation: Evaluation, cotangent: Tensor) -> Parameters:
+    function = evaluation.problem.function
+    total = tuple(torch.zeros_like(p) for p in function.parameters)
+    first = 0
+    for chunk in evaluation.chunks():
+        n_entries = evaluation.count_entries(chunk)
+        if n_entries == 0:
+            continue
+        plain = PullBack(evaluation.vector_function(chunk), function.parameters)
+        if plain.output.requires_grad:
+            part = cast(cotangent[first : first + n_entries], function.device, function.dtype)
+            total = tuple(a + b for a, b in zip(total, plain.pull(part), strict=True))
+        first += n_entries
+    return total
