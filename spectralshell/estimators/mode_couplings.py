@@ -91,7 +91,7 @@ class ModeCouplings:
 
     @property
     def frozen(self) -> bool:
-        """Whether the kernel does not move along the direction."""
+        """Whether the kernel does not move along the direction, or nothing moves."""
         return not self.couplings.any()
 
     def relabel(self, *, tau: float, batch: int | str, name: str | None) -> ModeCouplings:

@@ -1,0 +1,380 @@
+"""From snapshots to the couplings between modes: done once per snapshot and configuration."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from joblib import Memory
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from spectralshell.estimators.coupling_plan import CouplingPlan, plan_couplings
+from spectralshell.estimators.measurement_parameters import (
+    check_measurement_parameters,
+    measurement_config,
+    probe_seed,
+)
+from spectralshell.estimators.mode_couplings import ModeCouplings
+from spectralshell.estimators.remembered import measure_each
+from spectralshell.krylov import EigenPairs, block_lanczos, block_ritz_pairs, dense_pairs
+from spectralshell.operators import Direction, KernelMotion, survey_motion
+from spectralshell.operators.memory_budget import resolve_max_memory
+from spectralshell.parameter_checks import check_integer, check_option, check_real
+from spectralshell.shells import noise_floor
+from spectralshell.snapshots import Snapshot
+
+DIRECTIONS = ("gradient-flow", "cross-entropy", "random")
+DERIVATIVES = ("exact", "difference")
+
+_CONVERGED = 1e-2
+"""Largest residual norm of a mode, relative to its eigenvalue: it then stays in its shell."""
+
+_NO_ERROR = "zero error"
+_FROZEN = "frozen kernel"
+
+
+@dataclass(frozen=True)
+class CouplingConfig:
+    """What couplings depend on beside their snapshot; the shell ratio q is not in it.
+
+    Parameters
+    ----------
+    residual, solver, n_steps, parameters, chunk_size, device, dtype, max_memory
+        As in :class:`~spectralshell.estimators.measurement.MeasurementConfig`; ``n_steps`` counts
+        blocks.
+    block_size : int
+        Vectors of a block: the error and random ones.
+    direction : str, Snapshot, mapping of str to Tensor, or callable
+        What the parameters do; a callable is given the snapshot and returns one of the others.
+    derivative : {"exact", "difference"}
+        How M is differentiated.
+    step : float or None
+        Step of the difference, in units of τ.
+    n_random : int
+        Random directions.
+    random_seed : int
+        Of the random directions and the start block.
+    """
+
+    residual: Any = "mse"
+    solver: str = "auto"
+    n_steps: int = 50
+    block_size: int = 8
+    direction: Any = "gradient-flow"
+    derivative: str = "exact"
+    step: float | None = None
+    n_random: int = 0
+    random_seed: int = 0
+    parameters: Any = None
+    chunk_size: int | None = None
+    device: str = "auto"
+    dtype: torch.dtype | None = None
+    max_memory: int | str | None = None
+
+
+def check_coupling_parameters(estimator: Any) -> None:
+    """Check the parameters of an estimator on couplings.
+
+    Parameters
+    ----------
+    estimator : estimator
+        With the attributes of a measurement and ``block_size, direction, derivative, step``.
+
+    Raises
+    ------
+    ValueError, TypeError
+        If one is out of range; the message names it.
+    """
+    check_measurement_parameters(estimator)
+    check_integer("block_size", estimator.block_size, low=1)
+    check_option("derivative", estimator.derivative, DERIVATIVES)
+    if estimator.step is not None:
+        check_real("step", estimator.step, low=0.0, low_open=True)
+    _check_direction(estimator.direction)
+
+
+def coupling_config(estimator: Any, n_random: int = 0) -> CouplingConfig:
+    """Gather what the couplings of an estimator depend on.
+
+    Parameters
+    ----------
+    estimator : estimator
+        With checked parameters.
+    n_random : int, default=0
+        Random directions wanted.
+
+    Returns
+    -------
+    CouplingConfig
+        Equal for estimators whose couplings are equal.
+    """
+    spectrum = measurement_config(estimator)
+    exact = estimator.solver == "exact"
+    seeded = n_random > 0 or not exact or estimator.direction == "random"
+    return CouplingConfig(
+        residual=spectrum.residual,
+        solver=spectrum.solver,
+        n_steps=spectrum.n_steps,
+        block_size=0 if exact else int(estimator.block_size),
+        direction=estimator.direction,
+        derivative=estimator.derivative,
+        step=None if estimator.step is None else float(estimator.step),
+        n_random=n_random,
+        random_seed=probe_seed(estimator.random_state) if seeded else 0,
+        parameters=spectrum.parameters,
+        chunk_size=spectrum.chunk_size,
+        device=spectrum.device,
+        dtype=spectrum.dtype,
+        max_memory=spectrum.max_memory,
+    )
+
+
+def measure_couplings(
+    snapshots: Sequence[Snapshot],
+    config: CouplingConfig,
+    *,
+    memory: Memory,
+    n_jobs: int | None = None,
+    verbose: int = 0,
+    on_done: Callable[[], None] | None = None,
+) -> list[ModeCouplings]:
+    """Return the couplings of every snapshot, computing what is not known yet.
+
+    Parameters
+    ----------
+    snapshots : sequence of Snapshot
+        What to measure. New couplings are remembered in ``snapshot.measures``.
+    config : CouplingConfig
+        How to measure.
+    memory : joblib.Memory
+        Cache across processes and restarts.
+    n_jobs : int, optional
+        Processes over snapshots.
+    verbose : int, default=0
+        1 shows a progress bar over snapshots and the plan of each.
+    on_done : callable, optional
+        Called once for every snapshot, known or new.
+
+    Returns
+    -------
+    list of ModeCouplings
+        In the order of ``snapshots``, with their labels.
+
+    Notes
+    -----
+    With k modes and r directions (the random ones and one), the exact solver takes one kernel, an
+    eigenproblem, and for each direction two kernels (``"difference"``) or 2 k products
+    (``"exact"``); Lanczos takes k products and 2 k for each direction. It holds (4 + r) k²
+    float64 numbers.
+    """
+    found: list[ModeCouplings] = measure_each(
+        snapshots,
+        config,
+        couple_snapshot,
+        memory=memory,
+        probe_seed=config.random_seed,
+        n_jobs=n_jobs,
+        verbose=verbose,
+        on_done=on_done,
+    )
+    return found
+
+
+def couple_snapshot(
+    snapshot: Snapshot, config: CouplingConfig, probe_seed: int = 0, verbose: int = 0
+) -> ModeCouplings:
+    """Measure the couplings of one snapshot, without looking into any cache.
+
+    Parameters
+    ----------
+    snapshot : Snapshot
+        The model state and batch.
+    config : CouplingConfig
+        How to measure.
+    probe_seed : int, default=0
+        Seed of the probes that check the operators.
+    verbose : int, default=0
+        1 writes the plan to the standard error.
+
+    Returns
+    -------
+    ModeCouplings
+        With the snapshot's labels.
+    """
+    with survey_motion(
+        snapshot,
+        residual=config.residual,
+        parameters=config.parameters,
+        chunk_size=config.chunk_size,
+        max_memory=config.max_memory,
+        device=config.device,
+        dtype=config.dtype,
+        generator=torch.Generator().manual_seed(probe_seed),
+    ) as motion:
+        plan = _plan(motion, config)
+        if verbose >= 1:
+            tqdm.write(f"snapshot at tau={snapshot.tau:g}: {plan.describe()}", file=sys.stderr)
+        draws = torch.Generator().manual_seed(config.random_seed)
+        modes = _modes(motion, plan, config, draws)
+        return _couple(snapshot, motion, modes, config, draws)
+
+
+@dataclass(frozen=True)
+class _Modes:
+    """Modes in ascending order, and what is known of their kernel."""
+
+    pairs: EigenPairs
+    solver: str
+    noise: float
+    floor: float
+    n_matvecs: int
+    status: str
+
+
+def _plan(motion: KernelMotion, config: CouplingConfig) -> CouplingPlan:
+    return plan_couplings(
+        motion.survey.footprint,
+        resolve_max_memory(config.max_memory, motion.device),
+        solver=config.solver,
+        n_steps=config.n_steps,
+        block_size=config.block_size,
+        n_directions=1 + config.n_random,
+        derivative=config.derivative,
+        chunk_size=motion.survey.evaluation.chunk_size,
+    )
+
+
+def _modes(
+    motion: KernelMotion, plan: CouplingPlan, config: CouplingConfig, draws: torch.Generator
+) -> _Modes:
+    if plan.solver == "exact":
+        with motion.survey.build_exact(plan.exact) as exact:
+            pairs = dense_pairs(exact.to_dense(), exact.n, exact.noise)
+            return _gathered(pairs, "exact", exact.noise, exact.n, 0, exact.status)
+    with motion.survey.build_matrix_free(plan.lanczos.chunk_size) as kernel:
+        start = _start_block(kernel.residual_vector, config.block_size, draws)
+        run = block_lanczos(kernel.matmat, start, config.n_steps)
+        pairs = block_ritz_pairs(run, noise=kernel.noise * kernel.norm)
+        return _gathered(pairs, "lanczos", kernel.noise, 1, kernel.n_matvecs, kernel.status)
+
+
+def _gathered(
+    pairs: EigenPairs, solver: str, noise: float, n: int, n_matvecs: int, status: str
+) -> _Modes:
+    lambda_max = max(float(pairs.eigenvalues.max(initial=0.0)), 0.0)
+    absolute = noise * lambda_max
+    return _Modes(
+        pairs, solver, absolute, noise_floor(absolute, lambda_max, n=n), n_matvecs, status
+    )
+
+
+def _start_block(error: Tensor, block_size: int, draws: torch.Generator) -> Tensor:
+    random = torch.randn(error.numel(), block_size - 1, generator=draws, dtype=torch.float64)
+    # The random vectors are as long as the error, so that deflation treats all alike.
+    length = torch.linalg.vector_norm(error) / error.numel() ** 0.5
+    return torch.cat([error[:, None], random.to(error.device) * length.clamp_min(1e-300)], dim=1)
+
+
+def _couple(
+    snapshot: Snapshot,
+    motion: KernelMotion,
+    modes: _Modes,
+    config: CouplingConfig,
+    draws: torch.Generator,
+) -> ModeCouplings:
+    ascending = slice(None, None, -1)
+    vectors = modes.pairs.vectors.flip(1)
+    eigenvalues = modes.pairs.eigenvalues[ascending].copy()
+    norms = modes.pairs.residual_norms[ascending].copy()
+    exact = modes.solver == "exact"
+    converged = np.full(norms.shape, True) if exact else norms <= _CONVERGED * eigenvalues
+    error = motion.residual_vector
+    direction = _direction(snapshot, motion, config.direction, draws)
+    rate = motion.error_rate(direction)
+    couplings, statuses = _compressed(motion, direction, vectors, config)
+    random = [
+        _compressed(motion, drawn, vectors, config)[0]
+        for drawn in (
+            motion.direction("random", generator=draws, norm=direction.norm)
+            for _ in range(config.n_random)
+        )
+    ]
+    shape = (config.n_random, *couplings.shape)
+    total = 0.5 * float(error @ error)
+    phrases = [modes.pairs.status, modes.status, *statuses]
+    phrases += [_NO_ERROR] if total == 0.0 else []
+    phrases += [_FROZEN] if direction.norm > 0.0 and not couplings.any() else []
+    return ModeCouplings(
+        eigenvalues=eigenvalues,
+        amplitudes=(vectors.T @ error).cpu().numpy(),
+        error_rates=(vectors.T @ rate).cpu().numpy(),
+        couplings=couplings,
+        random_couplings=np.stack(random) if random else np.zeros(shape),
+        residual_norms=norms,
+        converged=converged,
+        lambda_max=max(float(eigenvalues[-1]), 0.0) if eigenvalues.size else 0.0,
+        floor=modes.floor,
+        noise=modes.noise,
+        total=total,
+        total_rate=float(rate @ error),
+        direction=direction.name,
+        derivative=config.derivative,
+        direction_norm=direction.norm,
+        solver=modes.solver,
+        n_matvecs=modes.n_matvecs,
+        n_outputs=motion.n,
+        n_rows=motion.n_rows,
+        n_parameters=motion.n_parameters,
+        dynamics_exact=motion.dynamics_exact and direction.name == "gradient-flow",
+        tau=snapshot.tau,
+        batch=snapshot.batch,
+        name=snapshot.name,
+        status="; ".join(dict.fromkeys(p for p in phrases if p != "ok")) or "ok",
+    )
+
+
+def _direction(
+    snapshot: Snapshot, motion: KernelMotion, spec: Any, draws: torch.Generator
+) -> Direction:
+    if callable(spec):
+        spec = spec(snapshot)
+    return motion.direction(spec, generator=draws)
+
+
+def _compressed(
+    motion: KernelMotion, direction: Direction, vectors: Tensor, config: CouplingConfig
+) -> tuple[np.ndarray, list[str]]:
+    derivative = motion.derivative(direction, method=config.derivative, step=config.step)
+    slice_: np.ndarray = derivative.compress(vectors).cpu().numpy()
+    return slice_, [derivative.status]
+
+
+def _check_direction(direction: Any) -> None:
+    if isinstance(direction, str):
+        check_option("direction", direction, DIRECTIONS)
+    elif not (callable(direction) or isinstance(direction, Snapshot) or _is_mapping(direction)):
+        raise TypeError(
+            f"direction must be one of {', '.join(map(repr, DIRECTIONS))}, a Snapshot to move to, "
+            f"a mapping of parameter names to tensors, or a callable that gives one of these for a "
+            f"snapshot, got {direction!r}."
+        )
+
+
+def _is_mapping(direction: Any) -> bool:
+    return hasattr(direction, "items") and all(
+        isinstance(name, str) and isinstance(value, Tensor) for name, value in direction.items()
+    )
+
+
+__all__ = [
+    "CouplingConfig",
+    "check_coupling_parameters",
+    "couple_snapshot",
+    "coupling_config",
+    "measure_couplings",
+]
