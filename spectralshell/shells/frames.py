@@ -6,7 +6,7 @@ import json
 from collections import Counter
 from collections.abc import Callable, Sequence
 from os import PathLike
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import pandas as pd
@@ -19,6 +19,25 @@ UNRESOLVED = "unresolved"
 # With no noise, null is what has eigenvalue zero or less.
 _TINY = float(np.finfo(np.float64).tiny)
 _MIXED = "spectralshell_mixed_labels"
+
+
+class Labelled(Protocol):
+    """A measure of one snapshot, with the snapshot's labels."""
+
+    @property
+    def tau(self) -> float:
+        """Effective training time."""
+
+    @property
+    def batch(self) -> int | str:
+        """Label of the batch."""
+
+    @property
+    def name(self) -> str | None:
+        """Label of the run or model."""
+
+
+_M = TypeVar("_M", bound=Labelled)
 
 
 def shell_frame(measures: Sequence[SpectralMeasure], partition: ShellPartition) -> pd.DataFrame:
@@ -107,11 +126,27 @@ def energy_frame(measures: Sequence[SpectralMeasure], partition: ShellPartition)
     """
     listed = _check_measures(measures)
     energies = np.stack([measure.energies(partition.edges) for measure in listed])
-    labels = _label_columns(listed)
-    index = pd.MultiIndex.from_arrays(list(labels.values()), names=list(labels))
-    frame = pd.DataFrame(energies, index=index, columns=pd.Index([NULL, *partition.names]))
+    columns = pd.Index([NULL, *partition.names])
+    frame = pd.DataFrame(energies, index=label_index(listed), columns=columns)
     frame.attrs = _attributes(listed)
     return frame
+
+
+def label_index(measures: Sequence[Labelled]) -> pd.MultiIndex:
+    """Return the index of frames with a row per snapshot, from the labels of its measures.
+
+    Parameters
+    ----------
+    measures : sequence
+        Anything with the attributes ``tau, batch, name``, distinct.
+
+    Returns
+    -------
+    MultiIndex
+        Levels ``tau``, ``batch`` and, where some measure has one, ``name``.
+    """
+    labels = _label_columns(_check_measures(measures))
+    return pd.MultiIndex.from_arrays(list(labels.values()), names=list(labels))
 
 
 def average_over_batches(frame: pd.DataFrame) -> pd.DataFrame:
@@ -219,10 +254,10 @@ def read_frame(path: str | PathLike[str]) -> pd.DataFrame:
     return _map_labels(frame, mixed["levels"], mixed["columns"], json.loads)
 
 
-def _check_measures(measures: Sequence[SpectralMeasure]) -> list[SpectralMeasure]:
+def _check_measures(measures: Sequence[_M]) -> list[_M]:
     listed = list(measures)
     if not listed:
-        raise ValueError("measures is empty; pass at least one SpectralMeasure.")
+        raise ValueError("measures is empty; pass at least one.")
     labels = Counter((measure.tau, measure.batch, measure.name) for measure in listed)
     repeated = [label for label, count in labels.items() if count > 1]
     if repeated:
@@ -233,7 +268,7 @@ def _check_measures(measures: Sequence[SpectralMeasure]) -> list[SpectralMeasure
     return listed
 
 
-def _label_columns(measures: list[SpectralMeasure]) -> dict[str, np.ndarray[Any, Any]]:
+def _label_columns(measures: Sequence[Labelled]) -> dict[str, np.ndarray[Any, Any]]:
     batches = [measure.batch for measure in measures]
     numbers = all(isinstance(batch, int) for batch in batches)
     columns: dict[str, np.ndarray[Any, Any]] = {
