@@ -151,6 +151,8 @@ def comparisons(*, quick: bool = False, full: bool = False) -> list[Comparison]:
             "Ten largest eigenvalues, MLP, N = 256",
             mlp,
             (
+                Entry("leading pairs", {"n_steps": 40, "count": 10},
+                      label="eigenpairs, 40 Lanczos steps"),
                 Entry("fit", {"solver": "exact", "compare": "eigenvalues", "count": 10},
                       label="exact fit, all eigenpairs"),
                 Entry("hessian-eigenthings", {"count": 10, "steps": 40},

@@ -85,6 +85,16 @@ class Fit(_Ours):
         return known | {name: _plain(value) for name, value in plan.items()}
 
 
+class LeadingPairs(_Ours):
+    """The largest eigenvalues with their modes, from the snapshot on."""
+
+    def run(self) -> np.ndarray:
+        estimator = ShellEnergyEstimator(
+            residual=self.problem.residual, solver="lanczos", n_steps=self.options["n_steps"]
+        )
+        return estimator.eigenpairs([self.snapshot()], k=self.options["count"])[0].eigenvalues
+
+
 class Grid(_Ours):
     """A grid over the shell ratio q, or one fit of the same snapshots."""
 

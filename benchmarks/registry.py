@@ -13,6 +13,7 @@ _CONTENDERS = {
     "exact kernel": ("contenders_ours", "ExactKernel", TORCH),
     "product": ("contenders_ours", "Product", TORCH),
     "fit": ("contenders_ours", "Fit", TORCH),
+    "leading pairs": ("contenders_ours", "LeadingPairs", TORCH),
     "grid": ("contenders_ours", "Grid", TORCH),
     "torch.func Jacobian contraction": ("contenders_plain", "JacobianContraction", TORCH),
     "torch.func NTK-vector products": ("contenders_plain", "NTKVectorProducts", TORCH),
