@@ -1,0 +1,1 @@
+"""Experiments with the package on real networks: ``make study-residual``."""

@@ -1,0 +1,321 @@
+"""How a step in parameter space couples the modes of a network's kernel.
+
+For one state and one batch, kernels of the logits are built at the state and on both sides of it
+along each direction. The kernels of both residuals follow from them: the Jacobian of the
+probabilities is the Jacobian of the logits times the derivative S of the softmax, so that the
+kernel of the Brier residual is S M S. That halves the work; the random directions are shared too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.functional import cross_entropy, one_hot
+
+from spectralshell import Snapshot
+from spectralshell.krylov import dense_pairs
+from spectralshell.operators import build_exact_kernel
+from spectralshell.shells import noise_floor
+from studies.residual.files import write_atomically
+from studies.residual.networks import N_CLASSES, Network
+
+RESIDUALS = ("cross-entropy", "brier")
+Floats = NDArray[np.float64]
+Direction = Mapping[str, Tensor]
+
+_TRIAL = 1e-6
+"""Size of a step, relative to the weights, that shows how fast the error changes."""
+_FLOAT32_NOISE = 6e-7
+"""Of kernels along random directions, which take steps large enough for float32."""
+
+
+@dataclass(frozen=True)
+class MeasuringPlan:
+    """How all states are measured.
+
+    Parameters
+    ----------
+    n_images, n_batches : int
+        Test images of a batch, and batches, the same for all states.
+    n_random : int
+        Random directions, the same for all states of a network and its batches.
+    change : float
+        ‖h ė‖ / ‖e‖, by how much the step to either side of a central difference changes the error.
+        GELU networks give the same couplings at a tenth of it. ReLU networks do not: gates flip,
+        the kernel jumps, and a smaller step sees fewer jumps, divided by less.
+    """
+
+    n_images: int = 40
+    n_batches: int = 3
+    n_random: int = 8
+    change: float = 0.01
+
+
+@dataclass(frozen=True, eq=False)
+class Coupled:
+    """V = Uᵀ (dM/dt) U of one state, batch and residual, in the basis of all modes.
+
+    Parameters
+    ----------
+    eigenvalues, amplitudes : ndarray of shape (n,)
+        Ascending, 1/τ; ⟨e, u⟩.
+    flow : ndarray of shape (n, n)
+        V along the gradient flow of the residual's own loss.
+    random : ndarray of shape (n_random, n, n)
+        V along random directions of the same norm.
+    error_rates : ndarray of shape (n,)
+        ⟨ė, u⟩ along the gradient flow.
+    floor : float
+        λ below which rounding hides the modes.
+    direction_norm : float
+        ‖θ̇‖.
+    """
+
+    eigenvalues: Floats
+    amplitudes: Floats
+    flow: Floats
+    random: Floats
+    error_rates: Floats
+    floor: float
+    direction_norm: float
+
+    def save(self, path: Path) -> None:
+        """Write the upper triangles, rounded to float32."""
+        upper = np.triu_indices(len(self.eigenvalues))
+        write_atomically(
+            path,
+            lambda part: np.savez(
+                part,
+                eigenvalues=self.eigenvalues,
+                amplitudes=self.amplitudes,
+                error_rates=self.error_rates,
+                flow=self.flow[upper].astype(np.float32),
+                random=self.random[:, upper[0], upper[1]].astype(np.float32),
+                numbers=np.array([self.floor, self.direction_norm]),
+            ),
+        )
+
+    @classmethod
+    def load(cls, path: Path) -> Coupled:
+        """Read what `save` wrote."""
+        with np.load(path) as found:
+            n = len(found["eigenvalues"])
+            both = _symmetric(np.concatenate([found["flow"][None], found["random"]]), n)
+            floor, norm = found["numbers"].tolist()
+            return cls(
+                eigenvalues=found["eigenvalues"],
+                amplitudes=found["amplitudes"],
+                flow=both[0],
+                random=both[1:],
+                error_rates=found["error_rates"],
+                floor=floor,
+                direction_norm=norm,
+            )
+
+
+def _symmetric(triangles: NDArray[Any], n: int) -> Floats:
+    rows, columns = np.triu_indices(n)
+    full = np.zeros((len(triangles), n, n))
+    full[:, rows, columns] = triangles
+    full[:, columns, rows] = triangles
+    return full
+
+
+def coupled_path(folder: Path, network: Network, when: str, batch: int, residual: str) -> Path:
+    """Return the file of one measurement."""
+    return folder / network.name / f"{when.replace(' ', '-')}_{residual}_{batch}.npz"
+
+
+def measure(
+    network: Network,
+    state: Path,
+    inputs: Tensor,
+    targets: Tensor,
+    plan: MeasuringPlan,
+    *,
+    random_seed: int = 0,
+) -> dict[str, Coupled]:
+    """Measure one state on one batch under both residuals.
+
+    Parameters
+    ----------
+    network : Network
+    state : Path
+        Its weights and statistics.
+    inputs, targets : Tensor
+        The batch.
+    plan : MeasuringPlan
+    random_seed : int, default=0
+        Of the random directions.
+
+    Returns
+    -------
+    dict of str to Coupled
+        By residual.
+
+    Notes
+    -----
+    Takes 5 + 2 ``n_random`` kernels of the logits.
+    """
+    model = network.build()
+    model.load_state_dict(load_file(state))
+    # Also the weights: the step along a gradient is below what float32 resolves.
+    model.double().eval()
+    probe = _Probe(model, inputs.double(), targets, plan.change)
+    here = probe.kernels(None, 0.0)
+    draws = torch.Generator().manual_seed(random_seed)
+    random = [
+        probe.rates(random_direction(model, draws), torch.float32) for _ in range(plan.n_random)
+    ]
+    found = {}
+    for residual in RESIDUALS:
+        direction = gradient_flow(model, inputs.double(), targets, residual)
+        norm = norm_of(direction)
+        along = probe.rates(direction, torch.float64)
+        matrix = here.matrices[residual]
+        pairs = dense_pairs(torch.from_numpy(matrix), len(matrix), here.noise)
+        vectors = pairs.vectors.numpy()[:, ::-1]
+        lambda_max = float(pairs.eigenvalues[0])
+        found[residual] = Coupled(
+            eigenvalues=pairs.eigenvalues[::-1].copy(),
+            amplitudes=vectors.T @ here.error,
+            flow=_compressed(along.matrices[residual], vectors),
+            # Random directions have norm 1; θ̇ is as long as that of the flow.
+            random=np.stack([_compressed(r.matrices[residual], vectors) * norm for r in random]),
+            error_rates=vectors.T @ along.error,
+            floor=noise_floor(_FLOAT32_NOISE * lambda_max, lambda_max, n=len(matrix)),
+            direction_norm=norm,
+        )
+    return found
+
+
+def _compressed(matrix: Floats, vectors: Floats) -> Floats:
+    half = vectors.T @ matrix @ vectors
+    return (half + half.T) / 2
+
+
+@dataclass(frozen=True, eq=False)
+class Kernels:
+    """Kernels of both residuals at one point, or their rates of change along a direction."""
+
+    matrices: dict[str, Floats]
+    error: Floats
+    noise: float
+
+
+class _Probe:
+    """Kernels of one batch at displaced parameters."""
+
+    def __init__(self, model: nn.Module, inputs: Tensor, targets: Tensor, change: float) -> None:
+        self._model, self._inputs, self._targets = model, inputs, targets
+        self._change = change
+        self._length = norm_of(dict(model.named_parameters()))
+
+    def rates(self, direction: Direction, dtype: torch.dtype) -> Kernels:
+        """Return central differences along a direction, per unit of it."""
+        step = self._step(direction)
+        ahead = self.kernels(direction, step, dtype)
+        behind = self.kernels(direction, -step, dtype)
+        matrices = {
+            residual: (ahead.matrices[residual] - behind.matrices[residual]) / (2 * step)
+            for residual in RESIDUALS
+        }
+        return Kernels(matrices, (ahead.error - behind.error) / (2 * step), ahead.noise)
+
+    def kernels(
+        self, direction: Direction | None, amount: float, dtype: torch.dtype = torch.float64
+    ) -> Kernels:
+        """Return the kernels at θ + amount · θ̇."""
+        state = self._displaced(direction or {}, amount)
+        snapshot = Snapshot(self._model, self._inputs, self._targets, state=state)
+        with build_exact_kernel(
+            snapshot, residual="cross-entropy", dtype=dtype, device="cpu"
+        ) as kernel:
+            matrix = kernel.to_dense().numpy()
+            error = kernel.residual_vector.numpy()
+            noise = kernel.noise if direction is None else 0.0
+        return Kernels(
+            {"cross-entropy": matrix, "brier": brier_kernel(matrix, error, self._targets)},
+            error,
+            noise,
+        )
+
+    def _step(self, direction: Direction) -> float:
+        trial = _TRIAL * self._length / norm_of(direction)
+        here, ahead = self._error({}, 0.0), self._error(direction, trial)
+        return self._change * trial * float(here.norm() / (ahead - here).norm())
+
+    def _error(self, direction: Direction, amount: float) -> Tensor:
+        with torch.no_grad():
+            outputs = functional_call(
+                self._model, self._displaced(direction, amount), (self._inputs,)
+            )
+        return one_hot(self._targets, N_CLASSES) - outputs.softmax(1)
+
+    def _displaced(self, direction: Direction, amount: float) -> dict[str, Tensor]:
+        state = {name: value.detach() for name, value in self._model.state_dict().items()}
+        return state | {name: state[name] + amount * rate for name, rate in direction.items()}
+
+
+def brier_kernel(matrix: Floats, error: Floats, targets: Tensor) -> Floats:
+    """Return S M S, S the derivative of the probabilities for the logits.
+
+    Parameters
+    ----------
+    matrix : ndarray of shape (n, n)
+        Kernel of the logits, entries ordered by sample, then by class.
+    error : ndarray of shape (n,)
+        (onehot − p) / √N.
+    targets : Tensor of shape (N,)
+        Labels.
+    """
+    n_samples = len(targets)
+    known = one_hot(targets, N_CLASSES).numpy()
+    p = known - error.reshape(n_samples, N_CLASSES) * n_samples**0.5
+    slopes = p[:, :, None] * np.eye(N_CLASSES) - p[:, :, None] * p[:, None, :]
+    blocks = matrix.reshape(n_samples, N_CLASSES, n_samples, N_CLASSES)
+    product = np.einsum("iab,ibjc,jcd->iajd", slopes, blocks, slopes, optimize=True)
+    full = product.reshape(matrix.shape)
+    return (full + full.T) / 2
+
+
+def gradient_flow(
+    model: nn.Module, inputs: Tensor, targets: Tensor, residual: str
+) -> dict[str, Tensor]:
+    """Return minus the gradient of the residual's own loss.
+
+    That of ``"cross-entropy"`` is the mean cross-entropy, that of ``"brier"`` ½ E ‖onehot − p‖².
+    """
+    parameters = dict(model.named_parameters())
+    outputs = model(inputs)
+    if residual == "cross-entropy":
+        loss = cross_entropy(outputs, targets)
+    else:
+        error = one_hot(targets, N_CLASSES) - outputs.softmax(1)
+        loss = 0.5 * error.square().sum(1).mean()
+    gradients = torch.autograd.grad(loss, list(parameters.values()))
+    return {name: -g for name, g in zip(parameters, gradients, strict=True)}
+
+
+def random_direction(model: nn.Module, generator: torch.Generator) -> dict[str, Tensor]:
+    """Return a Gaussian direction of norm 1 in float64."""
+    drawn = {
+        name: torch.randn(p.shape, generator=generator, dtype=torch.float64)
+        for name, p in model.named_parameters()
+    }
+    norm = norm_of(drawn)
+    return {name: value / norm for name, value in drawn.items()}
+
+
+def norm_of(tensors: Direction) -> float:
+    """Return the 2-norm over all tensors."""
+    return sum(float(t.detach().double().square().sum()) for t in tensors.values()) ** 0.5

@@ -1,0 +1,112 @@
+"""The three kinds of work, each piece a file: training, measuring, analysing."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from joblib import Parallel, delayed, parallel_config
+
+from studies.residual.data import load_images
+from studies.residual.design import Design, Folders
+from studies.residual.files import write_atomically
+from studies.residual.measuring import RESIDUALS, Coupled, coupled_path, measure
+from studies.residual.networks import Network
+from studies.residual.statistics import analyse_cell
+from studies.residual.training import read_record, state_path, train
+
+Piece = tuple[str, Callable[[], None]]
+
+
+def train_networks(design: Design, folders: Folders, data: Path, jobs: int) -> None:
+    """Train the networks that are not trained yet."""
+    todo = [n for n in design.networks if read_record(folders.networks, n) is None]
+    _work([(n.name, partial(_train, n, design, folders, data)) for n in todo], jobs)
+
+
+def measure_states(design: Design, folders: Folders, data: Path, jobs: int) -> None:
+    """Measure the states that were reached and are not measured yet."""
+    todo = []
+    for network, when, batch in design.measurements():
+        state = state_path(folders.networks, network, when)
+        paths = _coupled_paths(folders, network, when, batch)
+        if state.exists() and not all(path.exists() for path in paths.values()):
+            label = f"{network.name}, {when}, batch {batch}"
+            todo.append((label, partial(_measure, network, when, batch, design, folders, data)))
+    # All cells of the first batch come before those of the second.
+    _work(sorted(todo, key=lambda piece: piece[0].rsplit(" ", 1)[1]), jobs)
+
+
+def analyse_cells(design: Design, folders: Folders, jobs: int) -> None:
+    """Take the statistics of every cell whose batches are all measured."""
+    todo = []
+    for network, when, residual in design.cells():
+        paths = [
+            coupled_path(folders.couplings, network, when, batch, residual)
+            for batch in range(design.measuring.n_batches)
+        ]
+        target = cell_path(folders, network, when, residual)
+        if all(path.exists() for path in paths) and not target.exists():
+            label = f"{network.name}, {when}, {residual}"
+            todo.append((label, partial(_analyse, paths, target, network.seed)))
+    _work(todo, jobs)
+
+
+def cell_path(folders: Folders, network: Network, when: str, residual: str) -> Path:
+    """Return the file of a cell's statistics."""
+    return folders.cells / f"{network.name}_{when.replace(' ', '-')}_{residual}.json"
+
+
+def _work(pieces: list[Piece], jobs: int) -> None:
+    """Do pieces of work side by side, one thread each, and say when each is done."""
+    started = time.perf_counter()
+    with parallel_config("loky", inner_max_num_threads=1):
+        done: Iterable[Any] = Parallel(jobs, return_as="generator_unordered")(
+            delayed(_timed)(label, work) for label, work in pieces
+        )
+        for count, (label, seconds) in enumerate(done, start=1):
+            passed = time.perf_counter() - started
+            print(
+                f"{time.strftime('%H:%M:%S')} {count}/{len(pieces)} {label}: {seconds:.0f} s "
+                f"({passed / 60:.1f} min in all)",
+                flush=True,
+            )
+
+
+def _timed(label: str, work: Callable[[], None]) -> tuple[str, float]:
+    torch.set_num_threads(1)
+    started = time.perf_counter()
+    work()
+    return label, time.perf_counter() - started
+
+
+def _train(network: Network, design: Design, folders: Folders, data: Path) -> None:
+    images = load_images(data).first(design.n_train, design.n_test)
+    train(network, *images.train_tensors(), design.training, folders.networks)
+
+
+def _measure(
+    network: Network, when: str, batch: int, design: Design, folders: Folders, data: Path
+) -> None:
+    plan = design.measuring
+    inputs, targets = load_images(data).first(design.n_train, design.n_test).test_tensors()
+    rows = slice(batch * plan.n_images, (batch + 1) * plan.n_images)
+    state = state_path(folders.networks, network, when)
+    found = measure(network, state, inputs[rows], targets[rows], plan, random_seed=network.seed)
+    for residual, path in _coupled_paths(folders, network, when, batch).items():
+        found[residual].save(path)
+
+
+def _coupled_paths(folders: Folders, network: Network, when: str, batch: int) -> dict[str, Path]:
+    return {r: coupled_path(folders.couplings, network, when, batch, r) for r in RESIDUALS}
+
+
+def _analyse(paths: list[Path], target: Path, seed: int) -> None:
+    found = analyse_cell([Coupled.load(path) for path in paths], seed=seed)
+    text = json.dumps(found)
+    write_atomically(target, lambda path: path.write_text(text))

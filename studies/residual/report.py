@@ -1,0 +1,196 @@
+"""Tables, figures and the text that follows from them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from studies.residual.design import Design, Folders
+from studies.residual.networks import Network
+from studies.residual.pieces import cell_path
+from studies.residual.plots import plot_couplings, plot_diagonal, plot_differences, plot_windows
+from studies.residual.results import (
+    coupling_matrix,
+    differences,
+    interval_text,
+    mean_interval,
+    part_frame,
+    statistics_frame,
+    training_frame,
+)
+from studies.residual.verdict import FAILS, HOLDS, Finding, findings, findings_frame
+
+SHOWN = {
+    "toeplitz": "Toeplitz residual",
+    "toeplitz_centre": "central window",
+    "slope": "diagonal slope",
+    "r2": "R²",
+    "ratio": "intra/inter",
+    "far_share": "transfer beyond neighbours",
+    "transfer": "transfer/dissipation",
+}
+"""Statistics of the tables, and their headings."""
+
+COMPARED = {
+    "toeplitz_centre": "Toeplitz residual,\ncentral window",
+    "toeplitz": "Toeplitz residual,\nall shells",
+    "slope": "diagonal slope",
+    "r2": "R² of the diagonal",
+    "ratio": "intra/inter",
+}
+FIGURES = ("windows.png", "diagonal.png", "couplings.png", "differences.png")
+
+
+def write_report(design: Design, folders: Folders, docs: Path | None) -> str:
+    """Write tables and figures of all cells that are there; return the summary."""
+    frame = statistics_frame(design, folders)
+    if frame.empty:
+        raise ValueError(f"no cell in {folders.cells}; run the stages before the report.")
+    tables = {
+        "networks": training_frame(design, folders),
+        "statistics": frame,
+        **derived_tables(frame),
+    }
+    targets = [folders.out, *([docs] if docs is not None else [])]
+    for target in targets:
+        target.mkdir(parents=True, exist_ok=True)
+        for name, table in tables.items():
+            table.to_csv(target / f"{name}.csv", index=False)
+        (target / "summary.rst").write_text(summary(frame))
+        _write_figures(design, folders, frame, target)
+    return summary(frame)
+
+
+def derived_tables(frame: pd.DataFrame) -> dict[str, pd.DataFrame]:
+    """Return the tables of the page that follow from the frame of statistics."""
+    return {
+        "cells": cell_table(frame),
+        "settings": setting_table(frame),
+        "differences": difference_table(frame),
+        "verdict": findings_frame(findings(frame)),
+    }
+
+
+def cell_table(frame: pd.DataFrame) -> pd.DataFrame:
+    """Return every cell with its statistics, intervals over batches, and p-value."""
+    rows = []
+    for keys, part in frame.groupby(["residual", "time", "architecture", "activation", "seed"]):
+        residual, when, architecture, activation, seed = keys
+        entries = part.set_index("statistic")
+        row = {
+            "residual": residual,
+            "time": when,
+            "network": f"{architecture}-{activation}-{seed}",
+        }
+        for name, heading in SHOWN.items():
+            entry = entries.loc[name]
+            row[heading] = interval_text(entry["value"], entry["lower"], entry["upper"])
+            if name in ("toeplitz", "toeplitz_centre", "ratio"):
+                p = entry["p_high"] if name == "ratio" else entry["p_low"]
+                row[f"{heading}: permuted, p"] = f"{entry['permuted']:.3g}, {p:.2g}"
+            low, high = entry["random_low"], entry["random_high"]
+            row[f"{heading}: random"] = f"{low:.3g} … {high:.3g}"
+        rows.append(row)
+    return _in_order(pd.DataFrame(rows))
+
+
+def setting_table(frame: pd.DataFrame) -> pd.DataFrame:
+    """Return means over seeds with their intervals, beside those of the nulls."""
+    rows = []
+    for keys, part in frame.groupby(["residual", "time", "architecture", "activation"]):
+        residual, when, architecture, activation = keys
+        row = {"residual": residual, "time": when, "network": f"{architecture}, {activation}"}
+        for name, heading in SHOWN.items():
+            chosen = part[part["statistic"] == name]
+            row[heading] = interval_text(*mean_interval(chosen["value"]))
+            nulls = [f"random {chosen['random'].mean():.3g}"]
+            if chosen["permuted"].notna().any():
+                nulls.append(f"permuted {chosen['permuted'].mean():.3g}")
+            row[f"{heading}: nulls"] = ", ".join(nulls)
+        rows.append(row)
+    return _in_order(pd.DataFrame(rows))
+
+
+def difference_table(frame: pd.DataFrame) -> pd.DataFrame:
+    """Return residual minus plain, paired by seed, for each setting."""
+    rows: dict[tuple[str, ...], dict[str, str]] = {}
+    for name, heading in SHOWN.items():
+        for column, label in (("value", heading), ("random", f"{heading}: random")):
+            pairs = differences(frame, name, column)
+            for keys, part in pairs.groupby(["residual", "time", "activation"]):
+                row = rows.setdefault(
+                    keys, dict(zip(("residual", "time", "activation"), keys, strict=True))
+                )
+                row[label] = interval_text(*mean_interval(part["difference"]))
+    return _in_order(pd.DataFrame(rows.values()))
+
+
+def summary(frame: pd.DataFrame) -> str:
+    """Return the text of the page: what holds, what does not, what the nulls satisfy too."""
+    found = findings(frame)
+    cells = len(frame.drop_duplicates(["architecture", "activation", "seed", "time", "residual"]))
+    lines = [
+        f"Over {cells} cells, of the {len(found)} statements into which the three claims are split "
+        f"{_count(found, HOLDS)} hold, {_count(found, FAILS)} do not, and the rest hold in part or "
+        "are undecided.",
+        "",
+    ]
+    for title, chosen in (
+        ("These hold here:", [f for f in found if f.verdict == HOLDS]),
+        ("These do not:", [f for f in found if f.verdict == FAILS]),
+        (
+            "These hold in part, or are undecided:",
+            [f for f in found if f.verdict not in (HOLDS, FAILS)],
+        ),
+    ):
+        if chosen:
+            lines += [title, "", *map(_bullet, chosen), ""]
+    satisfied = [f for f in found if f.null_satisfies]
+    lines += ["Statements that a null satisfies as well, so that they are no evidence:", ""]
+    lines += [f"- {one.statement} (claim {one.claim})" for one in satisfied] or ["- none"]
+    return "\n".join(lines) + "\n"
+
+
+def _bullet(one: Finding) -> str:
+    verdict = f"{one.verdict.capitalize()}: {one.measured} ({one.null})."
+    return f"- *Claim {one.claim}: {one.statement}.* {verdict}"
+
+
+def _count(found: list[Finding], verdict: str) -> int:
+    return sum(one.verdict == verdict for one in found)
+
+
+def _in_order(table: pd.DataFrame) -> pd.DataFrame:
+    """Sort as the design does: cross-entropy first, and times as they come."""
+    if table.empty:
+        return table
+    by_residual = table["residual"].map({"cross-entropy": 0, "brier": 1})
+    # "start" first, then losses falling.
+    losses = table["time"].str.extract(r"([\d.]+)", expand=False).astype(float)
+    by_time = -losses.fillna(float("inf"))
+    order = pd.DataFrame({"a": by_residual, "b": by_time}).sort_values(["a", "b"], kind="stable")
+    return table.loc[order.index].reset_index(drop=True)
+
+
+def _write_figures(design: Design, folders: Folders, frame: pd.DataFrame, target: Path) -> None:
+    windows = part_frame(design, folders, "windows")
+    plot_windows(windows, target / FIGURES[0])
+    plot_diagonal(part_frame(design, folders, "shells"), target / FIGURES[1])
+    plot_couplings(_example_couplings(design, folders), target / FIGURES[2])
+    plot_differences(frame, COMPARED, target / FIGURES[3])
+
+
+def _example_couplings(design: Design, folders: Folders) -> dict[tuple[str, str], Any]:
+    """Return K under cross-entropy of the first network of each kind."""
+    first: dict[str, Network] = {}
+    for network in design.networks:
+        first.setdefault(f"{network.architecture}, {network.activation}", network)
+    ordered = sorted(first.items(), key=lambda item: (item[0].split(", ")[1], item[0]))
+    return {
+        (kind, when): coupling_matrix(folders, network, when, "cross-entropy")
+        for kind, network in ordered
+        for when in design.training.times
+        if cell_path(folders, network, when, "cross-entropy").exists()
+    }

@@ -1,0 +1,156 @@
+"""Frames of what was found, and of how networks and architectures differ."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from scipy import stats
+
+from studies.residual.design import Design, Folders
+from studies.residual.pieces import cell_path
+from studies.residual.training import read_record
+
+CELL = ["architecture", "activation", "seed", "time", "residual"]
+_DIGITS = 5
+
+
+def statistics_frame(design: Design, folders: Folders) -> pd.DataFrame:
+    """Return one row for each cell and statistic.
+
+    Columns: those of `CELL`; ``statistic``, ``value``, ``lower``, ``upper`` (jackknife over
+    batches); ``random``, ``random_low``, ``random_high`` (median and extremes over the random
+    directions); ``permuted``, ``permuted_low``, ``permuted_high`` (median and 95 % of the
+    permutations); ``p_low``, ``p_high`` (of a value as small, or as large, by permutation).
+    Rounded, so that what is derived from the frame and from its file agree.
+    """
+    rows = []
+    for cell, found in _cells(design, folders):
+        for name, entry in found["statistics"].items():
+            random = np.asarray(entry["random"], dtype=float)
+            permuted = entry.get("permuted", [np.nan] * 3)
+            rows.append(
+                {
+                    **cell,
+                    "statistic": name,
+                    **{key: entry[key] for key in ("value", "lower", "upper")},
+                    "random": np.median(random),
+                    "random_low": random.min(),
+                    "random_high": random.max(),
+                    "permuted": permuted[1],
+                    "permuted_low": permuted[0],
+                    "permuted_high": permuted[2],
+                    "p_low": entry.get("p_low", np.nan),
+                    "p_high": entry.get("p_high", np.nan),
+                }
+            )
+    return _rounded(pd.DataFrame(rows))
+
+
+def part_frame(design: Design, folders: Folders, part: str) -> pd.DataFrame:
+    """Return the ``"windows"`` or ``"shells"`` of all cells as one frame."""
+    rows = [{**cell, **row} for cell, found in _cells(design, folders) for row in found[part]]
+    return _rounded(pd.DataFrame(rows))
+
+
+def coupling_matrix(folders: Folders, network: Any, when: str, residual: str) -> np.ndarray:
+    """Return K of a cell, normalised."""
+    found = json.loads(cell_path(folders, network, when, residual).read_text())
+    return np.array(found["coupling"], dtype=float)
+
+
+def training_frame(design: Design, folders: Folders) -> pd.DataFrame:
+    """Return one row for each network: what training took and reached."""
+    rows = []
+    for network in design.networks:
+        record = read_record(folders.networks, network)
+        if record is None:
+            continue
+        row = {
+            "network": network.name,
+            "parameters": record["n_parameters"],
+            "steps": record["steps"],
+            "seconds": round(record["seconds"]),
+        }
+        for when in design.training.times:
+            state = record["states"].get(when, {})
+            row[f"{when}: τ"] = _shown(state.get("tau", np.nan))
+            row[f"{when}: training loss"] = _shown(state.get("loss", np.nan))
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def read_statistics(path: Path) -> pd.DataFrame:
+    """Read what `statistics_frame` gave and ``to_csv`` wrote."""
+    return pd.read_csv(path)
+
+
+def with_distance_to_one(frame: pd.DataFrame) -> pd.DataFrame:
+    """Add the statistic ``slope_off``: the distance of the diagonal slope from 1."""
+    slopes = frame[frame["statistic"] == "slope"].copy()
+    slopes["statistic"] = "slope_off"
+    for name in ("value", "random", "permuted"):
+        slopes[name] = (slopes[name] - 1).abs().round(_DIGITS)
+    slopes[["lower", "upper", "random_low", "random_high", "p_low", "p_high"]] = np.nan
+    slopes[["permuted_low", "permuted_high"]] = np.nan
+    return pd.concat([frame, slopes], ignore_index=True)
+
+
+def differences(frame: pd.DataFrame, statistic: str, column: str = "value") -> pd.DataFrame:
+    """Return residual minus plain for each pair of networks with the same seed.
+
+    Columns: ``activation, seed, time, residual, difference``.
+    """
+    chosen = frame[frame["statistic"] == statistic]
+    keys = ["activation", "seed", "time", "residual"]
+    table = chosen.pivot_table(column, keys, "architecture", sort=False)
+    found = (table["residual"] - table["plain"]).dropna().rename("difference")
+    return found.reset_index()
+
+
+def overall(pairs: pd.DataFrame) -> tuple[float, float, float]:
+    """Return the mean difference and its interval; a pair of networks is one observation."""
+    return mean_interval(pairs.groupby(["activation", "seed"])["difference"].mean())
+
+
+def mean_interval(values: Iterable[float], confidence: float = 0.95) -> tuple[float, float, float]:
+    """Return a mean with Student's interval; infinite for a single value."""
+    known = np.asarray([v for v in values if np.isfinite(v)], dtype=float)
+    if not known.size:
+        return np.nan, np.nan, np.nan
+    mean = float(known.mean())
+    if known.size < 2:
+        return mean, -np.inf, np.inf
+    half = stats.t.ppf(0.5 + confidence / 2, known.size - 1) * stats.sem(known)
+    return mean, float(mean - half), float(mean + half)
+
+
+def interval_text(mean: float, lower: float, upper: float) -> str:
+    """Return ``mean [lower, upper]``."""
+    if not np.isfinite(mean):
+        return ""
+    if not (np.isfinite(lower) and np.isfinite(upper)):
+        return _shown(mean)
+    return f"{_shown(mean)} [{_shown(lower)}, {_shown(upper)}]"
+
+
+def _cells(design: Design, folders: Folders) -> Iterable[tuple[dict[str, Any], dict[str, Any]]]:
+    for network, when, residual in design.cells():
+        path = cell_path(folders, network, when, residual)
+        if path.exists():
+            labels = (network.architecture, network.activation, network.seed, when, residual)
+            yield dict(zip(CELL, labels, strict=True)), json.loads(path.read_text())
+
+
+def _rounded(frame: pd.DataFrame) -> pd.DataFrame:
+    numbers = frame.select_dtypes(float).columns
+    frame[numbers] = frame[numbers].map(lambda x: float(f"{x:.{_DIGITS}g}"))
+    return frame
+
+
+def _shown(value: float) -> str:
+    return "" if np.isnan(value) else f"{value:.3g}"
