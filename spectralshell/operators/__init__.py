@@ -5,12 +5,9 @@ from spectralshell.operators.exact_builder import build_exact_kernel
 from spectralshell.operators.exact_kernel import ExactKernel
 from spectralshell.operators.kernel import KernelOperator, build_kernel
 from spectralshell.operators.kernel_derivative import KernelDerivative
-from spectralshell.operators.kernel_motion import (
-    KernelMotion,
-    build_kernel_derivative,
-    survey_motion,
-)
+from spectralshell.operators.kernel_motion import KernelMotion
 from spectralshell.operators.ladder import DifferentiationError
+from spectralshell.operators.motion_builder import build_kernel_derivative, survey_motion
 
 __all__ = [
     "DifferentiationError",

@@ -14,9 +14,15 @@ from spectralshell.operators.module_trace import describe, watching
 
 
 def name_offending_module(
-    function: ModelFunction, inputs: Any, draw: Callable[[int], Tensor]
+    function: ModelFunction,
+    inputs: Any,
+    draw: Callable[[int], Tensor],
+    *,
+    attempt: Callable[..., object] = climb,
 ) -> str:
-    """Name the innermost module whose own Jacobian fails on every rung.
+    """Name the innermost module that cannot be differentiated alone.
+
+    ``attempt`` raises DifferentiationError where it cannot; by default, every rung was refused.
 
     Each module is differentiated alone, with respect to its parameters and its floating inputs at
     the place where the model calls it, children before parents.
@@ -31,14 +37,16 @@ def name_offending_module(
 
     def search() -> str:
         for name, module, args in calls:
-            if not _differentiable_alone(module, args, draw):
+            if not _differentiable_alone(module, args, draw, attempt):
                 return name
         return describe("", function.model)
 
     return function.installed(function.parameters, search)
 
 
-def _differentiable_alone(module: nn.Module, args: Any, draw: Callable[[int], Tensor]) -> bool:
+def _differentiable_alone(
+    module: nn.Module, args: Any, draw: Callable[[int], Tensor], attempt: Callable[..., object]
+) -> bool:
     inputs = [a for a in args if isinstance(a, Tensor) and a.is_floating_point()]
     weights = dict(module.named_parameters())
     if not isinstance(args, tuple) or not (inputs or weights):
@@ -54,7 +62,7 @@ def _differentiable_alone(module: nn.Module, args: Any, draw: Callable[[int], Te
         return _first_tensor(torch.func.functional_call(module, state, tuple(filled))).reshape(-1)
 
     try:
-        climb(vector, own, [str(index) for index in range(len(own))], draw)
+        attempt(vector, own, [str(index) for index in range(len(own))], draw)
     except DifferentiationError:
         return False
     except (ValueError, RuntimeError, TypeError):
