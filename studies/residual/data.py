@@ -209,6 +209,7 @@ class _ArraysOnly(pickle.Unpickler):
         ("numpy._core.multiarray", "_reconstruct"),
         ("numpy._core.numeric", "_frombuffer"),
         ("_codecs", "encode"),
+        ("__builtin__", "bytes"),
     }
 
     def find_class(self, module: str, name: str) -> Any:

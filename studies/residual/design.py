@@ -45,9 +45,11 @@ class Design:
         small = {"width": 2, "blocks": (1, 1)}
         return cls(
             tuple(Network(kind, "gelu", 0, **small) for kind in ARCHITECTURES),
-            TrainingPlan(losses=(2.25,), batch_size=16, max_steps=40, check_every=5, n_checked=50),
+            TrainingPlan(
+                losses=(2.2,), batch_size=16, learning_rate=0.1, max_steps=200, n_checked=50
+            ),
             MeasuringPlan(n_images=6, n_batches=2, n_random=2),
-            n_train=200,
+            n_train=100,
             n_test=12,
         )
 
