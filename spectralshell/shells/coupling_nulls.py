@@ -9,6 +9,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from spectralshell.parameter_checks import check_integer
 from spectralshell.shells.coupling import (
+    NORMALIZATIONS,
     CouplingRule,
     ShellCouplings,
     ShellModes,
@@ -92,6 +93,25 @@ class PairEntries:
         return ShellCouplings(
             self.rule.reduce(both, on, counts), shell_means(signed, counts), self.modes
         )
+
+
+def permuted_matrix(
+    V: Floats,
+    eigenvalues: Floats,
+    modes: ShellModes,
+    rule: CouplingRule,
+    generator: np.random.Generator,
+) -> Floats:
+    """Return V between the chosen modes with its normalised entries permuted, shape (m, m).
+
+    Entries of pairs and entries V_uu are permuted apart, as in `permuted_couplings`, and scaled
+    back to the λ of their new places.
+    """
+    entries = PairEntries.of(V, eigenvalues, modes, rule)
+    upper = np.diag(0.5 * generator.permutation(entries.on))
+    upper[np.triu_indices(entries.on.size, 1)] = generator.permutation(entries.off)
+    scale = eigenvalues[modes.modes] ** NORMALIZATIONS[rule.normalization]
+    return np.asarray((upper + upper.T) * scale[:, None] * scale)
 
 
 def permuted_couplings(
@@ -185,5 +205,6 @@ def permutation_p_value(observed: float, null: ArrayLike) -> float:
     values = np.asarray(null, dtype=np.float64).ravel()
     if np.isnan(observed):
         return float("nan")
-    smaller = ~(values > observed + _TIE * abs(observed))
+    tie = _TIE * abs(observed) if np.isfinite(observed) else 0.0
+    smaller = ~(values > observed + tie)
     return (1.0 + int(smaller.sum())) / (1.0 + values.size)

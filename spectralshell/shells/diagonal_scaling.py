@@ -19,6 +19,7 @@ DIAGONAL_ROWS = ("coupling", "signed_mean")
 
 # Scatter of this size, relative to the values, is rounding of logarithms.
 _ROUNDING = 1e-12
+_ZERO = "zero coupling"
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,7 +97,7 @@ def diagonal_scaling(
         normalised V_uu, which keeps its sign), with the columns ``slope, slope_lower,
         slope_upper, r2, n_shells, scale_free, status``. ``scale_free`` is the slope of a
         kernel that moves in proportion to itself: raw 2 for mean squares, else 1; normalised by
-        the square root 0.
+        the square root 0. Zero couplings give zeros and a status.
 
     Raises
     ------
@@ -137,7 +138,7 @@ def scaling_frame(
     """Return the frame of `diagonal_scaling` from K_αα and the signed means of the shells."""
     values = np.stack([inner, signed])
     fit = fit_line(log_lambda, log_sizes(values), confidence)
-    return pd.DataFrame(
+    frame = pd.DataFrame(
         {
             "slope": fit.slope,
             "slope_lower": fit.slope - fit.half_width,
@@ -149,6 +150,9 @@ def scaling_frame(
         },
         index=pd.Index(DIAGONAL_ROWS, name="quantity"),
     )
+    zero = frame["status"] == _ZERO
+    frame.loc[zero, ["slope", "slope_lower", "slope_upper", "r2"]] = 0.0
+    return frame
 
 
 def log_sizes(values: Floats) -> Floats:
@@ -167,7 +171,7 @@ def _status(values: Floats, log_lambda: Floats) -> str:
     known = values[np.isfinite(values) & np.isfinite(log_lambda)]
     phrases = []
     if known.size and not known.any():
-        return "zero coupling"
+        return _ZERO
     n_zero, n_fitted = int((known == 0.0).sum()), int((known != 0.0).sum())
     if n_zero:
         phrases.append(f"{n_zero} shells without coupling left out")

@@ -94,6 +94,8 @@ def test_intervals_cover():
 def test_statuses(V, status):
     frame = diagonal_scaling(V, RATES, SHELLS)
     assert frame["status"].tolist() == status
+    if not V.any():
+        assert (frame[["slope", "slope_lower", "slope_upper", "r2"]] == 0.0).all(axis=None)
     if "no interval" in status[0]:
         assert np.isinf(frame[["slope_lower", "slope_upper"]].to_numpy()).all()
 

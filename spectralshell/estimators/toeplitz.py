@@ -1,0 +1,400 @@
+"""ToeplitzDiagnostic: whether shell couplings depend on the distance between shells alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from sklearn.base import BaseEstimator, TransformerMixin
+from sklearn.utils.validation import check_is_fitted
+
+from spectralshell.estimators.callback_support import (
+    CallbackSupportMixin,
+    FitTasks,
+    with_callbacks,
+)
+from spectralshell.estimators.coupling_measurement import (
+    CouplingConfig,
+    check_coupling_parameters,
+    coupling_config,
+    measure_couplings,
+)
+from spectralshell.estimators.measurement_parameters import probe_seed
+from spectralshell.estimators.mode_couplings import ModeCouplings
+from spectralshell.estimators.toeplitz_frames import Diagnosis
+from spectralshell.estimators.toeplitz_rows import ROW_NAMES, log_gain, scalar_frame
+from spectralshell.estimators.toeplitz_shells import SnapshotShells, place_coupling_shells
+from spectralshell.memory import resolve_memory
+from spectralshell.parameter_checks import check_integer, check_real, check_sample_weight
+from spectralshell.shells.coupling import CouplingRule
+from spectralshell.snapshots import Snapshot, as_snapshots
+
+
+class ToeplitzDiagnostic(CallbackSupportMixin, TransformerMixin, BaseEstimator):
+    """Couplings between shells of a moving kernel, and how far they are from shift invariance.
+
+    V = Uᵀ (dM/dt) U says how a direction of the parameters couples the modes of M. Averaged over
+    pairs of shells it gives K_αβ, whose Toeplitz residual ‖K − T(K)‖_F / ‖K‖_F is 0 if the coupling
+    depends on the distance between shells alone. Every statistic comes with two nulls: the entries
+    of V in random places, and random directions of the same norm.
+
+    Parameters
+    ----------
+    q : float, default=2.0
+        Shell ratio, greater than 1. A grid over ``q`` costs the couplings of one fit.
+    lambda_0 : float, default=1.0
+        An edge of the partition, 1/τ.
+    residual : {"mse", "brier", "cross-entropy", "nll"} or callable, default="mse"
+        Which error and which Jacobian; see the user guide.
+    solver : {"auto", "lanczos", "exact"}, default="auto"
+        ``"exact"`` takes all modes of M, ``"lanczos"`` the converged ones of a block Krylov space
+        that begins with the error, ``"auto"`` the cheaper of the two by operation counts.
+    n_steps, block_size : int, default=50, 8
+        Steps of block Lanczos, and vectors of a block: the error, and random ones.
+    direction : str, Snapshot, mapping or callable, default="gradient-flow"
+        What the parameters do: ``"gradient-flow"`` of the residual's own loss, ``"cross-entropy"``,
+        ``"random"``, a snapshot to move to, a mapping from parameter names to tensors, or a
+        callable that gives one of these for each snapshot.
+    derivative : {"exact", "difference"}, default="exact"
+        How M is differentiated; only differences see the gates of ReLU-like activations flip.
+    step : float, optional
+        Step of the difference, in units of τ.
+    normalization : {"sqrt", "product", "raw"}, default="sqrt"
+        Divide V_uv by √(λ_u λ_v), by λ_u λ_v, or by nothing. See `shells.shell_coupling` for this
+        and the next two.
+    reducer : {"mean-square", "rms", "mean-abs"}, default="mean-square"
+        Average over the pairs of modes of two shells.
+    diagonal : {"block", "modes", "pairs"}, default="block"
+        Pairs that K_αα averages over: all, u = v, or u ≠ v.
+    window_shells : int, default=6
+        Shells of a sliding window, at least 2.
+    min_modes : int, default=3
+        Shells with fewer resolved modes are masked.
+    n_null : int, default=20
+        Permutations, and random directions. Each random direction costs as much as the direction
+        itself; p-values are multiples of 1 / (1 + n_null).
+    parameters, chunk_size, max_memory, device, dtype, memory, n_jobs, verbose
+        As in `ShellEnergyEstimator`.
+    random_state : int, RandomState instance or None, default=None
+        Seeds the permutations, random directions, start block and probes; a fixed seed if None.
+
+    Attributes
+    ----------
+    coupling_ : DataFrame of shape (n_shells, n_shells)
+        K_αβ, the mean over the training snapshots; shells are named ``shell[lo,hi)``, masked ones
+        are NaN. Unit 1/τ² by default.
+    toeplitz_residual_ : float
+        Residual of ``coupling_``.
+    p_value_ : float
+        (1 + #{permuted residuals ≤ residual}) / (1 + n_null): small if permuted entries are less
+        Toeplitz. The p-value against random directions is in ``statistics_``.
+    statistics_ : DataFrame
+        One row per statistic: ``value, lower, upper`` (95 % jackknife over batches, NaN with one
+        batch), ``alternative`` (the side on which the papers' claim lies), and for the nulls
+        ``permutation`` and ``random`` their ``_median, _lower, _upper`` (5 % and 95 % of the
+        draws) and ``_p``. Rows: ``toeplitz_residual``; slope and R² of the diagonal
+        (``coupling_slope, coupling_r2, signed_slope, signed_r2``); ``intra_inter_ratio``;
+        ``adjacent_share``, the share of the flux between shells that joins neighbours.
+    null_ : DataFrame
+        One row per ``null`` and ``draw``, one column per statistic.
+    windows_ : DataFrame
+        One row per window, from the upper spectral edge to the lower one: ``window, lambda_lo,
+        lambda_hi, centrality`` (0 at an edge, 1 in the middle), ``n_shells`` (with enough modes),
+        ``residual`` with interval and nulls, ``status``. Only the window's own entries are
+        permuted.
+    diagonal_ : DataFrame
+        Slopes against ln λ of ln K_αα (``coupling``) and of the mean of the normalised V_uu
+        (``signed_mean``), as from `shells.diagonal_scaling`, and where the ``interval`` is from.
+    kernel_ : DataFrame
+        Coupling by shell ``offset``, ``spread`` over pairs of shells, interval and nulls.
+    locality_ : DataFrame
+        ``flux`` (Σ |F_αβ|, energy per τ) and ``share`` by ``distance`` |α − β|, interval and nulls.
+        F is the exchange of soft-shell energy, see `shells.shell_balance`.
+    intra_inter_ratio_ : float
+        Mean of K_αα over mean of K_αβ, α ≠ β.
+    shells_ : DataFrame
+        One row per shell: ``shell, lambda_lo, lambda_hi, lambda_mean`` (geometric mean of the
+        modes), ``n_modes, coupling`` (K_αα with interval), ``signed_mean, status``.
+    edges_, n_shells_ : ndarray of shape (n_shells + 1,), int
+        Shell edges, 1/τ, and the number of shells.
+    lambda_max_, resolution_floor_ : float
+        Largest eigenvalue of the training snapshots, and the λ below which no mode counts.
+    solver_, n_matvecs_ : str, int
+        The solver (``"mixed"`` if it differs between snapshots), and its products with M.
+    status_ : str
+        ``"ok"``, or what to know about the result.
+
+    See Also
+    --------
+    ShellEnergyEstimator : The energies of the same shells.
+    ToeplitzDisplay : Draws a fitted diagnostic.
+
+    Notes
+    -----
+    Fit it on several batches of one model state: couplings of different times differ in size, and
+    in their mean the largest weigh most (``status_`` says so). `transform` gives every snapshot its
+    own row, for a trajectory.
+
+    A small residual alone means nothing: it falls as shells hold more modes, also for noise. The
+    permutation null keeps the modes per shell and the entries; it is exact if entries are
+    exchangeable, whatever their tails. If random directions pass as well, the property belongs to
+    the kernel's geometry and not to learning.
+
+    The measurement with k modes and n_null + 1 directions takes 2 k products for each direction,
+    or less where kernels are built exactly, and holds (5 + n_null) k² numbers for each snapshot.
+
+    Sections 3 and 7 of "When Does Learning Renormalize? Sufficient Conditions for Power-Law
+    Spectral Dynamics", with the normalisation that makes its claims compatible.
+
+    Examples
+    --------
+    >>> from spectralshell import ToeplitzDiagnostic
+    >>> from spectralshell.datasets import load_digits_trajectory
+    >>> X = load_digits_trajectory(n_snapshots=2, n_batches=2, batch_size=8, hidden=(8,),
+    ...                            max_iter=50)
+    >>> diagnostic = ToeplitzDiagnostic(n_null=5).fit(X[-2:])
+    >>> bool(0 < diagnostic.toeplitz_residual_ < 1), len(diagnostic.null_)
+    (True, 10)
+    >>> list(diagnostic.transform(X).index.names)
+    ['tau', 'batch']
+    """
+
+    def __init__(
+        self,
+        *,
+        q: float = 2.0,
+        lambda_0: float = 1.0,
+        residual: str | Callable[..., Any] = "mse",
+        solver: str = "auto",
+        n_steps: int = 50,
+        block_size: int = 8,
+        direction: Any = "gradient-flow",
+        derivative: str = "exact",
+        step: float | None = None,
+        normalization: str = "sqrt",
+        reducer: str = "mean-square",
+        diagonal: str = "block",
+        window_shells: int = 6,
+        min_modes: int = 3,
+        n_null: int = 20,
+        parameters: str | Callable[[str], bool] | None = None,
+        chunk_size: int | None = None,
+        max_memory: int | str | None = None,
+        device: str = "auto",
+        dtype: str | torch.dtype | None = None,
+        memory: Any = None,
+        n_jobs: int | None = None,
+        random_state: Any = None,
+        verbose: int = 0,
+    ) -> None:
+        self.q = q
+        self.lambda_0 = lambda_0
+        self.residual = residual
+        self.solver = solver
+        self.n_steps = n_steps
+        self.block_size = block_size
+        self.direction = direction
+        self.derivative = derivative
+        self.step = step
+        self.normalization = normalization
+        self.reducer = reducer
+        self.diagonal = diagonal
+        self.window_shells = window_shells
+        self.min_modes = min_modes
+        self.n_null = n_null
+        self.parameters = parameters
+        self.chunk_size = chunk_size
+        self.max_memory = max_memory
+        self.device = device
+        self.dtype = dtype
+        self.memory = memory
+        self.n_jobs = n_jobs
+        self.random_state = random_state
+        self.verbose = verbose
+
+    @with_callbacks
+    def fit(self, X: Sequence[Any], y: Any = None) -> ToeplitzDiagnostic:
+        """Measure the snapshots, place the shells, and diagnose their mean coupling.
+
+        Parameters
+        ----------
+        X : list of Snapshot
+            Batches of one model state, as a rule; tuples (model, inputs, targets) are accepted.
+        y : None
+            Ignored, present for scikit-learn.
+
+        Returns
+        -------
+        ToeplitzDiagnostic
+            The fitted estimator.
+
+        Raises
+        ------
+        ValueError, TypeError
+            If a parameter or a snapshot is not usable; the message names it and the remedy.
+
+        Warns
+        -----
+        GateWarning
+            If ``derivative="exact"`` meets activations whose gates flip.
+        """
+        snapshots = as_snapshots(X)
+        self._check_parameters()
+        self._rule = CouplingRule(self.normalization, self.reducer, self.diagonal, self.min_modes)
+        self._seed = probe_seed(self.random_state)
+        self._config: CouplingConfig = coupling_config(self, n_random=int(self.n_null))
+        with FitTasks(self, snapshots).running() as tasks:
+            measured = self._measure(snapshots, on_done=tasks.one_done)
+            placed = place_coupling_shells(measured, q=self.q, lambda_0=self.lambda_0)
+            self._partition = placed.partition
+            shells = [self._in_shells(m) for m in measured]
+            self._summarise(Diagnosis(shells, int(self.n_null), int(self.window_shells)))
+        self.edges_, self.n_shells_ = placed.partition.edges, placed.partition.n_shells
+        self.lambda_max_, self.resolution_floor_ = placed.lambda_max, placed.floor
+        solvers = {m.solver for m in measured}
+        self.solver_ = solvers.pop() if len(solvers) == 1 else "mixed"
+        self.n_matvecs_ = sum(m.n_matvecs for m in measured)
+        return self
+
+    def fit_transform(self, X: Sequence[Any], y: Any = None) -> pd.DataFrame:
+        """Fit and return the scalars of the same snapshots, each measured once.
+
+        Parameters
+        ----------
+        X : list of Snapshot
+            Training snapshots.
+        y : None
+            Ignored.
+
+        Returns
+        -------
+        DataFrame
+            As from `transform`.
+        """
+        snapshots = as_snapshots(X)
+        return self.fit(snapshots).transform(snapshots)
+
+    def transform(self, X: Sequence[Any]) -> pd.DataFrame:
+        """Return the statistics of each snapshot alone, in the fitted shells.
+
+        Parameters
+        ----------
+        X : list of Snapshot
+            Snapshots, those of `fit` or others.
+
+        Returns
+        -------
+        DataFrame
+            One row per snapshot, index levels ``tau`` and ``batch`` (and ``name`` where set):
+            ``toeplitz_residual`` with the median (``permutation_residual, random_residual``) and
+            p-value (``permutation_p, random_p``) of its nulls; ``central_residual,
+            central_permutation_residual, central_permutation_p`` of the most central window;
+            ``coupling_slope, coupling_r2, signed_slope, signed_r2, intra_inter_ratio,
+            adjacent_share``; ``n_shells, n_modes`` that entered. NaN where there is nothing to
+            compare, 0 where the kernel does not move.
+        """
+        shells = [self._in_shells(m) for m in self.mode_couplings(X)]
+        return scalar_frame(shells, int(self.n_null), int(self.window_shells))
+
+    def mode_couplings(self, X: Sequence[Any]) -> list[ModeCouplings]:
+        """Return the modes and couplings of snapshots under the fitted settings.
+
+        Parameters
+        ----------
+        X : list of Snapshot
+            Snapshots; what they remember is not computed again.
+
+        Returns
+        -------
+        list of ModeCouplings
+            Eigenvalues, amplitudes of the error, and V along all directions, whatever ``q`` is.
+        """
+        check_is_fitted(self)
+        return self._measure(as_snapshots(X))
+
+    def score(self, X: Sequence[Any], y: Any = None, sample_weight: Any = None) -> float:
+        """Mean over snapshots of −ln(residual / median of its permutation null).
+
+        Parameters
+        ----------
+        X : list of Snapshot
+            Snapshots, those of `fit` or others.
+        y : None
+            Ignored.
+        sample_weight : array-like of shape (n_snapshots,), optional
+
+        Returns
+        -------
+        float
+            Above 0 if the couplings are closer to Toeplitz than their entries in random places,
+            which the bare residual does not tell, as it falls with coarser shells on pure noise.
+            Snapshots without a usable shell are left out; NaN if there is no other.
+        """
+        shells = [self._in_shells(m) for m in self.mode_couplings(X)]
+        gains = np.array([log_gain(s, int(self.n_null)) for s in shells])
+        weights = np.where(np.isnan(gains), 0.0, check_sample_weight(sample_weight, gains.size))
+        if not weights.sum() > 0.0:
+            return float("nan")
+        return float(np.average(np.nan_to_num(gains), weights=weights))
+
+    def get_feature_names_out(self, input_features: Any = None) -> np.ndarray:
+        """Return the column names of `transform`.
+
+        Parameters
+        ----------
+        input_features : None
+            Ignored.
+
+        Returns
+        -------
+        ndarray of str
+        """
+        check_is_fitted(self)
+        return np.asarray(ROW_NAMES, dtype=object)
+
+    def _check_parameters(self) -> None:
+        check_coupling_parameters(self)
+        check_real("q", self.q, low=1.0, low_open=True)
+        check_real("lambda_0", self.lambda_0, low=0.0, low_open=True)
+        check_integer("window_shells", self.window_shells, low=2)
+        check_integer("n_null", self.n_null, low=1)
+
+    def _measure(
+        self, snapshots: list[Snapshot], on_done: Callable[[], None] | None = None
+    ) -> list[ModeCouplings]:
+        return measure_couplings(
+            snapshots,
+            self._config,
+            memory=resolve_memory(self.memory),
+            n_jobs=self.n_jobs,
+            verbose=self.verbose,
+            on_done=on_done,
+        )
+
+    def _in_shells(self, couplings: ModeCouplings) -> SnapshotShells:
+        return SnapshotShells(couplings, self._partition, self._rule, self._seed)
+
+    def _summarise(self, diagnosis: Diagnosis) -> None:
+        self.coupling_ = diagnosis.coupling
+        self.statistics_ = diagnosis.statistics
+        self.null_ = diagnosis.null
+        self.windows_ = diagnosis.window_frame
+        self.diagonal_ = diagnosis.diagonal
+        self.kernel_ = diagnosis.kernel
+        self.locality_ = diagnosis.locality
+        self.shells_ = diagnosis.shells
+        values = self.statistics_["value"]
+        self.toeplitz_residual_ = float(values["toeplitz_residual"])
+        self.intra_inter_ratio_ = float(values["intra_inter_ratio"])
+        self.p_value_ = float(self.statistics_["permutation_p"]["toeplitz_residual"])
+        self.status_ = diagnosis.status
+
+    def __sklearn_tags__(self) -> Any:
+        """Return the tags: X is a list of snapshots, nothing for scikit-learn to validate."""
+        tags = super().__sklearn_tags__()
+        tags.no_validation = True
+        tags.input_tags.two_d_array = False
+        return tags
