@@ -16,6 +16,7 @@ from spectralshell.estimators.remembered import measure_each
 from spectralshell.estimators.solver_choice import SolverPlan, plan_solver
 from spectralshell.krylov import (
     CumulativeBounds,
+    LanczosResult,
     eigenmeasure,
     gauss,
     lanczos,
@@ -239,6 +240,24 @@ def _solve_lanczos(kernel: KernelOperator, n_steps: int, verbose: int) -> Spectr
             bar.update(step - bar.n)
 
         result = lanczos(kernel.matvec, kernel.residual_vector, n_steps, on_step=show)
+    return lanczos_measure(kernel, result)
+
+
+def lanczos_measure(kernel: KernelOperator, result: LanczosResult) -> SpectralMeasure:
+    """Return the measure that a Lanczos run from the residual stands for.
+
+    Parameters
+    ----------
+    kernel : KernelOperator
+        Whose residual it is.
+    result : LanczosResult
+        Of a run started at the residual.
+
+    Returns
+    -------
+    SpectralMeasure
+        Without labels.
+    """
     total = 0.5 * result.norm**2
     nodes, shares, last = gauss(result.alpha, result.beta)
     # The products' error goes with ‖M‖, which a short run may not have reached yet.

@@ -17,7 +17,7 @@ Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True, eq=False)
-class ShellBalance:
+class EdgeBalance:
     """How the energy of every soft shell changes along a direction of the parameters.
 
     The null shell comes first, then the shells: dE_α/dt = −dissipation_α + transfer_α. Edges are
@@ -29,31 +29,20 @@ class ShellBalance:
         The weights.
     energy, dissipation : ndarray of shape (1 + n_shells,)
         E_α = ½⟨e, w_α(M) e⟩ and −⟨ė, w_α(M) e⟩.
-    drift, rotation : ndarray of shape (n_edges,)
-        Parts of ``flux_down`` from moving eigenvalues (u = v) and from turning modes (u ≠ v).
-        Within a repeated eigenvalue only their sum means something.
+    flux_down : ndarray of shape (n_edges,)
+        dE_≤α/dt + D_≤α at each edge, energy per τ.
     density : ndarray of shape (n_edges,)
         Energy per unit λ at the edges, `SoftShells.density_at_edges`.
     n_near : ndarray of int, shape (n_edges,)
         Modes within half a shell of the edge, in ln λ.
-    pair_flux : ndarray of shape (1 + n_shells, 1 + n_shells)
-        F_αβ, the energy per τ that shell α gains from shell β; antisymmetric, its row sums are
-        ``transfer``.
     """
 
     shells: SoftShells
     energy: Floats
     dissipation: Floats
-    drift: Floats
-    rotation: Floats
+    flux_down: Floats
     density: Floats
     n_near: NDArray[np.int64]
-    pair_flux: Floats
-
-    @cached_property
-    def flux_down(self) -> Floats:
-        """Energy per τ through each edge from above to below, shape (n_edges,)."""
-        return self.drift + self.rotation
 
     @cached_property
     def transfer(self) -> Floats:
@@ -66,6 +55,19 @@ class ShellBalance:
         known = (self.density > 0.0) & (self.n_near > 0)
         velocity = np.full(self.density.shape, np.nan)
         velocity[known] = -self.flux_down[known] / self.density[known]
+        return velocity
+
+    @cached_property
+    def shell_velocity(self) -> Floats:
+        """Drift velocity of each shell, shape (n_shells,): its edges' mean flux over its density.
+
+        NaN for a shell without energy, and for the last one, which has no upper edge.
+        """
+        flux = 0.5 * (self.flux_down[:-1] + self.flux_down[1:])
+        density = self.energy[1:-1] / self.shells.partition.widths[:-1]
+        velocity = np.full(self.energy.size - 1, np.nan)
+        known = np.append(density > 0.0, False)
+        velocity[known] = -flux[known[:-1]] / density[known[:-1]]
         return velocity
 
     @property
@@ -82,7 +84,7 @@ class ShellBalance:
     def flux_to_dissipation(self) -> Floats:
         """|J|/|D| of each edge and the shell below it; NaN where nothing is dissipated there.
 
-        The integrand of Definition 4.1 of "Renormalizable spectral-shell dynamics".
+        The integrands of Definition 4.1 of "Renormalizable spectral-shell dynamics".
         """
         lost = np.abs(self.dissipation[:-1])
         ratio = np.full(lost.shape, np.nan)
@@ -93,6 +95,27 @@ class ShellBalance:
     def null_exchange(self) -> float:
         """Energy per τ that the null shell gains from the others."""
         return float(self.flux_down[0])
+
+
+@dataclass(frozen=True, eq=False)
+class ShellBalance(EdgeBalance):
+    """A balance from all modes and couplings, with the parts of its fluxes.
+
+    Parameters
+    ----------
+    shells, energy, dissipation, flux_down, density, n_near
+        As for `EdgeBalance`.
+    drift, rotation : ndarray of shape (n_edges,)
+        Parts of ``flux_down`` from moving eigenvalues (u = v) and from turning modes (u ≠ v).
+        Within a repeated eigenvalue only their sum means something.
+    pair_flux : ndarray of shape (1 + n_shells, 1 + n_shells)
+        F_αβ, the energy per τ that shell α gains from shell β; antisymmetric, its row sums are
+        ``transfer``.
+    """
+
+    drift: Floats
+    rotation: Floats
+    pair_flux: Floats
 
     @cached_property
     def null_share(self) -> float:
@@ -194,10 +217,11 @@ def shell_balance(
         shells=shells,
         energy=energy,
         dissipation=dissipation,
-        drift=drift,
-        rotation=rotation,
+        flux_down=drift + rotation,
         density=shells.density_at_edges(rates, energies),
         n_near=shells.count_near(rates),
+        drift=drift,
+        rotation=rotation,
         pair_flux=terms.pair_flux(weights),
     )
 

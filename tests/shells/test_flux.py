@@ -40,6 +40,10 @@ def soft_energies(M, e, shells):
     return shells.weights(lam) @ (0.5 * (U.T @ e) ** 2)
 
 
+def balance_of_drift(lam, g, velocity, shells):
+    return shell_balance(lam, g, np.zeros_like(g), np.diag(velocity), shells)
+
+
 def dense_transfer(lam, g, V, shells, h=2e-4):
     """½ eᵀ D[w_α(M)](dM) e by central differences of two steps."""
     M = np.diag(lam)
@@ -136,10 +140,20 @@ def test_pair_fluxes_against_the_plain_sum():
 @pytest.mark.parametrize("factor", [-1.0, 0.7])
 def test_a_common_scaling_of_the_kernel_is_a_drift_with_its_velocity(factor):
     """dM = a M moves every rate by a λ and turns no mode."""
-    lam, g, rates, _ = random_modes(5)
-    balance = shell_balance(lam, g, rates, factor * np.diag(lam), shells_for())
+    lam, g, *_ = random_modes(5)
+    balance = balance_of_drift(lam, g, factor * lam, shells_for())
     np.testing.assert_allclose(balance.velocity, factor * balance.shells.edges, rtol=1e-12)
     assert (balance.rotation == 0).all()
+
+
+def test_velocity_of_shells_is_that_of_a_common_drift():
+    """Many modes, so that a shell's density is smooth; the last shell has no upper edge."""
+    lam = np.exp(np.linspace(-6, 3, 4000))
+    shells = SoftShells(ShellPartition.covering(0.01, 8.0, q=1.1))
+    g = lam**0.5
+    velocity = balance_of_drift(lam, g, -lam, shells).shell_velocity
+    np.testing.assert_allclose(velocity[:-1], -shells.partition.midpoints[:-1], rtol=1e-2)
+    assert np.isnan(velocity[-1])
 
 
 def test_a_turning_pair_moves_energy_between_its_shells():
