@@ -9,6 +9,7 @@ WORKERS ?= 2
 TORCH_PEERS := .venv-torch-peers
 NEURAL_TANGENTS := .venv-neural-tangents
 BENCHMARK_OPTIONS ?=
+STUDY_OPTIONS ?=
 
 # pip reads the first for ordinary installs, newer versions the second for the isolated build.
 export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
@@ -19,10 +20,10 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint docs benchmark clean
+.PHONY: help demo test lint docs benchmark study-residual clean
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: $(VENV)/.installed-demo  ## train on digits, measure, fit, write out/*.parquet and out/*.png
 	$(ONE_THREAD) $(BIN)/python demo/digits.py
@@ -41,6 +42,9 @@ docs: $(VENV)/.installed-docs  ## build the documentation; a warning is an error
 benchmark: $(TORCH_PEERS)/.installed $(NEURAL_TANGENTS)/.installed  ## compare with other tools; writes out/benchmarks/, docs/benchmarks/
 	$(TORCH_PEERS)/bin/python -m benchmarks --docs docs/benchmarks \
 		--jax-python $(NEURAL_TANGENTS)/bin/python $(BENCHMARK_OPTIONS)
+
+study-residual: $(VENV)/.installed-demo  ## residual against plain networks; writes out/study-residual/, docs/studies/residual/
+	$(ONE_THREAD) $(BIN)/python -m studies.residual --docs docs/studies/residual $(STUDY_OPTIONS)
 
 clean:  ## remove what the targets made, but keep .venv
 	rm -rf out build dist docs/_build docs/auto_examples docs/generated

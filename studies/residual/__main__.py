@@ -8,7 +8,7 @@ from pathlib import Path
 
 from studies.residual.data import find_data
 from studies.residual.design import Design, Folders
-from studies.residual.pieces import analyse_cells, measure_states, train_networks
+from studies.residual.pieces import analyse_cells, compare_steps, measure_states, train_networks
 from studies.residual.report import write_report
 
 STAGES = ("train", "measure", "analyse", "report")
@@ -35,6 +35,7 @@ def main(arguments: list[str] | None = None) -> None:
         train_networks(design, folders, data, options.jobs)
     if "measure" in options.only:
         measure_states(design, folders, data, options.jobs)
+        compare_steps(design, folders, data, options.jobs)
     if "analyse" in options.only:
         analyse_cells(design, folders, options.jobs)
     if "report" in options.only:

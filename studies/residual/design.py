@@ -21,6 +21,8 @@ class Design:
     networks : tuple of Network
     training : TrainingPlan
     measuring : MeasuringPlan
+    steps : tuple of float
+        Sizes of the step whose couplings are compared, on one batch and seed.
     n_train, n_test : int
         Images used of each part.
     """
@@ -28,6 +30,7 @@ class Design:
     networks: tuple[Network, ...]
     training: TrainingPlan = field(default_factory=TrainingPlan)
     measuring: MeasuringPlan = field(default_factory=MeasuringPlan)
+    steps: tuple[float, ...] = (0.001, 0.003, 0.01, 0.03)
     n_train: int = 6000
     n_test: int = 1000
 
@@ -49,6 +52,7 @@ class Design:
                 losses=(2.2,), batch_size=16, learning_rate=0.1, max_steps=200, n_checked=50
             ),
             MeasuringPlan(n_images=6, n_batches=2, n_random=2),
+            steps=(0.003, 0.01),
             n_train=100,
             n_test=12,
         )
@@ -58,6 +62,10 @@ class Design:
         for network, when in product(self.networks, self.training.times):
             for batch in range(self.measuring.n_batches):
                 yield network, when, batch
+
+    def compared_steps(self) -> Iterator[tuple[Network, str]]:
+        """Yield network and time of each state whose steps are compared."""
+        yield from product([n for n in self.networks if n.seed == 0], self.training.times)
 
     def cells(self) -> Iterator[tuple[Network, str, str]]:
         """Yield network, time and residual of each cell."""
@@ -79,6 +87,11 @@ class Folders:
     def couplings(self) -> Path:
         """Couplings between modes: most of the disk space."""
         return self.out / "couplings"
+
+    @property
+    def steps(self) -> Path:
+        """Statistics with steps of several sizes."""
+        return self.out / "steps"
 
     @property
     def cells(self) -> Path:

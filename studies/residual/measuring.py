@@ -8,7 +8,7 @@ kernel of the Brier residual is S M S. That halves the work; the random directio
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -166,10 +166,7 @@ def measure(
     -----
     Takes 5 + 2 ``n_random`` kernels of the logits.
     """
-    model = network.build()
-    model.load_state_dict(load_file(state))
-    # Also the weights: the step along a gradient is below what float32 resolves.
-    model.double().eval()
+    model = _load(network, state)
     probe = _Probe(model, inputs.double(), targets, plan.change)
     here = probe.kernels(None, 0.0)
     draws = torch.Generator().manual_seed(random_seed)
@@ -181,21 +178,69 @@ def measure(
         direction = gradient_flow(model, inputs.double(), targets, residual)
         norm = norm_of(direction)
         along = probe.rates(direction, torch.float64)
-        matrix = here.matrices[residual]
-        pairs = dense_pairs(torch.from_numpy(matrix), len(matrix), here.noise)
-        vectors = pairs.vectors.numpy()[:, ::-1]
-        lambda_max = float(pairs.eigenvalues[0])
-        found[residual] = Coupled(
-            eigenvalues=pairs.eigenvalues[::-1].copy(),
-            amplitudes=vectors.T @ here.error,
-            flow=_compressed(along.matrices[residual], vectors),
-            # Random directions have norm 1; θ̇ is as long as that of the flow.
-            random=np.stack([_compressed(r.matrices[residual], vectors) * norm for r in random]),
-            error_rates=vectors.T @ along.error,
-            floor=noise_floor(_FLOAT32_NOISE * lambda_max, lambda_max, n=len(matrix)),
-            direction_norm=norm,
-        )
+        # Random directions have norm 1; θ̇ is as long as that of the flow.
+        others = [rates.matrices[residual] * norm for rates in random]
+        found[residual] = _coupled(here, along, residual, others, norm)
     return found
+
+
+def measure_steps(
+    network: Network,
+    state: Path,
+    inputs: Tensor,
+    targets: Tensor,
+    changes: Sequence[float],
+) -> dict[str, list[Coupled]]:
+    """Measure the couplings along the gradient flow with steps of several sizes.
+
+    Parameters
+    ----------
+    network, state, inputs, targets
+        As for `measure`.
+    changes : sequence of float
+        By how much the steps change the error, relative to its norm.
+
+    Returns
+    -------
+    dict of str to list of Coupled
+        By residual; one for each step, without random directions.
+    """
+    model = _load(network, state)
+    probes = [_Probe(model, inputs.double(), targets, change) for change in changes]
+    here = probes[0].kernels(None, 0.0)
+    found: dict[str, list[Coupled]] = {}
+    for residual in RESIDUALS:
+        direction = gradient_flow(model, inputs.double(), targets, residual)
+        rates = [probe.rates(direction, torch.float64) for probe in probes]
+        norm = norm_of(direction)
+        found[residual] = [_coupled(here, along, residual, [], norm) for along in rates]
+    return found
+
+
+def _load(network: Network, state: Path) -> nn.Module:
+    model = network.build()
+    model.load_state_dict(load_file(state))
+    # Also the weights: the step along a gradient is below what float32 resolves.
+    return model.double().eval()
+
+
+def _coupled(
+    here: Kernels, along: Kernels, residual: str, random: Sequence[Floats], norm: float
+) -> Coupled:
+    matrix = here.matrices[residual]
+    pairs = dense_pairs(torch.from_numpy(matrix), len(matrix), here.noise)
+    vectors = pairs.vectors.numpy()[:, ::-1]
+    lambda_max = float(pairs.eigenvalues[0])
+    compressed = [_compressed(rate, vectors) for rate in random]
+    return Coupled(
+        eigenvalues=pairs.eigenvalues[::-1].copy(),
+        amplitudes=vectors.T @ here.error,
+        flow=_compressed(along.matrices[residual], vectors),
+        random=np.stack(compressed) if compressed else np.zeros((0, *matrix.shape)),
+        error_rates=vectors.T @ along.error,
+        floor=noise_floor(_FLOAT32_NOISE * lambda_max, lambda_max, n=len(matrix)),
+        direction_norm=norm,
+    )
 
 
 def _compressed(matrix: Floats, vectors: Floats) -> Floats:

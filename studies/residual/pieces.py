@@ -11,13 +11,14 @@ from typing import Any
 
 import torch
 from joblib import Parallel, delayed, parallel_config
+from torch import Tensor
 
 from studies.residual.data import load_images
 from studies.residual.design import Design, Folders
 from studies.residual.files import write_atomically
-from studies.residual.measuring import RESIDUALS, Coupled, coupled_path, measure
+from studies.residual.measuring import RESIDUALS, Coupled, coupled_path, measure, measure_steps
 from studies.residual.networks import Network
-from studies.residual.statistics import analyse_cell
+from studies.residual.statistics import analyse_cell, analyse_step
 from studies.residual.training import read_record, state_path, train
 
 Piece = tuple[str, Callable[[], None]]
@@ -42,6 +43,20 @@ def measure_states(design: Design, folders: Folders, data: Path, jobs: int) -> N
     _work(sorted(todo, key=lambda piece: piece[0].rsplit(" ", 1)[1]), jobs)
 
 
+def compare_steps(design: Design, folders: Folders, data: Path, jobs: int) -> None:
+    """Measure with steps of several sizes, where that is not done yet."""
+    todo = []
+    for network, when in design.compared_steps():
+        state, target = (
+            state_path(folders.networks, network, when),
+            step_path(folders, network, when),
+        )
+        if state.exists() and not target.exists():
+            label = f"{network.name}, {when}, steps"
+            todo.append((label, partial(_compare, network, state, target, design, data)))
+    _work(todo, jobs)
+
+
 def analyse_cells(design: Design, folders: Folders, jobs: int) -> None:
     """Take the statistics of every cell whose batches are all measured."""
     todo = []
@@ -60,6 +75,11 @@ def analyse_cells(design: Design, folders: Folders, jobs: int) -> None:
 def cell_path(folders: Folders, network: Network, when: str, residual: str) -> Path:
     """Return the file of a cell's statistics."""
     return folders.cells / f"{network.name}_{when.replace(' ', '-')}_{residual}.json"
+
+
+def step_path(folders: Folders, network: Network, when: str) -> Path:
+    """Return the file of the statistics with steps of several sizes."""
+    return folders.steps / f"{network.name}_{when.replace(' ', '-')}.json"
 
 
 def _work(pieces: list[Piece], jobs: int) -> None:
@@ -90,14 +110,31 @@ def _train(network: Network, design: Design, folders: Folders, data: Path) -> No
     train(network, *images.train_tensors(), design.training, folders.networks)
 
 
+def _probe_batch(design: Design, data: Path, batch: int) -> tuple[Tensor, Tensor]:
+    images = load_images(data).first(design.n_train, design.n_test)
+    n = design.measuring.n_images
+    inputs, targets = images.test_tensors()
+    return inputs[batch * n : (batch + 1) * n], targets[batch * n : (batch + 1) * n]
+
+
+def _compare(network: Network, state: Path, target: Path, design: Design, data: Path) -> None:
+    found = measure_steps(network, state, *_probe_batch(design, data, 0), design.steps)
+    rows = [
+        {"residual": residual, "step": step, **analyse_step(one)}
+        for residual, some in found.items()
+        for step, one in zip(design.steps, some, strict=True)
+    ]
+    text = json.dumps(rows)
+    write_atomically(target, lambda path: path.write_text(text))
+
+
 def _measure(
     network: Network, when: str, batch: int, design: Design, folders: Folders, data: Path
 ) -> None:
-    plan = design.measuring
-    inputs, targets = load_images(data).first(design.n_train, design.n_test).test_tensors()
-    rows = slice(batch * plan.n_images, (batch + 1) * plan.n_images)
+    inputs, targets = _probe_batch(design, data, batch)
     state = state_path(folders.networks, network, when)
-    found = measure(network, state, inputs[rows], targets[rows], plan, random_seed=network.seed)
+    plan = design.measuring
+    found = measure(network, state, inputs, targets, plan, random_seed=network.seed)
     for residual, path in _coupled_paths(folders, network, when, batch).items():
         found[residual].save(path)
 

@@ -18,6 +18,7 @@ from studies.residual.results import (
     mean_interval,
     part_frame,
     statistics_frame,
+    step_frame,
     training_frame,
 )
 from studies.residual.verdict import FAILS, HOLDS, Finding, findings, findings_frame
@@ -51,6 +52,7 @@ def write_report(design: Design, folders: Folders, docs: Path | None) -> str:
     tables = {
         "networks": training_frame(design, folders),
         "statistics": frame,
+        "steps": step_table(step_frame(design, folders)),
         **derived_tables(frame),
     }
     targets = [folders.out, *([docs] if docs is not None else [])]
@@ -125,6 +127,17 @@ def difference_table(frame: pd.DataFrame) -> pd.DataFrame:
                 )
                 row[label] = interval_text(*mean_interval(part["difference"]))
     return _in_order(pd.DataFrame(rows.values()))
+
+
+def step_table(rows: pd.DataFrame) -> pd.DataFrame:
+    """Return Toeplitz residual and diagonal slope against the size of the step."""
+    keys = ["residual", "time", "network"]
+    table: dict[tuple[str, ...], dict[str, str]] = {}
+    for row in rows.to_dict("records"):
+        labels = {key: row[key] for key in keys}
+        cells = table.setdefault(tuple(labels.values()), labels)
+        cells[f"step {row['step']:.1%}"] = f"{row['toeplitz']:.3f}, {row['slope']:.3f}"
+    return _in_order(pd.DataFrame(table.values()))
 
 
 def summary(frame: pd.DataFrame) -> str:

@@ -12,7 +12,7 @@ import pandas as pd
 from scipy import stats
 
 from studies.residual.design import Design, Folders
-from studies.residual.pieces import cell_path
+from studies.residual.pieces import cell_path, step_path
 from studies.residual.training import read_record
 
 CELL = ["architecture", "activation", "seed", "time", "residual"]
@@ -61,6 +61,17 @@ def coupling_matrix(folders: Folders, network: Any, when: str, residual: str) ->
     """Return K of a cell, normalised."""
     found = json.loads(cell_path(folders, network, when, residual).read_text())
     return np.array(found["coupling"], dtype=float)
+
+
+def step_frame(design: Design, folders: Folders) -> pd.DataFrame:
+    """Return the statistics with steps of several sizes, one row for each state and step."""
+    rows = []
+    for network, when in design.compared_steps():
+        path = step_path(folders, network, when)
+        if path.exists():
+            labels = {"network": f"{network.architecture}-{network.activation}", "time": when}
+            rows += [labels | row for row in json.loads(path.read_text())]
+    return _rounded(pd.DataFrame(rows))
 
 
 def training_frame(design: Design, folders: Folders) -> pd.DataFrame:

@@ -113,6 +113,14 @@ def analyse_cell(batches: Sequence[Coupled], *, seed: int = 0) -> dict[str, Any]
     }
 
 
+def analyse_step(batch: Coupled) -> dict[str, float]:
+    """Return the statistics of one batch along its gradient flow, without intervals and nulls."""
+    partition = ShellPartition.covering(batch.floor, float(batch.eigenvalues[-1]), q=Q)
+    flow = _couplings(batch, batch.flow, partition)
+    values = _from_couplings(flow, _log_lambda([batch], partition))
+    return {name: float(value) for name, value in zip(FROM_COUPLINGS, values, strict=True)}
+
+
 def jackknife(
     statistic: Callable[[Sequence[Any]], float], items: Sequence[Any], confidence: float = 0.95
 ) -> tuple[float, float, float]:
