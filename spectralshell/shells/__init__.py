@@ -4,7 +4,7 @@ from spectralshell.shells.batch_mean import mean_measure
 from spectralshell.shells.coupling import shell_coupling
 from spectralshell.shells.coupling_nulls import permutation_p_value, permuted_couplings
 from spectralshell.shells.diagonal_scaling import diagonal_scaling
-from spectralshell.shells.flux import ShellBalance, shell_balance
+from spectralshell.shells.flux import EdgeBalance, ShellBalance, shell_balance
 from spectralshell.shells.frames import (
     average_over_batches,
     energy_frame,
@@ -29,6 +29,7 @@ from spectralshell.shells.toeplitz_matrix import (
 )
 
 __all__ = [
+    "EdgeBalance",
     "ShellBalance",
     "ShellPartition",
     "SoftShells",

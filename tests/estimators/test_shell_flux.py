@@ -159,7 +159,7 @@ def test_matrix_free_fluxes_against_exact_ones(measured_trajectory, dtype):
 
 
 def test_matrix_free_dissipation_is_that_of_the_modes():
-    """Along a random direction ė is far from −M e, and lies outside the span of the Krylov space."""
+    """Along a random direction ė is far from −M e, and outside the Krylov space."""
     snapshot = Snapshot(small_model(), *batch())
     settings = {"direction": "random", "random_state": 3, "floor": 1e-3}
     exact = ShellFluxEstimator(solver="exact", **settings).fit([snapshot]).balance_
