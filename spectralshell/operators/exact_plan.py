@@ -30,6 +30,8 @@ ROOM = 0.85
 
 _ALLOCATOR = 1.27
 """Most memory of the process over what is in use: blocks of many sizes come and go."""
+_IN_FLIGHT = 2.1
+"""The same for a pass or a contraction, whose blocks are made before the last ones are freed."""
 
 _PARAMETER_COPIES = 6
 """The model's own, a gradient with its temporaries, and those of the product along it."""
@@ -119,7 +121,7 @@ def _plan_chunks(footprint: Footprint, max_bytes: int, size: int) -> ExactPlan:
     sums = _sum_bytes(footprint)
     held = sum(plan.held_bytes for plan in footprint.units)
     largest = max((plan.held_bytes for plan in footprint.units), default=0)
-    left = int(max_bytes / _ALLOCATOR - fixed - sums - passing)
+    left = int(max_bytes - fixed - sums - _IN_FLIGHT * passing)
     # Beside a layer's own store, its contraction makes tables of a part of this.
     layer_bytes = max(largest, min(left * SLICES // (SLICES + 2), _LARGEST_LAYERS), 1)
     groups = list(group_units(footprint.units, layer_bytes))
@@ -129,8 +131,8 @@ def _plan_chunks(footprint: Footprint, max_bytes: int, size: int) -> ExactPlan:
     )
     eigen = _EIGEN_COPIES * 8 * footprint.n_entries**2
     noise = _noise_bytes(footprint) if footprint.itemsize == _FLOAT32_BYTES else 0
-    building = fixed + sums + min(stored, held) + max(passing, tables)
-    peak = max(_ALLOCATOR * max(building, fixed + 2 * sums, noise), eigen)
+    building = fixed + sums + min(stored, held) + _IN_FLIGHT * max(passing, tables)
+    peak = max(building, _ALLOCATOR * max(fixed + 2 * sums, noise), eigen)
     n_chunks = -(-footprint.n_samples // size)
     cost = _cost(footprint, len(groups), n_chunks)
     return ExactPlan(
