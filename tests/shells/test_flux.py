@@ -15,6 +15,8 @@ DENSE_RTOL = 1e-8
 # What the solver's own tolerance of 1e-12 leaves after a few hundred steps.
 BALANCE = 1e-9
 RATE = 1e-7
+# Close eigenvalues turn fast, and the difference has an error of h².
+MODE_RATE = 1e-6
 
 END = 6.0
 NETWORK, THETA = small_network()
@@ -209,6 +211,22 @@ def test_bad_input_is_named(changes, message):
     }
     with pytest.raises(ValueError, match=message):
         shell_balance(**(good | changes), shells=shells_for())
+
+
+def test_modes_turn_with_the_sign_of_the_denominator():
+    """dg_u/dt = ⟨ė, φ_u⟩ + Σ g_v V_uv/(λ_u − λ_v), with λ_u first."""
+    lam, g, rates, V, velocity = NETWORK.modes(THETA)
+    gap = lam[:, None] - lam
+    np.fill_diagonal(gap, np.inf)
+    expected = rates + (V / gap) @ g
+    h = 1e-5
+    ahead, behind = (NETWORK.modes(THETA + s * h * velocity)[1] for s in (1, -1))
+    # Eigenvectors come with any sign.
+    signs = np.sign(ahead * g), np.sign(behind * g)
+    actual = (signs[0] * ahead - signs[1] * behind) / (2 * h)
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=MODE_RATE)
+    wrong = rates - (V / gap) @ g
+    assert np.abs(actual - wrong).max() > 1e3 * MODE_RATE
 
 
 def test_energy_below_an_edge_changes_by_dissipation_and_flux():
