@@ -101,6 +101,12 @@ class ExactDerivative(KernelDerivative):
         J̇J̇ᵀ, with J̇ and J̇ᵀ.
     shared : SharedPullBack
         Of ``kernel``.
+
+    Attributes
+    ----------
+    form : str
+        How J̇ is differentiated: ``"jvp"``, in reverse through forward mode, or ``"double-vjp"``, in
+        reverse mode twice; ``"zero"`` where J is constant.
     """
 
     method = "exact"
@@ -112,6 +118,7 @@ class ExactDerivative(KernelDerivative):
         self._kernel = kernel
         self._rate = rate
         self._shared = shared
+        self.form = rate.rung
         if all(isinstance(part.linearization, ZeroRate) for part in rate.parts):
             self.status = "frozen kernel"
 

@@ -1,0 +1,162 @@
+"""Second derivatives that torch has wrong or not at all, and gates that none sees."""
+
+import warnings
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from spectralshell.operators import DifferentiationError, survey_motion
+from spectralshell.operators.jacobian_rate import FORMS, ForwardRate
+from spectralshell.snapshots import Snapshot
+from spectralshell.warning_categories import GateWarning
+from tests.fingerprints import model_fingerprint
+from tests.hostile_models import OnceSquare
+from tests.operators.test_kernel_derivative import (
+    DIFFERENCE,
+    EXACT,
+    motion_of,
+    random_block,
+    relative,
+)
+from tests.zoo import CASES_BY_NAME, make_snapshot
+
+
+class _Blind(torch.autograd.Function):
+    """A square whose backward pass hides that it depends on the input."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.x = x.detach()
+        return x**2
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return 2 * ctx.x * gradient
+
+
+class Applied(nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, x):
+        return self.function(x)
+
+
+def snapshot_through(function):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(4, 5), Applied(function), nn.Linear(5, 3)).double()
+    return Snapshot(model, random_block(6, 4), random_block(6, 3))
+
+
+@pytest.mark.parametrize("function", [_Blind.apply, OnceSquare.apply])
+@pytest.mark.parametrize("chunk_size", [None, 2])
+def test_wrong_second_derivatives_are_refused_where_they_start(function, chunk_size):
+    snapshot = snapshot_through(function)
+    before = model_fingerprint(snapshot.model)
+    with survey_motion(snapshot, chunk_size=chunk_size) as motion:
+        direction = motion.direction("random")
+        with pytest.raises(DifferentiationError, match=r"module '1' \(Applied\).*"):
+            motion.derivative(direction).to_dense()
+        assert model_fingerprint(snapshot.model) == before
+
+
+def test_a_difference_needs_first_derivatives_only():
+    with survey_motion(snapshot_through(_Blind.apply)) as motion:
+        found = motion.derivative(motion.direction("random"), method="difference").to_dense()
+    with survey_motion(snapshot_through(torch.square)) as motion:
+        expected = motion.derivative(motion.direction("random")).to_dense()
+    assert relative(found, expected) <= DIFFERENCE
+
+
+def test_a_form_that_is_wrong_is_passed_over(monkeypatch):
+    class Wrong(ForwardRate):
+        def pull(self, cotangent):
+            return tuple(1.01 * part for part in super().pull(cotangent))
+
+    with motion_of("mlp") as motion:
+        direction = motion.direction("random")
+        expected = motion.derivative(direction).to_dense()
+    monkeypatch.setitem(FORMS, "jvp", Wrong)
+    with motion_of("mlp") as motion:
+        derivative = motion.derivative(direction)
+        assert derivative.form == "double-vjp"
+        assert relative(derivative.to_dense(), expected) <= EXACT
+
+
+@pytest.mark.parametrize("name", ["layernorm mlp", "gpt-neox"])
+def test_layer_normalisation_takes_the_form_that_torch_has_right(name):
+    with motion_of(name, "brier") as motion:
+        assert motion.derivative(motion.direction("random")).form == "double-vjp"
+
+
+KINKED = {
+    "relu": torch.relu,
+    "F.relu": F.relu,
+    "in place": nn.ReLU(inplace=True),
+    "leaky_relu": nn.LeakyReLU(),
+    "hardtanh": nn.Hardtanh(),
+    "relu6": nn.ReLU6(),
+    "hardswish": nn.Hardswish(),
+    "abs": torch.abs,
+    "clamp": lambda x: x.clamp(min=0.1),
+    "elu": lambda x: F.elu(x, alpha=0.5),
+    "max_pool1d": lambda x: F.max_pool1d(x[:, None], 2)[:, 0].repeat(1, 3)[:, :5],
+}
+SMOOTH = {
+    "gelu": nn.GELU(),
+    "tanh": nn.Tanh(),
+    "silu": nn.SiLU(),
+    "softplus": nn.Softplus(),
+    "elu": nn.ELU(),
+    "softmax": nn.Softmax(-1),
+}
+
+
+@pytest.mark.parametrize("name", KINKED)
+def test_gates_are_warned_of(name):
+    with survey_motion(snapshot_through(KINKED[name])) as motion:
+        direction = motion.direction("random")
+        with pytest.warns(GateWarning, match="gates flip"):
+            motion.derivative(direction)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            motion.derivative(direction, method="difference")
+
+
+@pytest.mark.parametrize("name", SMOOTH)
+def test_smooth_activations_are_not_warned_of(name):
+    with survey_motion(snapshot_through(SMOOTH[name])) as motion, warnings.catch_warnings():
+        warnings.simplefilter("error")
+        motion.derivative(motion.direction("random"))
+        assert motion.gates == ()
+
+
+def test_a_maximum_of_constants_is_no_gate():
+    with survey_motion(snapshot_through(lambda x: x * torch.ones(6, 1).abs().max())) as motion:
+        assert motion.gates == ()
+
+
+def test_between_gates_the_exact_derivative_is_that_of_a_small_step():
+    with motion_of("cnn batchnorm", "brier") as motion:
+        direction = motion.direction("random")
+        with pytest.warns(GateWarning):
+            derivative = motion.derivative(direction)
+        exact = derivative.to_dense()
+        small = motion.derivative(direction, method="difference").to_dense()
+        large = motion.derivative(direction, method="difference", step=0.5 / direction.norm)
+        assert relative(small, exact) <= DIFFERENCE
+        assert relative(large.to_dense(), exact) > 0.01
+
+
+@pytest.mark.parametrize("name", ["mlp", "gru"])
+def test_directions_share_what_they_have_in_common(name):
+    with survey_motion(make_snapshot(CASES_BY_NAME[name], "nll"), residual="nll") as motion:
+        block = random_block(motion.n, 3)
+        first, second = (motion.derivative(motion.direction("random")) for _ in range(2))
+        first.compress(block)
+        second.compress(block)
+        assert (first.n_products, second.n_products) == (6, 3)
