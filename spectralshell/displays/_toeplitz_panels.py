@@ -20,6 +20,7 @@ _NULLS = {
 }
 _MASKED = "0.92"
 _MARKER_SIZE = 5.0
+_BAR_ROOM = 3.0  # how far above the highest value a bar may pull the view
 
 
 def make_panels(plt: Any) -> dict[str, Any]:
@@ -124,7 +125,9 @@ def draw_diagonal(ax: Any, shells: pd.DataFrame, diagonal: pd.DataFrame | None) 
     sizes = np.abs(np.concatenate([inner, signed]))
     bands = known[["coupling_lower", "coupling_upper"]].to_numpy(dtype=float)
     _axes.set_log_view(ax, "x", _axes.log_limits(rates), keep=False)
-    _axes.set_log_view(ax, "y", _axes.log_limits(sizes, bands=bands), keep=False)
+    # Intervals of shells that few batches have may span decades: they leave the view instead.
+    seen = np.minimum(bands, _BAR_ROOM * np.nanmax(sizes, initial=0.0))
+    _axes.set_log_view(ax, "y", _axes.log_limits(sizes, bands=seen), keep=False)
     handles = []
     for name, (values, colour, marker, text) in series.items():
         size = np.where(values != 0.0, np.abs(values), np.nan)
