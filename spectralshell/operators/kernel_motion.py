@@ -199,7 +199,7 @@ class KernelMotion:
 
         Notes
         -----
-        Exact, set up once for all directions: about eight products, and twice reverse mode for the
+        Exact, set up once for all directions: about five products, and reverse mode twice for the
         check. For each direction one recorded graph, about three of a forward pass in memory and
         time, and two of its backward passes for the check. Then, for k columns: ``compress`` takes
         k backward passes of the direction's graph, and k of the model's shared by all directions
