@@ -1,10 +1,20 @@
 """Spectral-shell measurements of how neural networks learn, in the style of scikit-learn."""
 
 from spectralshell._version import __version__
-from spectralshell.displays import ExponentDisplay, ShellEnergyDisplay, TailFitDisplay
+from spectralshell.displays import (
+    CoherenceDisplay,
+    ExponentDisplay,
+    ShellEnergyDisplay,
+    ShellFluxDisplay,
+    TailFitDisplay,
+    ToeplitzDisplay,
+)
 from spectralshell.estimators import (
     GRSDTailFitter,
+    JacobianBlockDiagnostic,
     ShellEnergyEstimator,
+    ShellFluxEstimator,
+    ToeplitzDiagnostic,
     cross_validate_exponent,
     largest_q_within_one_se,
 )
@@ -12,14 +22,20 @@ from spectralshell.shells import ShellPartition, SpectralMeasure
 from spectralshell.snapshots import Snapshot, make_snapshots
 
 __all__ = [
+    "CoherenceDisplay",
     "ExponentDisplay",
     "GRSDTailFitter",
+    "JacobianBlockDiagnostic",
     "ShellEnergyDisplay",
+    "ShellFluxDisplay",
     "ShellEnergyEstimator",
+    "ShellFluxEstimator",
     "ShellPartition",
     "Snapshot",
     "SpectralMeasure",
     "TailFitDisplay",
+    "ToeplitzDiagnostic",
+    "ToeplitzDisplay",
     "__version__",
     "cross_validate_exponent",
     "largest_q_within_one_se",

@@ -95,7 +95,7 @@ def check_coupling_parameters(estimator: Any) -> None:
     check_option("derivative", estimator.derivative, DERIVATIVES)
     if estimator.step is not None:
         check_real("step", estimator.step, low=0.0, low_open=True)
-    _check_direction(estimator.direction)
+    check_direction(estimator.direction)
 
 
 def coupling_config(estimator: Any, n_random: int = 0) -> CouplingConfig:
@@ -354,7 +354,14 @@ def _compressed(
     return slice_, [derivative.status]
 
 
-def _check_direction(direction: Any) -> None:
+def check_direction(direction: Any) -> None:
+    """Check the parameter ``direction``.
+
+    Raises
+    ------
+    ValueError, TypeError
+        If it is no name of a direction, snapshot, mapping or callable.
+    """
     if isinstance(direction, str):
         check_option("direction", direction, DIRECTIONS)
     elif not (callable(direction) or isinstance(direction, Snapshot) or _is_mapping(direction)):
@@ -374,6 +381,7 @@ def _is_mapping(direction: Any) -> bool:
 __all__ = [
     "CouplingConfig",
     "check_coupling_parameters",
+    "check_direction",
     "couple_snapshot",
     "coupling_config",
     "measure_couplings",

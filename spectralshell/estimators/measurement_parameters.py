@@ -32,6 +32,22 @@ def check_measurement_parameters(estimator: Any) -> None:
     """
     check_option("solver", estimator.solver, _SOLVERS)
     check_integer("n_steps", estimator.n_steps, low=1)
+    check_kernel_parameters(estimator)
+
+
+def check_kernel_parameters(estimator: Any) -> None:
+    """Check the parameters of whatever builds kernels of snapshots, with or without a spectrum.
+
+    Parameters
+    ----------
+    estimator : estimator
+        With the attributes ``chunk_size, max_memory, verbose, parameters, residual, dtype``.
+
+    Raises
+    ------
+    ValueError, TypeError
+        If one is out of range; the message names it.
+    """
     if estimator.chunk_size is not None:
         check_integer("chunk_size", estimator.chunk_size, low=1)
     if estimator.max_memory is not None:
@@ -44,7 +60,7 @@ def check_measurement_parameters(estimator: Any) -> None:
             f"{chosen!r}; for a list of names pass names.__contains__."
         )
     resolve_residual(estimator.residual)
-    _resolve_dtype(estimator.dtype)
+    resolve_dtype(estimator.dtype)
 
 
 def measurement_config(estimator: Any) -> MeasurementConfig:
@@ -68,7 +84,7 @@ def measurement_config(estimator: Any) -> MeasurementConfig:
         parameters=estimator.parameters,
         chunk_size=estimator.chunk_size,
         device=str(estimator.device),
-        dtype=_resolve_dtype(estimator.dtype),
+        dtype=resolve_dtype(estimator.dtype),
         max_memory=estimator.max_memory,
     )
 
@@ -86,7 +102,19 @@ def probe_seed(random_state: Any) -> int:
     return int(check_random_state(random_state).randint(np.iinfo(np.int32).max))
 
 
-def _resolve_dtype(dtype: Any) -> torch.dtype | None:
+def resolve_dtype(dtype: Any) -> torch.dtype | None:
+    """Return the number type that the parameter ``dtype`` stands for, None for the model's own.
+
+    Raises
+    ------
+    ValueError
+        If it is neither float32 nor float64.
+
+    Examples
+    --------
+    >>> resolve_dtype("float64")
+    torch.float64
+    """
     resolved: Any = _DTYPES.get(dtype, dtype) if isinstance(dtype, str) else dtype
     if resolved is not None and resolved not in _DTYPES.values():
         raise ValueError(

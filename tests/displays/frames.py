@@ -124,3 +124,91 @@ def fold_frame(n_folds=5, seed=0):
             "n_test": 2,
         }
     )
+
+
+def pair_frame(taus=(0.0, 1.0, 30.0), n_batches=2, n_blocks=5, seed=0):
+    """Coherence that falls with the distance of blocks, with noise; influence is not symmetric."""
+    rng = np.random.default_rng(seed)
+    names = list("abcdefghijklmnopqrstuvwxyz")[:n_blocks]
+    names += [f"encoder.layers.{i}" for i in range(n_blocks - len(names))]
+    rows, columns = np.divmod(np.arange(n_blocks**2), n_blocks)
+    frames = []
+    for tau in taus:
+        for batch in range(n_batches):
+            noise = rng.random((n_blocks, n_blocks))
+            falling = np.exp(-0.2 * np.abs(rows - columns) * (1 + 0.02 * tau))
+            shares = falling * (1 - 0.1 * np.abs(noise + noise.T).ravel() * (rows != columns))
+            norms = 1.0 + 0.3 * np.arange(n_blocks)
+            frames.append(
+                pd.DataFrame(
+                    {
+                        "tau": tau,
+                        "batch": batch,
+                        "block": [names[row] for row in rows],
+                        "other": [names[column] for column in columns],
+                        "depth": rows,
+                        "other_depth": columns,
+                        "distance": np.abs(rows - columns),
+                        "coherence": shares * norms[rows] * norms[columns],
+                        "normalized": shares,
+                        "influence": rng.random(n_blocks**2),
+                    }
+                )
+            )
+    return pd.concat(frames, ignore_index=True)
+
+
+def norm_frame(taus=(0.0, 1.0, 30.0), n_batches=2):
+    taus = np.repeat(np.asarray(taus, dtype=float), n_batches)
+    batches = np.tile(np.arange(n_batches), len(taus) // n_batches)
+    return pd.DataFrame(
+        {
+            "tau": taus,
+            "batch": batches,
+            "jacobian_norm": 1.4 + 0.05 * taus + 0.1 * batches,
+            "jacobian_rate": 0.2 + 0.4 * taus + 0.1 * batches,
+        }
+    )
+
+
+def toeplitz_frames(n_shells=9, masked=(2,), sign=-1.0, seed=0):
+    """What `ToeplitzDisplay.from_frame` takes: couplings that fall with the offset of shells."""
+    rng = np.random.default_rng(seed)
+    edges, names = edges_and_names(n_shells)
+    offset = np.abs(np.subtract.outer(np.arange(n_shells), np.arange(n_shells)))
+    scatter = np.exp(0.2 * rng.standard_normal((n_shells, n_shells)))
+    matrix = 0.2 * np.exp(-0.7 * offset) * np.sqrt(scatter * scatter.T)
+    matrix[list(masked)] = np.nan
+    matrix[:, list(masked)] = np.nan
+    inner = np.diagonal(matrix)
+    shells = pd.DataFrame(
+        {
+            "shell": names,
+            "lambda_mean": np.where(np.isnan(inner), np.nan, np.sqrt(edges[1:] * edges[:-1])),
+            "coupling": inner,
+            "coupling_lower": 0.8 * inner,
+            "coupling_upper": 1.25 * inner,
+            "signed_mean": sign * np.sqrt(inner),
+        }
+    )
+    n_windows = max(n_shells - 3, 1)
+    first = np.arange(n_windows)[::-1]
+    windows = pd.DataFrame(
+        {
+            "lambda_lo": edges[first],
+            "lambda_hi": edges[np.minimum(first + 4, n_shells)],
+            "centrality": 1.0 - np.abs(np.linspace(-1.0, 1.0, n_windows + 2)[1:-1]),
+            "residual": 0.2 + 0.02 * first,
+            "lower": 0.15,
+            "upper": 0.4,
+        }
+    )
+    for null, level in (("permutation", 0.3), ("random", 0.35)):
+        for end, shift in (("lower", -0.1), ("median", 0.0), ("upper", 0.1)):
+            windows[f"{null}_{end}"] = level + shift
+    diagonal = pd.DataFrame(
+        {"slope": 0.1, "slope_lower": -0.1, "slope_upper": 0.3, "r2": 0.4, "scale_free": 0.0},
+        index=["coupling", "signed_mean"],
+    )
+    coupling = pd.DataFrame(matrix, index=names, columns=names)
+    return {"frame": coupling, "windows": windows, "shells": shells, "diagonal": diagonal}

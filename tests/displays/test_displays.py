@@ -6,8 +6,22 @@ import sys
 import matplotlib.pyplot as plt
 import pytest
 
-from spectralshell.displays import ExponentDisplay, ShellEnergyDisplay, TailFitDisplay
-from tests.displays.frames import fitted_frame, fold_frame, tidy_frame, wide_frame
+from spectralshell.displays import (
+    CoherenceDisplay,
+    ExponentDisplay,
+    ShellEnergyDisplay,
+    TailFitDisplay,
+    ToeplitzDisplay,
+)
+from tests.displays.frames import (
+    fitted_frame,
+    fold_frame,
+    norm_frame,
+    pair_frame,
+    tidy_frame,
+    toeplitz_frames,
+    wide_frame,
+)
 
 
 def make_shell_energy():
@@ -23,7 +37,17 @@ def make_tail_fit():
     return TailFitDisplay.from_frame(wide, fitted_frame(wide), b=1.6)
 
 
-@pytest.fixture(params=[make_shell_energy, make_exponent, make_tail_fit])
+def make_toeplitz():
+    return ToeplitzDisplay.from_frame(**toeplitz_frames())
+
+
+def make_coherence():
+    return CoherenceDisplay.from_frame(pair_frame(), norm_frame())
+
+
+@pytest.fixture(
+    params=[make_shell_energy, make_exponent, make_tail_fit, make_coherence, make_toeplitz]
+)
 def display(request):
     return request.param()
 

@@ -1,0 +1,349 @@
+"""From a snapshot to the blocks of its Jacobian: norms, coherence, and what moves them."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from spectralshell.estimators.jacobian_grouping import Blocks, Grouping, group_parameters
+from spectralshell.krylov import dense_pairs, lanczos, ritz_pairs
+from spectralshell.operators import Direction, KernelDerivative, KernelMotion, survey_motion
+from spectralshell.operators.exact_plan import ROOM, ExactPlan, fits, plan_exact
+from spectralshell.operators.memory_budget import format_bytes, resolve_max_memory
+from spectralshell.snapshots import Snapshot
+from spectralshell.warning_categories import GateWarning
+
+Floats = NDArray[np.float64]
+
+_RATE_STEPS = 24
+_RATE_TOLERANCE = 1e-3
+"""Lanczos steps for ‖dJ/dt‖², and the relative residual norm above which the status says so."""
+
+_ROUNDINGS = 10.0
+"""Rates of a kernel below this many of their roundings are none."""
+
+
+@dataclass(frozen=True)
+class BlockConfig:
+    """What the blocks of a Jacobian depend on beside their snapshot.
+
+    Parameters
+    ----------
+    residual, parameters, chunk_size, device, dtype, max_memory
+        As in :class:`~spectralshell.estimators.measurement.MeasurementConfig`.
+    blocks : str, mapping or callable
+        As in :func:`~spectralshell.estimators.jacobian_grouping.group_parameters`.
+    direction : str, Snapshot, mapping of str to Tensor, or callable
+        What the parameters do.
+    derivative : {"exact", "difference"}
+    step : float or None
+        Of the difference, in units of the direction.
+    random_seed : int
+        Of a random direction.
+    """
+
+    residual: Any = "mse"
+    blocks: Blocks = "auto"
+    direction: Any = "gradient-flow"
+    derivative: str = "exact"
+    step: float | None = None
+    parameters: Any = None
+    chunk_size: int | None = None
+    device: str = "auto"
+    dtype: torch.dtype | None = None
+    max_memory: int | str | None = None
+    random_seed: int = 0
+
+
+@dataclass(frozen=True, eq=False)
+class BlockMeasure:
+    """The blocks of one snapshot's Jacobian; independent of band and null.
+
+    Parameters
+    ----------
+    blocks : tuple of str
+        L labels, by depth.
+    block_sizes : ndarray of int, shape (L,)
+        Parameters of each block.
+    norms : ndarray of shape (L,)
+        ‖J_l‖ = √λ_max(M_l), in 1/√τ.
+    traces : ndarray of shape (L,)
+        tr M_l, in 1/τ.
+    coherence : ndarray of shape (L, L)
+        ‖J_l* J_m‖, in 1/τ; the diagonal holds ‖J_l‖².
+    uncertainty : ndarray of shape (L, L)
+        How much rounding of the kernels may have added to or taken from it.
+    gram : ndarray of shape (L, L, L)
+        ⟨D_lm, D_lm'⟩ (Frobenius), D_lm the rate of M_l along the direction restricted to block m.
+    jacobian_norm, jacobian_rate : float
+        ‖J‖ and ‖dJ/dt‖ along the direction, in 1/√τ and per τ.
+    direction : str
+    direction_norm : float
+    derivative : str
+    n_outputs, n_rows, n_parameters : int
+    dynamics_exact : bool
+    tau, batch, name
+        Labels of the snapshot.
+    status : str
+        ``"ok"``, or phrases joined by ``"; "``.
+    """
+
+    blocks: tuple[str, ...]
+    block_sizes: NDArray[np.int64]
+    norms: Floats
+    traces: Floats
+    coherence: Floats
+    uncertainty: Floats
+    gram: Floats
+    jacobian_norm: float
+    jacobian_rate: float
+    direction: str
+    direction_norm: float
+    derivative: str
+    n_outputs: int
+    n_rows: int
+    n_parameters: int
+    dynamics_exact: bool
+    tau: float = 0.0
+    batch: int | str = 0
+    name: str | None = None
+    status: str = "ok"
+
+    def relabel(self, *, tau: float, batch: int | str, name: str | None) -> BlockMeasure:
+        """Return the same measurement with the labels of a snapshot."""
+        labels: dict[str, Any] = {"tau": tau, "batch": batch, "name": name}
+        return replace(self, **labels)
+
+
+def measure_blocks(
+    snapshot: Snapshot, config: BlockConfig, probe_seed: int = 0, verbose: int = 0
+) -> BlockMeasure:
+    """Measure the blocks of one snapshot, without looking into any cache.
+
+    Parameters
+    ----------
+    snapshot : Snapshot
+    config : BlockConfig
+    probe_seed : int, default=0
+        Of the probes that check the operators.
+    verbose : int, default=0
+        Not used: there is nothing to choose.
+
+    Returns
+    -------
+    BlockMeasure
+
+    Raises
+    ------
+    ValueError
+        If the kernels of the blocks do not fit in ``max_memory``; the message says what would.
+    """
+    del verbose
+    with survey_motion(
+        snapshot,
+        residual=config.residual,
+        parameters=config.parameters,
+        chunk_size=config.chunk_size,
+        max_memory=config.max_memory,
+        device=config.device,
+        dtype=config.dtype,
+        generator=torch.Generator().manual_seed(probe_seed),
+    ) as motion:
+        grouping = group_parameters(snapshot.model, config.blocks, motion.parameter_names)
+        plan = _plan(motion, config, len(grouping.labels))
+        spectra = _spectra(motion, plan, grouping)
+        direction = _direction(snapshot, motion, config)
+        rate, step, phrases = _jacobian_rate(motion, direction, config)
+        gram = _gram(motion, direction, grouping, replace(config, step=step))
+        rounding = spectra.noise * spectra.norm * (rate + (spectra.norm / step if step else 0.0))
+        gram[np.sqrt(np.einsum("lmm->l", gram)) <= _ROUNDINGS * rounding] = 0.0
+        phrases = [spectra.status, *phrases, *_phrases(grouping, spectra, gram)]
+        return BlockMeasure(
+            blocks=grouping.labels,
+            block_sizes=_sizes(motion, grouping),
+            norms=spectra.norms,
+            traces=spectra.traces,
+            coherence=spectra.coherence,
+            uncertainty=spectra.uncertainty,
+            gram=gram,
+            jacobian_norm=spectra.norm,
+            jacobian_rate=rate,
+            direction=direction.name,
+            direction_norm=direction.norm,
+            derivative=config.derivative,
+            n_outputs=motion.n,
+            n_rows=motion.n_rows,
+            n_parameters=motion.n_parameters,
+            dynamics_exact=motion.dynamics_exact,
+            tau=snapshot.tau,
+            batch=snapshot.batch,
+            name=snapshot.name,
+            status="; ".join(dict.fromkeys(p for p in phrases if p != "ok")) or "ok",
+        )
+
+
+@dataclass(frozen=True)
+class _Spectra:
+    norm: float
+    noise: float
+    norms: Floats
+    traces: Floats
+    coherence: Floats
+    uncertainty: Floats
+    status: str
+
+
+def _plan(motion: KernelMotion, config: BlockConfig, n_blocks: int) -> ExactPlan:
+    budget = resolve_max_memory(config.max_memory, motion.device)
+    plan = plan_exact(motion.survey.footprint, budget, motion.survey.evaluation.chunk_size)
+    # Kernels of the blocks with their factors, and then the halves of all pairs of rates.
+    matrices = max(3 * n_blocks, n_blocks + n_blocks**2 // 2)
+    peak = plan.peak_bytes + 8 * matrices * motion.n**2
+    if not fits(peak, budget):
+        raise ValueError(
+            f"max_memory: the kernels of {n_blocks} blocks of n = {motion.n} entries need about "
+            f"{format_bytes(peak / ROOM)}, and {format_bytes(budget)} are allowed; allow that "
+            "much, take fewer samples, or join blocks."
+        )
+    return plan
+
+
+def _spectra(motion: KernelMotion, plan: ExactPlan, grouping: Grouping) -> _Spectra:
+    with motion.survey.build_exact(plan, grouping.label_of) as kernel:
+        wide = [kernel.layers[label].to(kernel.residual_vector) for label in grouping.labels]
+        norm = _largest(kernel.to_dense())
+        relative = kernel.noise
+        status = kernel.status
+    noise = relative * norm
+    factors = [_factor(matrix, noise) for matrix in wide]
+    squares = np.array([_largest(factor.T @ factor) for factor in factors])
+    n_blocks = len(factors)
+    coherence = np.diag(squares)
+    for row in range(n_blocks):
+        for column in range(row):
+            found = _cross_norm(factors[row], factors[column])
+            coherence[row, column] = coherence[column, row] = found
+    # |δ λ_max(M_l^½ M_m M_l^½)| ≤ ‖δM_l‖ ‖M_m‖ + ‖M_l‖ ‖δM_m‖, of the square of the coherence.
+    shift = noise * (squares[:, None] + squares)
+    uncertainty = np.sqrt(coherence**2 + shift) - coherence
+    traces = np.array([float(matrix.diagonal().sum()) for matrix in wide])
+    return _Spectra(
+        float(np.sqrt(norm)), relative, np.sqrt(squares), traces, coherence, uncertainty, status
+    )
+
+
+def _factor(matrix: Tensor, noise: float) -> Tensor:
+    """Return F with F Fᵀ the matrix, without the modes below its noise."""
+    values, vectors = torch.linalg.eigh((matrix + matrix.T) / 2)
+    kept = values > noise
+    return vectors[:, kept] * values[kept].sqrt()
+
+
+def _cross_norm(left: Tensor, right: Tensor) -> float:
+    """Return ‖F_lᵀ F_m‖ = √λ_max(M_l^½ M_m M_l^½)."""
+    cross = left.T @ right
+    if cross.shape[0] > cross.shape[1]:
+        cross = cross.T
+    return float(np.sqrt(_largest(cross @ cross.T)))
+
+
+def _largest(matrix: Tensor) -> float:
+    if not len(matrix):
+        return 0.0
+    return max(float(dense_pairs(matrix, 1).eigenvalues[0]), 0.0)
+
+
+def _direction(snapshot: Snapshot, motion: KernelMotion, config: BlockConfig) -> Direction:
+    spec = config.direction
+    if callable(spec):
+        spec = spec(snapshot)
+    return motion.direction(spec, generator=torch.Generator().manual_seed(config.random_seed))
+
+
+def _jacobian_rate(
+    motion: KernelMotion, direction: Direction, config: BlockConfig
+) -> tuple[float, float | None, list[str]]:
+    """Return ‖dJ/dt‖, the step of a difference, and what there is to say."""
+    with motion.derivative(direction, method=config.derivative, step=config.step) as derivative:
+        # Which step an exact derivative has does not matter to the others.
+        step = derivative.step if config.derivative == "difference" else config.step
+        if derivative.status in ("zero direction", "frozen kernel"):
+            return 0.0, config.step, [derivative.status]
+        start = torch.randn(motion.n, generator=torch.Generator().manual_seed(0))
+        start = start.to(motion.residual_vector)
+        pairs = ritz_pairs(lanczos(derivative.rate_gram, start, _RATE_STEPS), 1)
+        square = max(float(pairs.eigenvalues[0]), 0.0)
+        phrases = [derivative.status]
+        if pairs.residual_norms[0] > _RATE_TOLERANCE * square > 0.0:
+            phrases.append("rate of the Jacobian from below")
+        return square**0.5, step, phrases
+
+
+def _gram(
+    motion: KernelMotion, direction: Direction, grouping: Grouping, config: BlockConfig
+) -> Floats:
+    """Return ⟨D_lm, D_lm'⟩ for all blocks l, m, m'."""
+    n_blocks = len(grouping.labels)
+    rates: list[list[Tensor]] = [[] for _ in range(n_blocks)]
+    for derivative in _restricted(motion, direction, grouping, config):
+        with derivative:
+            parts = derivative.layers(grouping.label_of)
+        for kept, label in zip(rates, grouping.labels, strict=True):
+            kept.append(_packed(parts[label]))
+    gram = np.empty((n_blocks,) * 3)
+    for position, kept in enumerate(rates):
+        stacked = torch.stack(kept)
+        gram[position] = (stacked @ stacked.T).cpu().numpy()
+        kept.clear()
+    return gram
+
+
+def _restricted(
+    motion: KernelMotion, direction: Direction, grouping: Grouping, config: BlockConfig
+) -> Iterator[KernelDerivative]:
+    """Yield the derivative along the direction of each block's parameters alone, by depth."""
+    tangents = dict(zip(motion.parameter_names, direction.tangents, strict=True))
+    for label in grouping.labels:
+        part: Mapping[str, Tensor] = {name: tangents[name] for name in grouping.members[label]}
+        with warnings.catch_warnings():
+            # The whole direction has warned already.
+            warnings.simplefilter("ignore", GateWarning)
+            derivative = motion.derivative(
+                motion.direction(part), method=config.derivative, step=config.step
+            )
+        yield derivative
+
+
+def _packed(matrix: Tensor) -> Tensor:
+    """Return the lower half of a symmetric matrix as a vector with the same inner products."""
+    rows, columns = torch.tril_indices(*matrix.shape, device=matrix.device)
+    weights = torch.where(rows == columns, 1.0, 2.0**0.5).to(matrix)
+    return matrix[rows, columns] * weights
+
+
+def _sizes(motion: KernelMotion, grouping: Grouping) -> NDArray[np.int64]:
+    function = motion.survey.evaluation.problem.function
+    numbers = dict(zip(function.names, (p.numel() for p in function.parameters), strict=True))
+    return np.array(
+        [sum(numbers[name] for name in grouping.members[label]) for label in grouping.labels]
+    )
+
+
+def _phrases(grouping: Grouping, spectra: _Spectra, gram: Floats) -> list[str]:
+    phrases = ["one block"] if len(grouping.labels) == 1 else []
+    zero = [label for label, norm in zip(grouping.labels, spectra.norms, strict=True) if norm == 0]
+    if zero:
+        phrases.append(f"zero kernel of {', '.join(zero)}")
+    if not gram.any():
+        phrases.append("frozen kernel")
+    return phrases
+
+
+__all__ = ["BlockConfig", "BlockMeasure", "measure_blocks"]
