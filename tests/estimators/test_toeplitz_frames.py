@@ -151,6 +151,16 @@ def test_a_window_of_everything_has_the_null_of_everything():
     assert window["random_median"] == pytest.approx(whole["random_median"], rel=RTOL)
 
 
+def test_null_of_a_window_does_not_see_what_is_outside():
+    V = by_offset(RATES)
+    outside = RATES >= 2.0**7
+    loud = V * np.where(outside[:, None] | outside, 1e6, 1.0)
+    frames = [diagnose(matrix).window_frame.set_index("lambda_lo") for matrix in (V, loud)]
+    for column in ("residual", "permutation_median", "permutation_p"):
+        quiet, other = (frame.loc[2.0, column] for frame in frames)
+        assert quiet == pytest.approx(other, rel=RTOL)
+
+
 def test_offset_kernel_falls_as_planted(four_batches):
     kernel = four_batches.kernel
     decay = np.diff(np.log(kernel["coupling"]))
