@@ -7,6 +7,8 @@ import pandas as pd
 
 from spectralshell.shells.partition import shell_name
 
+EDGES = np.array([0.5, 1.0, 2.0, 4.0])
+
 
 def edges_and_names(n_shells=10, q=2.0, first=0.05):
     edges = first * q ** np.arange(n_shells + 1)
@@ -212,3 +214,26 @@ def toeplitz_frames(n_shells=9, masked=(2,), sign=-1.0, seed=0):
     )
     coupling = pd.DataFrame(matrix, index=names, columns=names)
     return {"frame": coupling, "windows": windows, "shells": shells, "diagonal": diagonal}
+
+
+def flux_frame(taus=(0.0, 1.0), n_batches=3, names=None):
+    """Fluxes ∝ λ, down at even times and up at odd ones; the first edge is not resolved."""
+    rows = [
+        {
+            "tau": tau,
+            "batch": b,
+            **({} if name is None else {"name": name}),
+            "edge": edge,
+            "flux_down": (1.0 + 0.1 * b) * edge * (-1.0) ** t,
+            "drift": 0.75 * (1.0 + 0.1 * b) * edge * (-1.0) ** t,
+            "rotation": 0.25 * (1.0 + 0.1 * b) * edge * (-1.0) ** t,
+            "density": 0.5 * (1.0 + 0.1 * b),
+            "n_near": 2,
+            "resolved": edge > 0.6,
+        }
+        for t, tau in enumerate(taus)
+        for name in names or [None]
+        for b in range(n_batches)
+        for edge in EDGES
+    ]
+    return pd.DataFrame(rows)

@@ -10,11 +10,13 @@ from spectralshell.displays import (
     CoherenceDisplay,
     ExponentDisplay,
     ShellEnergyDisplay,
+    ShellFluxDisplay,
     TailFitDisplay,
     ToeplitzDisplay,
 )
 from tests.displays.frames import (
     fitted_frame,
+    flux_frame,
     fold_frame,
     norm_frame,
     pair_frame,
@@ -45,8 +47,19 @@ def make_coherence():
     return CoherenceDisplay.from_frame(pair_frame(), norm_frame())
 
 
+def make_shell_flux():
+    return ShellFluxDisplay.from_frame(flux_frame())
+
+
 @pytest.fixture(
-    params=[make_shell_energy, make_exponent, make_tail_fit, make_coherence, make_toeplitz]
+    params=[
+        make_shell_energy,
+        make_exponent,
+        make_tail_fit,
+        make_coherence,
+        make_toeplitz,
+        make_shell_flux,
+    ]
 )
 def display(request):
     return request.param()

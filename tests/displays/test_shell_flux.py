@@ -8,30 +8,7 @@ from sklearn.pipeline import make_pipeline
 
 from spectralshell import ShellEnergyEstimator, ShellFluxEstimator
 from spectralshell.displays import ShellFluxDisplay
-
-EDGES = np.array([0.5, 1.0, 2.0, 4.0])
-
-
-def flux_frame(taus=(0.0, 1.0), n_batches=3, names=None):
-    rows = [
-        {
-            "tau": tau,
-            "batch": b,
-            **({} if name is None else {"name": name}),
-            "edge": edge,
-            "flux_down": (1.0 + 0.1 * b) * edge * (-1.0) ** t,
-            "drift": 0.75 * (1.0 + 0.1 * b) * edge * (-1.0) ** t,
-            "rotation": 0.25 * (1.0 + 0.1 * b) * edge * (-1.0) ** t,
-            "density": 0.5 * (1.0 + 0.1 * b),
-            "n_near": 2,
-            "resolved": edge > 0.6,
-        }
-        for t, tau in enumerate(taus)
-        for name in names or [None]
-        for b in range(n_batches)
-        for edge in EDGES
-    ]
-    return pd.DataFrame(rows)
+from tests.displays.frames import EDGES, flux_frame
 
 
 def test_frame_averages_flux_and_density_before_their_ratio():
