@@ -22,6 +22,7 @@ from torch.func import functional_call
 from torch.nn.functional import cross_entropy, one_hot
 
 from spectralshell import Snapshot
+from spectralshell.estimators.mode_couplings import ModeCouplings
 from spectralshell.krylov import dense_pairs
 from spectralshell.operators import build_exact_kernel
 from spectralshell.shells import noise_floor
@@ -87,6 +88,34 @@ class Coupled:
     error_rates: Floats
     floor: float
     direction_norm: float
+
+    def mode_couplings(self, batch: int) -> ModeCouplings:
+        """Return what the package's estimators take, labelled with the batch."""
+        n = len(self.eigenvalues)
+        return ModeCouplings(
+            eigenvalues=self.eigenvalues,
+            amplitudes=self.amplitudes,
+            error_rates=self.error_rates,
+            couplings=self.flow,
+            random_couplings=self.random,
+            residual_norms=np.zeros(n),
+            converged=np.ones(n, dtype=bool),
+            lambda_max=float(self.eigenvalues[-1]),
+            floor=self.floor,
+            noise=self.floor,
+            total=0.5 * float(self.amplitudes @ self.amplitudes),
+            total_rate=float(self.error_rates @ self.amplitudes),
+            direction="gradient-flow",
+            derivative="difference",
+            direction_norm=self.direction_norm,
+            solver="exact",
+            n_matvecs=0,
+            n_outputs=n,
+            n_rows=n // N_CLASSES,
+            n_parameters=0,
+            dynamics_exact=False,
+            batch=batch,
+        )
 
     def save(self, path: Path) -> None:
         """Write the upper triangles, rounded to float32."""

@@ -1,8 +1,9 @@
 """What is read off the couplings of one cell: a network, a time and a residual, all its batches.
 
-Shell couplings are averaged over the batches before a statistic is taken of them; intervals are
-the jackknife over batches. Every statistic is taken of the gradient flow, of the random
-directions, and of the gradient flow with the normalised entries of V permuted.
+Shell couplings and statistics are those of `ToeplitzDiagnostic`, averaged over the batches before a
+statistic is taken of them; intervals are the jackknife over batches. Every statistic is taken of
+the gradient flow, of the random directions, and of the gradient flow with the normalised entries
+of V permuted.
 """
 
 from __future__ import annotations
@@ -15,50 +16,75 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
+from spectralshell.estimators.toeplitz_shells import SnapshotShells, place_coupling_shells
+from spectralshell.estimators.toeplitz_statistics import ShellSummary
 from spectralshell.shells import (
     ShellPartition,
     SoftShells,
-    intra_inter_ratio,
     permutation_p_value,
-    permuted_couplings,
     shell_balance,
-    shell_coupling,
     toeplitz_residual,
 )
-from spectralshell.shells.diagonal_scaling import fit_line, log_sizes
-from spectralshell.shells.toeplitz_matrix import most_central, sliding_windows
+from spectralshell.shells.coupling import CouplingRule
+from spectralshell.shells.toeplitz_matrix import ShellWindow, most_central, sliding_windows
 from studies.residual.measuring import Coupled
 
 Floats = NDArray[np.float64]
 
 Q = 2.0
 WINDOW_SHELLS = 6
-MIN_MODES = 3
 N_PERMUTATIONS = 99
+SCALED, RAW = CouplingRule(), CouplingRule("raw")
+"""Couplings of V / √(λ_u λ_v), the default, and of V itself."""
 
 FROM_COUPLINGS = (
     "toeplitz", "toeplitz_centre", "toeplitz_edge", "edge_minus_centre", "toeplitz_raw",
     "ratio", "slope", "r2", "signed_slope", "signed_r2",
 )  # fmt: skip
-FROM_TRANSFER = ("near_share", "far_share", "transfer")
-STATISTICS = (*FROM_COUPLINGS, *FROM_TRANSFER)
+FROM_FLUX = ("near_share", "far_share", "transfer")
+STATISTICS = (*FROM_COUPLINGS, *FROM_FLUX)
 
 
 @dataclass(frozen=True, eq=False)
-class Couplings:
-    """Shell couplings of one batch along one direction, or of a stack of directions.
+class Pair:
+    """The same couplings normalised and raw: of one batch, of several, or of a stack of draws."""
 
-    Parameters
-    ----------
-    scaled, raw : ndarray of shape (..., n_shells, n_shells)
-        Mean squares of V_uv / √(λ_u λ_v), and of V_uv.
-    signed : ndarray of shape (..., n_shells)
-        Mean of V_uu.
-    """
+    scaled: ShellSummary
+    raw: ShellSummary
 
-    scaled: Floats
-    raw: Floats
-    signed: Floats
+    @classmethod
+    def mean(cls, some: Sequence[Pair]) -> Pair:
+        """Return the mean over batches."""
+        return cls(
+            ShellSummary.mean([one.scaled for one in some]),
+            ShellSummary.mean([one.raw for one in some]),
+        )
+
+    def windows(self) -> list[ShellWindow]:
+        """Return the windows from the upper spectral edge to the lower one."""
+        return sliding_windows(np.isfinite(self.scaled.log_lambda), WINDOW_SHELLS)
+
+    def statistics(self) -> dict[str, Any]:
+        """Return `FROM_COUPLINGS` and the shares of the flux: a number, or one for each draw."""
+        scaled, raw = self.scaled.statistics(), self.raw.statistics()
+        windows = self.windows()
+        centre = _within(self.scaled.coupling, windows[most_central(windows)])
+        edge = _within(self.scaled.coupling, windows[0])
+        return {
+            "toeplitz": scaled["toeplitz_residual"],
+            "toeplitz_centre": centre,
+            "toeplitz_edge": edge,
+            "edge_minus_centre": edge - centre,
+            "toeplitz_raw": raw["toeplitz_residual"],
+            "ratio": scaled["intra_inter_ratio"],
+            # Of the root mean square: a kernel that moves in proportion to itself has slope 1.
+            "slope": raw["coupling_slope"] / 2,
+            "r2": raw["coupling_r2"],
+            "signed_slope": raw["signed_slope"],
+            "signed_r2": raw["signed_r2"],
+            "near_share": scaled["adjacent_share"],
+            "far_share": 1.0 - scaled["adjacent_share"],
+        }
 
 
 def analyse_cell(batches: Sequence[Coupled], *, seed: int = 0) -> dict[str, Any]:
@@ -75,54 +101,51 @@ def analyse_cell(batches: Sequence[Coupled], *, seed: int = 0) -> dict[str, Any]
     -------
     dict
         ``"statistics"``: name → value, lower, upper, and under ``random`` and ``permuted`` the
-        values under the nulls, with the p-value that small ones have; ``"shells"``: λ of the
-        shells and K, ``"windows"``: residual by window, with the nulls' medians.
+        values under the nulls, with the p-values of small and of large ones; ``"shells"``: λ and
+        diagonal; ``"coupling"``: K; ``"windows"``: residual by window, with the nulls.
     """
-    partition = ShellPartition.covering(
-        max(batch.floor for batch in batches),
-        max(float(batch.eigenvalues[-1]) for batch in batches),
-        q=Q,
-    )
-    log_lambda = _log_lambda(batches, partition)
-    flow = [_couplings(b, b.flow, partition) for b in batches]
-    random = [_couplings(b, b.random, partition) for b in batches]
-    permuted = [_permuted(b, partition, seed + i) for i, b in enumerate(batches)]
-    transfers = [_transfers(b, b.flow, partition) for b in batches]
-    random_transfers = [np.array([_transfers(b, V, partition) for V in b.random]) for b in batches]
+    measured = [batch.mode_couplings(label) for label, batch in enumerate(batches)]
+    partition = place_coupling_shells(measured, q=Q, lambda_0=1.0).partition
+    scaled = [SnapshotShells(one, partition, SCALED, seed) for one in measured]
+    raw = [SnapshotShells(one, partition, RAW, seed) for one in measured]
+    both = list(zip(scaled, raw, strict=True))
+    flow = [Pair(s.observed, r.observed) for s, r in both]
+    random = Pair.mean([Pair(s.random, r.random) for s, r in both])
+    permuted = Pair.mean([_permuted(one) for one in scaled])
+    nulls = random.statistics(), permuted.statistics()
     found = {}
-    for position, name in enumerate(FROM_COUPLINGS):
+    for name in (*FROM_COUPLINGS, "near_share", "far_share"):
 
-        def take(some: Sequence[Couplings], position: int = position) -> Any:
-            return _from_couplings(_mean(some), log_lambda)[position]
+        def statistic(some: Sequence[Pair], name: str = name) -> float:
+            return float(Pair.mean(some).statistics()[name])
 
-        found[name] = _entry(take, flow, take(random), take(permuted))
-    for position, name in enumerate(FROM_TRANSFER):
-
-        def mean(some: Sequence[Any], position: int = position) -> Any:
-            return np.mean([np.asarray(one)[..., position] for one in some], axis=0)
-
-        found[name] = _entry(mean, transfers, mean(random_transfers), None)
+        drawn = nulls[1][name] if name in FROM_COUPLINGS else None
+        found[name] = _entry(jackknife(statistic, flow), nulls[0][name], drawn)
+    transfers = [_transfer(batch, batch.flow, partition) for batch in batches]
+    others = np.mean([[_transfer(b, V, partition) for V in b.random] for b in batches], axis=0)
+    found["transfer"] = _entry(jackknife(np.mean, transfers), others, None)
+    mean = Pair.mean(flow)
     return {
         "statistics": found,
-        "shells": _shell_rows(_mean(flow), log_lambda),
-        "coupling": _listed(_mean(flow).scaled),
-        "windows": _window_rows(_mean(flow), _mean(random), _mean(permuted), partition),
-        "n_shells": int(np.isfinite(log_lambda).sum()),
-        "n_modes": int(min((b.eigenvalues >= b.floor).sum() for b in batches)),
-        "lambda_max": float(np.mean([b.eigenvalues[-1] for b in batches])),
+        "shells": _shell_rows(mean.raw),
+        "coupling": mean.scaled.coupling.tolist(),
+        "windows": _window_rows(mean, random, permuted, partition),
+        "n_shells": int(np.isfinite(mean.scaled.log_lambda).sum()),
+        "n_modes": int(min(one.resolved.sum() for one in measured)),
+        "lambda_max": float(np.mean([one.lambda_max for one in measured])),
     }
 
 
 def analyse_step(batch: Coupled) -> dict[str, float]:
     """Return the statistics of one batch along its gradient flow, without intervals and nulls."""
-    partition = ShellPartition.covering(batch.floor, float(batch.eigenvalues[-1]), q=Q)
-    flow = _couplings(batch, batch.flow, partition)
-    values = _from_couplings(flow, _log_lambda([batch], partition))
-    return {name: float(value) for name, value in zip(FROM_COUPLINGS, values, strict=True)}
+    measured = batch.mode_couplings(0)
+    partition = place_coupling_shells([measured], q=Q, lambda_0=1.0).partition
+    scaled, raw = (SnapshotShells(measured, partition, rule, 0).observed for rule in (SCALED, RAW))
+    return {name: float(value) for name, value in Pair(scaled, raw).statistics().items()}
 
 
 def jackknife(
-    statistic: Callable[[Sequence[Any]], float], items: Sequence[Any], confidence: float = 0.95
+    statistic: Callable[[Sequence[Any]], Any], items: Sequence[Any], confidence: float = 0.95
 ) -> tuple[float, float, float]:
     """Return a statistic and its jackknife interval, which is infinite for a single item."""
     value = float(statistic(items))
@@ -136,163 +159,73 @@ def jackknife(
 
 
 def _entry(
-    statistic: Callable[[Sequence[Any]], Any],
-    flow: Sequence[Any],
-    random: Floats,
-    permuted: Floats | None,
+    interval: tuple[float, float, float], random: Floats, permuted: Floats | None
 ) -> dict[str, Any]:
-    value, lower, upper = jackknife(statistic, flow)
-    entry = {"value": value, "lower": lower, "upper": upper, "random": _listed(random)}
+    value, lower, upper = interval
+    entry = {"value": value, "lower": lower, "upper": upper, "random": np.ravel(random).tolist()}
     if permuted is not None:
-        entry["permuted"] = np.nanquantile(permuted, [0.025, 0.5, 0.975]).tolist()
+        entry["permuted"] = np.quantile(permuted, [0.025, 0.5, 0.975]).tolist()
         entry["p_low"] = permutation_p_value(value, permuted)
         entry["p_high"] = permutation_p_value(-value, -np.asarray(permuted))
     return entry
 
 
-def _couplings(batch: Coupled, V: Floats, partition: ShellPartition) -> Couplings:
-    rates = batch.eigenvalues
-    options: dict[str, Any] = {"min_modes": MIN_MODES, "mask": rates >= batch.floor}
-    scaled = shell_coupling(V, rates, partition, normalization="sqrt", **options)
-    raw = shell_coupling(V, rates, partition, normalization="raw", **options)
-    drifts = np.diagonal(V, axis1=-2, axis2=-1)
-    return Couplings(np.asarray(scaled), np.asarray(raw), _by_shell(batch, drifts, partition))
+def _permuted(scaled: SnapshotShells) -> Pair:
+    """Couplings with the entries of V / √(λ_u λ_v) in random places.
 
-
-def _permuted(batch: Coupled, partition: ShellPartition, seed: int) -> Couplings:
-    """Couplings with the entries of V / √(λλ) in random places.
-
-    Raw couplings follow to the accuracy of a shell's λ: permuted entries no longer have one of
-    their own.
+    Raw ones are these times the λ of the shells: what the sizes of the modes alone would give.
     """
-    scaled = permuted_couplings(
-        batch.flow,
-        batch.eigenvalues,
-        partition,
-        n_null=N_PERMUTATIONS,
-        generator=np.random.default_rng(seed),
-        min_modes=MIN_MODES,
-        mask=batch.eigenvalues >= batch.floor,
-    )
-    rates = np.exp(_log_lambda([batch], partition))
-    drifts = np.diagonal(batch.flow) / np.abs(batch.eigenvalues)
-    known = np.flatnonzero(batch.eigenvalues >= batch.floor)
-    generator = np.random.default_rng(seed + 1_000)
-    moved = np.tile(drifts, (N_PERMUTATIONS, 1))
-    moved[:, known] = generator.permuted(moved[:, known], axis=1)
-    return Couplings(
-        scaled,
-        scaled * rates[:, None] * rates,
-        _by_shell(batch, moved, partition) * rates,
-    )
+    drawn = scaled.permuted(N_PERMUTATIONS, with_flux=False)
+    rates = np.exp(drawn.log_lambda)
+    raw = ShellSummary(
+        drawn.coupling * rates[:, None] * rates, drawn.signed_mean * rates, drawn.log_lambda,
+        drawn.flux,
+    )  # fmt: skip
+    return Pair(drawn, raw)
 
 
-def _by_shell(batch: Coupled, values: Floats, partition: ShellPartition) -> Floats:
-    """Return means over the modes of each shell, NaN where there are too few."""
-    shells = partition.index(batch.eigenvalues)
-    used = (shells >= 0) & (batch.eigenvalues >= batch.floor)
-    member = (shells[used, None] == np.arange(partition.n_shells)).astype(float)
-    counts = member.sum(axis=0)
-    sums = values[..., used] @ member
-    enough = counts >= MIN_MODES
-    return np.where(enough, sums / np.where(enough, counts, 1.0), np.nan)
-
-
-def _log_lambda(batches: Sequence[Coupled], partition: ShellPartition) -> Floats:
-    logs = [
-        _by_shell(b, np.log(np.maximum(b.eigenvalues, np.finfo(float).tiny)), partition)
-        for b in batches
-    ]
-    return _known_mean(np.stack(logs))
-
-
-def _mean(some: Sequence[Couplings]) -> Couplings:
-    parts = ([getattr(one, name) for one in some] for name in ("scaled", "raw", "signed"))
-    return Couplings(*(_known_mean(np.stack(part)) for part in parts))
-
-
-def _known_mean(stack: Floats) -> Floats:
-    known = np.isfinite(stack)
-    counts = known.sum(axis=0)
-    sums = np.where(known, stack, 0.0).sum(axis=0)
-    return np.where(counts > 0, sums / np.maximum(counts, 1), np.nan)
-
-
-def _from_couplings(found: Couplings, log_lambda: Floats) -> tuple[Any, ...]:
-    """Return the statistics `FROM_COUPLINGS`, one value for each matrix of a stack."""
-    usable = np.isfinite(log_lambda)
-    windows = sliding_windows(usable, WINDOW_SHELLS)
-    centre = windows[most_central(windows)].shells
-    edge = windows[0].shells
-    at_centre = toeplitz_residual(found.scaled[..., centre, centre])
-    at_edge = toeplitz_residual(found.scaled[..., edge, edge])
-    # The root of the mean square: a kernel that moves in proportion to itself has slope 1.
-    inner = np.sqrt(np.diagonal(found.raw, axis1=-2, axis2=-1))
-    line, signed = (
-        fit_line(log_lambda, log_sizes(inner)),
-        fit_line(log_lambda, log_sizes(found.signed)),
-    )
-    return (
-        toeplitz_residual(found.scaled),
-        at_centre,
-        at_edge,
-        at_edge - at_centre,
-        toeplitz_residual(found.raw),
-        intra_inter_ratio(found.scaled),
-        line.slope,
-        line.r2,
-        signed.slope,
-        signed.r2,
-    )
-
-
-def _transfers(batch: Coupled, V: Floats, partition: ShellPartition) -> tuple[float, ...]:
-    """Return the statistics `FROM_TRANSFER`: what the error energy does, not V alone."""
+def _transfer(batch: Coupled, V: Floats, partition: ShellPartition) -> float:
+    """Return Σ |F_αβ| over all pairs of soft shells, relative to the dissipation."""
     balance = shell_balance(
         batch.eigenvalues, batch.amplitudes, batch.error_rates, V, SoftShells(partition)
     )
-    shares = balance.share_by_distance
-    between = float(np.abs(np.triu(balance.pair_flux, 1)).sum())
-    lost = float(np.abs(balance.dissipation).sum())
-    near, far = float(shares[:1].sum()), float(shares[1:].sum())
-    total = near + far
-    return near / total, far / total, between / lost
+    exchanged = float(np.abs(np.triu(balance.pair_flux, 1)).sum())
+    return exchanged / float(np.abs(balance.dissipation).sum())
 
 
-def _shell_rows(found: Couplings, log_lambda: Floats) -> list[dict[str, float]]:
-    inner = np.sqrt(np.diagonal(found.raw))
+def _within(coupling: Floats, window: ShellWindow) -> Any:
+    return toeplitz_residual(coupling[..., window.shells, window.shells])
+
+
+def _shell_rows(raw: ShellSummary) -> list[dict[str, float]]:
+    inner = np.sqrt(np.diagonal(raw.coupling))
     return [
         {"lambda": float(np.exp(x)), "rms": float(y), "signed": float(s)}
-        for x, y, s in zip(log_lambda, inner, found.signed, strict=True)
+        for x, y, s in zip(raw.log_lambda, inner, raw.signed_mean, strict=True)
         if np.isfinite(x)
     ]
 
 
 def _window_rows(
-    flow: Couplings, random: Couplings, permuted: Couplings, partition: ShellPartition
+    flow: Pair, random: Pair, permuted: Pair, partition: ShellPartition
 ) -> list[dict[str, float]]:
     rows = []
-    usable = np.isfinite(np.diagonal(flow.scaled))
-    for position, window in enumerate(sliding_windows(usable, WINDOW_SHELLS)):
-        part = (..., window.shells, window.shells)
-        null = toeplitz_residual(permuted.scaled[part])
-        edges = partition.edges
+    for position, window in enumerate(flow.windows()):
+        low, middle, high = np.quantile(
+            _within(permuted.scaled.coupling, window), [0.025, 0.5, 0.975]
+        )
         rows.append(
             {
                 "position": position,
                 "centrality": window.centrality,
-                "lambda_lo": float(edges[window.first]),
-                "lambda_hi": float(edges[window.stop]),
-                "toeplitz": float(toeplitz_residual(flow.scaled[part])),
-                "raw": float(toeplitz_residual(flow.raw[part])),
-                "random": float(np.median(toeplitz_residual(random.scaled[part]))),
-                "permuted_low": float(np.quantile(null, 0.025)),
-                "permuted": float(np.median(null)),
-                "permuted_high": float(np.quantile(null, 0.975)),
+                "lambda_lo": float(partition.edges[window.first]),
+                "lambda_hi": float(partition.edges[window.stop]),
+                "toeplitz": _within(flow.scaled.coupling, window),
+                "raw": _within(flow.raw.coupling, window),
+                "random": float(np.median(_within(random.scaled.coupling, window))),
+                "permuted_low": float(low),
+                "permuted": float(middle),
+                "permuted_high": float(high),
             }
         )
     return rows
-
-
-def _listed(values: Any) -> list[Any]:
-    return np.asarray(values, dtype=float).tolist()
