@@ -21,7 +21,7 @@ from studies.residual.results import (
     step_frame,
     training_frame,
 )
-from studies.residual.verdict import FAILS, HOLDS, Finding, findings, findings_frame
+from studies.residual.verdict import FAILS, HOLDS, PARTLY, Finding, findings, findings_frame
 
 SHOWN = {
     "toeplitz": "Toeplitz residual",
@@ -160,8 +160,11 @@ def summary(frame: pd.DataFrame) -> str:
     ):
         if chosen:
             lines += [title, "", *map(_bullet, chosen), ""]
-    satisfied = [f for f in found if f.null_satisfies]
-    lines += ["Statements that a null satisfies as well, so that they are no evidence:", ""]
+    satisfied = [f for f in found if f.null_satisfies and f.verdict in (HOLDS, PARTLY)]
+    lines += [
+        "Of those that hold at least in part, a null satisfies these too: they are no evidence.",
+        "",
+    ]
     lines += [f"- {one.statement} (claim {one.claim})" for one in satisfied] or ["- none"]
     return "\n".join(lines) + "\n"
 

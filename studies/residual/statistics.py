@@ -185,12 +185,15 @@ def _permuted(scaled: SnapshotShells) -> Pair:
 
 
 def _transfer(batch: Coupled, V: Floats, partition: ShellPartition) -> float:
-    """Return Σ |F_αβ| over all pairs of soft shells, relative to the dissipation."""
+    """Return the energy that changes shells, ½ Σ |transfer_α|, relative to the dissipation.
+
+    Exchange that cancels does not count: the reading that is kindest to a small transfer.
+    """
     balance = shell_balance(
         batch.eigenvalues, batch.amplitudes, batch.error_rates, V, SoftShells(partition)
     )
-    exchanged = float(np.abs(np.triu(balance.pair_flux, 1)).sum())
-    return exchanged / float(np.abs(balance.dissipation).sum())
+    lost = float(np.abs(balance.dissipation).sum())
+    return 0.5 * float(np.abs(balance.transfer).sum()) / lost
 
 
 def _within(coupling: Floats, window: ShellWindow) -> Any:
