@@ -70,8 +70,8 @@ def findings(frame: pd.DataFrame) -> list[Finding]:
         _above_one(frame, 2, "ratio", "couplings within shells exceed those between shells"),
         _beyond_nulls(
             frame, 2, "ratio", "p_high", +1,
-            "couplings within shells exceed those between shells by more than with permuted entries "
-            "and along any random direction",
+            "couplings within shells exceed those between shells by more than with permuted "
+            "entries and along any random direction",
         ),
         _small(
             frame[frame["architecture"] == "residual"], 3, "toeplitz_centre",
@@ -92,7 +92,8 @@ def findings(frame: pd.DataFrame) -> list[Finding]:
         ),
         _contrast(
             frame, 3, "toeplitz_raw", -1,
-            "the Toeplitz residual of raw couplings, as in the paper, is smaller in residual networks",
+            "the Toeplitz residual of raw couplings, as in the paper, is smaller in residual "
+            "networks",
         ),
         _positive(
             frame[frame["architecture"] == "residual"], 3, "edge_minus_centre",
@@ -100,7 +101,8 @@ def findings(frame: pd.DataFrame) -> list[Finding]:
         ),
         _contrast(
             frame, 3, "edge_minus_centre", +1,
-            "from the upper edge to the centre, it falls by more in residual networks than in plain",
+            "the Toeplitz residual falls by more from the upper edge to the centre in residual "
+            "networks than in plain ones",
         ),
         _contrast(
             frame, 3, "slope_off", -1,
