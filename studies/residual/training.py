@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 import torch
 from safetensors.torch import save_file
@@ -193,8 +192,3 @@ def _passed(
 def _write_state(path: Path, model: nn.Module) -> None:
     state = {name: value.contiguous() for name, value in model.state_dict().items()}
     write_atomically(path, lambda part: save_file(state, part))
-
-
-def mean_loss_at(record: dict[str, Any], when: str) -> float:
-    """Return the training loss of a state, NaN if it was not reached."""
-    return float(record["states"].get(when, {}).get("loss", np.nan))
