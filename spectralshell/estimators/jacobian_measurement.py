@@ -324,7 +324,8 @@ def _restricted(
 def _packed(matrix: Tensor) -> Tensor:
     """Return the lower half of a symmetric matrix as a vector with the same inner products."""
     rows, columns = torch.tril_indices(*matrix.shape, device=matrix.device)
-    weights = torch.where(rows == columns, 1.0, 2.0**0.5).to(matrix)
+    # From ones of its own type: a root of two in single precision would be the rounding of all.
+    weights = torch.where(rows == columns, matrix.new_ones(()), 2.0**0.5)
     return matrix[rows, columns] * weights
 
 
