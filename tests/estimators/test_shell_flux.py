@@ -137,7 +137,7 @@ def test_first_time_is_its_own_lazy_prediction(measured_trajectory):
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_matrix_free_fluxes_against_exact_ones(measured_trajectory, dtype):
-    X = measured_trajectory[::4]
+    X = measured_trajectory[::8]
     exact = ShellFluxEstimator(solver="exact", dtype=dtype, floor=1e-3).fit(X)
     reference = exact.fluxes_[["tau", "edge", "flux_down"]].rename(columns={"flux_down": "exact"})
     frames = []
