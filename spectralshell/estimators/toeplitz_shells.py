@@ -13,9 +13,10 @@ from numpy.typing import NDArray
 from spectralshell.estimators.mode_couplings import ModeCouplings
 from spectralshell.estimators.shell_placement import PlacedShells, place_shells
 from spectralshell.estimators.toeplitz_statistics import ShellSummary
-from spectralshell.shells import ShellPartition, SoftShells, SpectralMeasure, shell_balance
+from spectralshell.shells import ShellPartition, SoftShells, SpectralMeasure
 from spectralshell.shells.coupling import CouplingRule, ShellModes, assign_modes, couple_shells
 from spectralshell.shells.coupling_nulls import PairEntries, permuted_matrix
+from spectralshell.shells.flux_pairs import PairTerms
 from spectralshell.shells.toeplitz_matrix import ShellWindow
 
 Floats = NDArray[np.float64]
@@ -100,10 +101,12 @@ class SnapshotShells:
     def _flux_sizes(self, V: Floats) -> Floats:
         """Return Σ |F_αβ| by distance between shells, from V between all resolved modes."""
         rows = self._all_modes.modes
-        rates, amplitudes = self.couplings.eigenvalues[rows], self.couplings.amplitudes[rows]
-        still = np.zeros(rows.size)  # no part of the exchange between shells
-        balance = shell_balance(rates, amplitudes, still, V, SoftShells(self.partition))
-        exchanged = np.abs(balance.pair_flux[1:, 1:])
+        order = np.argsort(self.couplings.eigenvalues[rows], kind="stable")
+        rates = self.couplings.eigenvalues[rows][order]
+        g = self.couplings.amplitudes[rows][order]
+        soft = SoftShells(self.partition)
+        terms = PairTerms(rates, np.outer(g, g) * V[np.ix_(order, order)], soft)
+        exchanged = np.abs(terms.pair_flux(soft.weights(rates))[1:, 1:])
         distances = range(self.partition.n_shells)
         return np.array([np.trace(exchanged, distance) for distance in distances])
 
