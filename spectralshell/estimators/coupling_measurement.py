@@ -115,7 +115,7 @@ def coupling_config(estimator: Any, n_random: int = 0) -> CouplingConfig:
     """
     spectrum = measurement_config(estimator)
     exact = estimator.solver == "exact"
-    seeded = n_random > 0 or not exact or estimator.direction == "random"
+    seeded = n_random > 0 or not exact or may_be_random(estimator.direction)
     return CouplingConfig(
         residual=spectrum.residual,
         solver=spectrum.solver,
@@ -372,6 +372,11 @@ def check_direction(direction: Any) -> None:
         )
 
 
+def may_be_random(direction: Any) -> bool:
+    """Tell whether a direction is drawn, or a callable might say so."""
+    return callable(direction) or (isinstance(direction, str) and direction == "random")
+
+
 def _is_mapping(direction: Any) -> bool:
     return hasattr(direction, "items") and all(
         isinstance(name, str) and isinstance(value, Tensor) for name, value in direction.items()
@@ -384,5 +389,6 @@ __all__ = [
     "check_direction",
     "couple_snapshot",
     "coupling_config",
+    "may_be_random",
     "measure_couplings",
 ]

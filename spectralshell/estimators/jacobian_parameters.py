@@ -5,7 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from spectralshell.estimators.coupling_measurement import DERIVATIVES, check_direction
+from spectralshell.estimators.coupling_measurement import (
+    DERIVATIVES,
+    check_direction,
+    may_be_random,
+)
 from spectralshell.estimators.jacobian_frames import NullSettings
 from spectralshell.estimators.jacobian_grouping import check_blocks
 from spectralshell.estimators.jacobian_measurement import BlockConfig, BlockMeasure
@@ -38,7 +42,7 @@ def check_block_parameters(estimator: Any) -> None:
 
 def block_config(estimator: Any) -> BlockConfig:
     """Gather what the blocks of an estimator depend on, with checked parameters."""
-    is_random = isinstance(estimator.direction, str) and estimator.direction == "random"
+    drawn = may_be_random(estimator.direction)
     return BlockConfig(
         residual=estimator.residual,
         blocks=estimator.blocks,
@@ -50,7 +54,7 @@ def block_config(estimator: Any) -> BlockConfig:
         device=str(estimator.device),
         dtype=resolve_dtype(estimator.dtype),
         max_memory=estimator.max_memory,
-        random_seed=probe_seed(estimator.random_state) if is_random else 0,
+        random_seed=probe_seed(estimator.random_state) if drawn else 0,
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 from joblib import Memory, Parallel, delayed, effective_n_jobs
@@ -33,7 +34,8 @@ def measure_each(
         What to measure. New results are remembered in ``snapshot.measures``, by the digest of
         ``config``.
     config : dataclass
-        How to measure: all that a result depends on beside its snapshot.
+        How to measure: all that a result depends on beside its snapshot. A callable ``direction``
+        is asked here, once for each snapshot, and what it answers counts.
     measure : callable
         ``measure(snapshot, config, probe_seed, verbose)``, a function of a module, so that workers
         find it. Its result has ``relabel(tau=, batch=, name=)``.
@@ -55,9 +57,13 @@ def measure_each(
     """
     for snapshot in snapshots:
         snapshot.check_unchanged()
-    # A clone's callable is another object with the same code, so callables count by their code.
-    key = configuration_digest(config)
-    missing = [s for s in snapshots if key not in s.measures]
+    configs = [_settled(config, snapshot) for snapshot in snapshots]
+    keys = _keys(snapshots, config, configs)
+    missing = [
+        task
+        for task in zip(snapshots, keys, configs, strict=True)
+        if task[1] not in task[0].measures
+    ]
     bar = tqdm(
         total=len(snapshots),
         initial=len(snapshots) - len(missing),
@@ -69,8 +75,8 @@ def measure_each(
     with bar:
         for _ in range(len(snapshots) - len(missing)):
             notify()
-        for snapshot, found in _computed(
-            missing, config, measure, memory, probe_seed, n_jobs, verbose
+        for snapshot, key, found in _computed(
+            missing, measure, memory, probe_seed, n_jobs, verbose
         ):
             # Labelled once, so that what is computed from it later is kept with the snapshot.
             snapshot.measures[key] = found.relabel(
@@ -78,31 +84,53 @@ def measure_each(
             )
             bar.update()
             notify()
-    return [s.measures[key].relabel(tau=s.tau, batch=s.batch, name=s.name) for s in snapshots]
+    return [
+        s.measures[key].relabel(tau=s.tau, batch=s.batch, name=s.name)
+        for s, key in zip(snapshots, keys, strict=True)
+    ]
+
+
+def _settled(config: Any, snapshot: Snapshot) -> Any:
+    """Return the configuration with the direction that a callable gives for the snapshot."""
+    direction = getattr(config, "direction", None)
+    return replace(config, direction=direction(snapshot)) if callable(direction) else config
+
+
+def _keys(snapshots: Sequence[Snapshot], config: Any, configs: Sequence[Any]) -> list[str]:
+    # A clone's callable is another object with the same code, so callables count by their code.
+    shared = configuration_digest(config) if all(c is config for c in configs) else None
+    keys = []
+    for snapshot, settled in zip(snapshots, configs, strict=True):
+        key = configuration_digest(settled) if shared is None else shared
+        # The way to another snapshot is divided by the time between them.
+        towards = isinstance(getattr(settled, "direction", None), Snapshot)
+        keys.append(f"{key} from tau={snapshot.tau!r}" if towards else key)
+    return keys
 
 
 def _computed(
-    snapshots: Sequence[Snapshot],
-    config: Any,
+    tasks: Sequence[tuple[Snapshot, str, Any]],
     measure: Measure,
     memory: Memory,
     probe_seed: int,
     n_jobs: int | None,
     verbose: int,
-) -> Iterator[tuple[Snapshot, Any]]:
-    """Yield snapshots and results in order, each as soon as it is there."""
-    if len(snapshots) < 2 or effective_n_jobs(n_jobs) == 1:
-        for snapshot in snapshots:
-            yield snapshot, _cached(snapshot, config, measure, memory, probe_seed, verbose)
+) -> Iterator[tuple[Snapshot, str, Any]]:
+    """Yield snapshots, keys and results in order, each as soon as it is there."""
+    if len(tasks) < 2 or effective_n_jobs(n_jobs) == 1:
+        for task in tasks:
+            yield *task[:2], _cached(*task, measure, memory, probe_seed, verbose)
         return
     results = Parallel(n_jobs=n_jobs, return_as="generator")(
-        delayed(_cached)(snapshot, config, measure, memory, probe_seed, 0) for snapshot in snapshots
+        delayed(_cached)(*task, measure, memory, probe_seed, 0) for task in tasks
     )
-    yield from zip(snapshots, results, strict=True)
+    for task, found in zip(tasks, results, strict=True):
+        yield *task[:2], found
 
 
 def _cached(
     snapshot: Snapshot,
+    key: str,
     config: Any,
     measure: Measure,
     memory: Memory,
@@ -112,10 +140,9 @@ def _cached(
     """Measure through ``memory``, also from a worker, so that all fill the same cache."""
     if memory.location is None:
         return measure(snapshot, config, probe_seed, verbose)
-    key = (snapshot_digest(snapshot), configuration_digest(config))
     ignored = ["snapshot", "config", "measure", "probe_seed", "verbose"]
     lookup = memory.cache(_measure_for_key, ignore=ignored)
-    return lookup(key, snapshot, config, measure, probe_seed, verbose)
+    return lookup((snapshot_digest(snapshot), key), snapshot, config, measure, probe_seed, verbose)
 
 
 def _measure_for_key(

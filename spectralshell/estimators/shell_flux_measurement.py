@@ -18,6 +18,7 @@ from spectralshell.estimators.coupling_measurement import (
     CouplingConfig,
     check_direction,
     couple_snapshot,
+    may_be_random,
 )
 from spectralshell.estimators.coupling_plan import CouplingPlan, plan_couplings
 from spectralshell.estimators.measurement_parameters import (
@@ -83,7 +84,7 @@ def flux_config(estimator: Any) -> FluxConfig:
         Equal for estimators whose measurements are equal.
     """
     spectrum = measurement_config(estimator)
-    drawn = estimator.direction == "random"
+    drawn = may_be_random(estimator.direction)
     return FluxConfig(
         residual=spectrum.residual,
         solver=spectrum.solver,
