@@ -130,8 +130,8 @@ class ShellFluxEstimator(FluxResultsMixin, CallbackSupportMixin, TransformerMixi
     The exact solver costs one exact kernel, an eigenproblem, 2 n products with the kernel's rate
     (or two more kernels with ``derivative="difference"``), and a few n × n matrices, of which a
     snapshot remembers one; Lanczos three runs of ``n_steps`` products. A Lanczos flux is resolved
-    above the resolution floor where the last quarter of the steps changed it by less than 5 % of
-    the largest.
+    above the resolution floor where the last third of the steps changed it, and those above it, by
+    less than 5 % of the largest.
 
     Unstructured couplings, in proportion to √(λ_u λ_v), give b near 1: a slope of 1 is no evidence
     of structure. |v| ≪ λ compares figures of different units; the dimensionless comparison of

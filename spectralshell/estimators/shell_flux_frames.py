@@ -18,7 +18,7 @@ from spectralshell.shells.measure import join_statuses
 
 FLUX = "flux_down"
 _BELOW_FLOOR = "below the resolution floor"
-_NOT_CONVERGED = "changes with the number of steps"
+_NOT_CONVERGED = "not converged in the steps taken"
 _NO_MODE = "no mode near the edge"
 _NO_ENERGY = "no energy in the shell"
 

@@ -21,9 +21,9 @@ from spectralshell.shells.measure import join_statuses
 Floats = NDArray[np.float64]
 
 TOLERANCE = 0.05
-"""Part of the largest flux by which the last quarter of the steps may change a resolved one."""
+"""Part of the largest flux by which the last steps may change a resolved one."""
 
-_SHORTER = 0.75
+_SHORTER = (0.7, 0.8, 0.9)
 FROZEN = "frozen kernel"
 _ZERO = "zero direction"
 
@@ -94,7 +94,11 @@ class FrozenErrorRuns:
     def balance(
         self, shells: SoftShells, total_rate: float
     ) -> tuple[EdgeBalance, NDArray[np.bool_]]:
-        """Return the balance, and where the last quarter of the steps left the flux as it was."""
+        """Return the balance, and where the last third of the steps left the flux as it was.
+
+        Lanczos resolves a spectrum from its top, and what lies deeper may stand still by accident:
+        an edge counts only if all edges above it do.
+        """
         steps = len(self.forward.alpha)
         flux = self.flux(shells, steps)
         balance = difference_balance(
@@ -108,8 +112,10 @@ class FrozenErrorRuns:
         )
         if self.exhausted or self.amount == 0.0:
             return balance, np.full(flux.shape, True)
-        change = np.abs(flux - self.flux(shells, int(_SHORTER * steps)))
-        return balance, change <= TOLERANCE * np.abs(flux).max(initial=0.0)
+        shorter = [self.flux(shells, max(int(part * steps), 1)) for part in _SHORTER]
+        change = np.abs(flux - np.array(shorter)).max(axis=0)
+        still = change <= TOLERANCE * np.abs(flux).max(initial=0.0)
+        return balance, np.logical_and.accumulate(still[::-1])[::-1]
 
 
 def run_displaced(

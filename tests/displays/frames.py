@@ -227,7 +227,7 @@ def flux_frame(taus=(0.0, 1.0), n_batches=3, names=None):
             "flux_down": (1.0 + 0.1 * b) * edge * (-1.0) ** t,
             "drift": 0.75 * (1.0 + 0.1 * b) * edge * (-1.0) ** t,
             "rotation": 0.25 * (1.0 + 0.1 * b) * edge * (-1.0) ** t,
-            "density": 0.5 * (1.0 + 0.1 * b),
+            "density": 0.5 * (1.0 + 0.2 * b),
             "n_near": 2,
             "resolved": edge > 0.6,
         }

@@ -17,7 +17,7 @@ def test_frame_averages_flux_and_density_before_their_ratio():
     np.testing.assert_allclose(first["flux_down"], 1.1 * EDGES)
     np.testing.assert_allclose(first["lower"], EDGES)
     np.testing.assert_allclose(first["upper"], 1.2 * EDGES)
-    np.testing.assert_allclose(first["velocity"], -2.0 * EDGES)
+    np.testing.assert_allclose(first["velocity"], -1.1 / 0.6 * EDGES)
     assert (frame["n_batches"] == 3).all()
     assert frame["resolved"].tolist() == [False, True, True, True] * 2
 

@@ -36,10 +36,11 @@ def frame_of(flux, density=1.0, taus=(0.0,)):
 @pytest.mark.parametrize("b", [0.5, 1.0, 2.3])
 @pytest.mark.parametrize("sign", [1, -1])
 def test_a_power_law_is_found_with_its_sign(b, sign):
-    """Batches differ in size alone, so that their mean flux over their mean density is the law."""
-    scales = np.array([0.8, 1.0, 1.3, 0.9])[:, None]
-    density = scales * EDGES**-1.5
-    frame = frame_of(-sign * 3.0 * EDGES**b * density, density)
+    """The mean flux over the mean density is the law, the mean of their ratios is not."""
+    sizes = np.array([0.8, 1.0, 1.3, 0.9])[:, None]
+    others = np.array([0.3, 2.0, 0.7, 1.0])[:, None]  # of the same mean
+    law, density = 3.0 * EDGES**b, EDGES**-1.5
+    frame = frame_of(-sign * sizes * law * density, others * density)
     for _, row in fit_velocity(frame, 0.95).iterrows():
         assert row["sign"] == sign
         assert row["p_value"] < 0.01
@@ -121,9 +122,7 @@ def fluxes_of_unstructured_couplings(rng, n_batches, k=40):
 def test_unstructured_couplings_have_no_sign_and_a_slope_near_one():
     """So a slope near one is no evidence of structure, and the sign test keeps its level."""
     rng = np.random.default_rng(1)
-    fits = [
-        fit_velocity(fluxes_of_unstructured_couplings(rng, 5), 0.95).iloc[0] for _ in range(60)
-    ]
+    fits = [fit_velocity(fluxes_of_unstructured_couplings(rng, 5), 0.95).iloc[0] for _ in range(60)]
     told = np.mean([fit["sign"] != 0 for fit in fits])
     # Three standard deviations of a proportion of 0.05 in 60 draws.
     assert told < 0.05 + 3 * (0.05 * 0.95 / 60) ** 0.5
