@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from spectralshell.estimators.coupling_measurement import (
+from spectralshell.estimators.coupling_parameters import (
     DERIVATIVES,
     check_direction,
     may_be_random,

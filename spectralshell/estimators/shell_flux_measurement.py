@@ -13,11 +13,11 @@ from joblib import Memory
 from numpy.typing import NDArray
 from tqdm.auto import tqdm
 
-from spectralshell.estimators.coupling_measurement import (
+from spectralshell.estimators.coupling_measurement import couple_snapshot
+from spectralshell.estimators.coupling_parameters import (
     DERIVATIVES,
     CouplingConfig,
     check_direction,
-    couple_snapshot,
     may_be_random,
 )
 from spectralshell.estimators.coupling_plan import CouplingPlan, plan_couplings

@@ -16,11 +16,11 @@ from spectralshell.estimators.callback_support import (
     FitTasks,
     with_callbacks,
 )
-from spectralshell.estimators.coupling_measurement import (
+from spectralshell.estimators.coupling_measurement import measure_couplings
+from spectralshell.estimators.coupling_parameters import (
     CouplingConfig,
     check_coupling_parameters,
     coupling_config,
-    measure_couplings,
 )
 from spectralshell.estimators.measurement_parameters import probe_seed
 from spectralshell.estimators.mode_couplings import ModeCouplings

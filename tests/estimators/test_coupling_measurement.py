@@ -9,15 +9,15 @@ import pytest
 import torch
 from torch import nn
 
-from spectralshell.estimators.coupling_measurement import (
+from spectralshell.estimators.coupling_measurement import couple_snapshot, measure_couplings
+from spectralshell.estimators.coupling_parameters import (
     CouplingConfig,
     check_coupling_parameters,
-    couple_snapshot,
     coupling_config,
-    measure_couplings,
 )
 from spectralshell.operators import build_kernel_derivative
 from spectralshell.snapshots import Snapshot
+from spectralshell.warning_categories import GateWarning
 
 # Two float64 routes to one matrix.
 TOLERANCE = 1e-10
@@ -132,6 +132,12 @@ def test_direction_may_follow_from_the_snapshot(snapshot, exact):
     np.testing.assert_array_equal(found.couplings, given.couplings)
     assert not given.dynamics_exact
     assert not np.allclose(given.couplings, exact.couplings)
+
+
+def test_gates_are_warned_of_once_whatever_the_number_of_directions():
+    with pytest.warns(GateWarning) as caught:
+        couple_snapshot(classifier(activation=nn.ReLU), replace(BRIER, n_random=3))
+    assert len(caught) == 1
 
 
 def test_couplings_are_remembered_by_configuration(snapshot, tmp_path):
