@@ -12,6 +12,7 @@ import pandas as pd
 mpl.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.colors import LogNorm
+from matplotlib.ticker import MaxNLocator
 
 from studies.residual.results import differences, mean_interval
 
@@ -51,6 +52,7 @@ def plot_windows(rows: pd.DataFrame, path: Path, column: str = "toeplitz") -> No
             )  # fmt: skip
         panel.set_title(f"{TITLES[form]}, {_when(when)}", fontsize=9)
         panel.set_ylim(0, 1)
+        panel.xaxis.set_major_locator(MaxNLocator(integer=True))
         panel.grid(alpha=0.3, lw=0.4)
         if i == len(forms) - 1:
             panel.set_xlabel("shells between window and upper edge")
@@ -93,16 +95,19 @@ def plot_couplings(matrices: dict[tuple[str, str], np.ndarray], path: Path) -> N
     kinds = list(dict.fromkeys(kind for kind, _ in matrices))
     times = list(dict.fromkeys(when for _, when in matrices))
     figure, panels = plt.subplots(
-        len(kinds), len(times), figsize=(2.9 * len(times) + 0.8, 2.8 * len(kinds)), squeeze=False,
+        len(kinds), len(times), figsize=(2.6 * len(times) + 0.8, 2.5 * len(kinds)), squeeze=False,
         layout="constrained",
     )  # fmt: skip
     shown = {key: _relative(matrix) for key, matrix in matrices.items()}
     lowest = min(np.nanmin(m[m > 0]) for m in shown.values())
-    norm = LogNorm(max(lowest, 1e-3), max(np.nanmax(m) for m in shown.values()))
+    norm = LogNorm(max(lowest, 3e-2), max(np.nanmax(m) for m in shown.values()))
     for (i, kind), (j, when) in _grid(kinds, times):
         panel = panels[i, j]
         image = panel.imshow(shown[kind, when], norm=norm, cmap="viridis", origin="lower")
-        panel.set_title(f"{kind}, {_when(when)}", fontsize=9)
+        for axis in (panel.xaxis, panel.yaxis):
+            axis.set_major_locator(MaxNLocator(5, integer=True))
+        architecture, activation = kind.split(", ")
+        panel.set_title(f"{architecture}, {_activation(activation)}, {_when(when)}", fontsize=9)
         panel.set_xlabel("shell" if i == len(kinds) - 1 else "")
         panel.set_ylabel("shell" if j == 0 else "")
     figure.colorbar(image, ax=panels, label="K_αβ over its mean", shrink=0.8)

@@ -85,7 +85,6 @@ def training_frame(design: Design, folders: Folders) -> pd.DataFrame:
             "network": network.name,
             "parameters": record["n_parameters"],
             "steps": record["steps"],
-            "seconds": round(record["seconds"]),
         }
         for when in design.training.times:
             state = record["states"].get(when, {})
