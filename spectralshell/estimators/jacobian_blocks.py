@@ -72,17 +72,16 @@ class JacobianBlockDiagnostic(CallbackSupportMixin, TransformerMixin, BaseEstima
         Twice automatically, or by central differences of exact kernels, which is cheaper for large
         models and sees the gates of ReLU.
     step : float, optional
-        Step of the difference, in units of the direction; by default its displacement is eps^(1/3)
-        of the norm of the parameters.
+        Step of the difference, in units of the direction; by default J changes by about eps^(1/3)
+        of its norm. Half of it is tried as well, and the status says what more than 1 % changed.
     n_null : int, default=99
         Random orders of the blocks, for the p-values.
     parameters : str or callable, optional
-        A regular expression or a predicate over parameter names; all trainable ones by default.
+        A regular expression or predicate over names; all trainable ones by default.
     chunk_size : int, optional
         Samples recorded at a time.
     max_memory : int or str, optional
-        Bytes of working memory for each snapshot, or a string such as ``"1GB"``; by default half of
-        what is free.
+        Working memory, in bytes or such as ``"1GB"``; by default half of what is free.
     device : str, default="auto"
         Where to compute; ``"auto"`` is where the model is.
     dtype : {"float32", "float64"} or torch.dtype, optional

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from spectralshell.estimators.jacobian_grouping import Blocks, Grouping, group_parameters
-from spectralshell.krylov import dense_pairs, lanczos, ritz_pairs
+from spectralshell.krylov import EigenPairs, dense_pairs, lanczos, ritz_pairs
 from spectralshell.operators import Direction, KernelDerivative, KernelMotion, survey_motion
 from spectralshell.operators.exact_plan import ROOM, ExactPlan, fits, plan_exact
 from spectralshell.operators.memory_budget import format_bytes, resolve_max_memory
@@ -25,6 +25,10 @@ Floats = NDArray[np.float64]
 _RATE_STEPS = 24
 _RATE_TOLERANCE = 1e-3
 """Lanczos steps for ‖dJ/dt‖², and the relative residual norm above which the status says so."""
+
+_STEP_TRIALS = 4
+_STEP_TOLERANCE = 1e-2
+"""Trials of a step, and the relative change with half of it above which the status says so."""
 
 _ROUNDINGS = 10.0
 """Rates of a kernel below this many of their roundings are none."""
@@ -160,7 +164,7 @@ def measure_blocks(
         plan = _plan(motion, config, len(grouping.labels))
         spectra = _spectra(motion, plan, grouping)
         direction = _direction(snapshot, motion, config)
-        rate, step, phrases = _jacobian_rate(motion, direction, config)
+        rate, step, phrases = _jacobian_rate(motion, direction, config, spectra)
         gram = _gram(motion, direction, grouping, replace(config, step=step))
         rounding = spectra.noise * spectra.norm * (rate + (spectra.norm / step if step else 0.0))
         gram[np.sqrt(np.einsum("lmm->l", gram)) <= _ROUNDINGS * rounding] = 0.0
@@ -268,22 +272,59 @@ def _direction(snapshot: Snapshot, motion: KernelMotion, config: BlockConfig) ->
 
 
 def _jacobian_rate(
-    motion: KernelMotion, direction: Direction, config: BlockConfig
+    motion: KernelMotion, direction: Direction, config: BlockConfig, spectra: _Spectra
 ) -> tuple[float, float | None, list[str]]:
     """Return ‖dJ/dt‖, the step of a difference, and what there is to say."""
-    with motion.derivative(direction, method=config.derivative, step=config.step) as derivative:
-        # Which step an exact derivative has does not matter to the others.
-        step = derivative.step if config.derivative == "difference" else config.step
+    step = config.step if config.derivative == "difference" else None
+    if config.derivative == "difference" and step is None and direction.norm > 0.0:
+        step = _step(motion, direction, spectra.norm)
+    with motion.derivative(direction, method=config.derivative, step=step) as derivative:
         if derivative.status in ("zero direction", "frozen kernel"):
-            return 0.0, config.step, [derivative.status]
-        start = torch.randn(motion.n, generator=torch.Generator().manual_seed(0))
-        start = start.to(motion.residual_vector)
-        pairs = ritz_pairs(lanczos(derivative.rate_gram, start, _RATE_STEPS), 1)
+            return 0.0, step, [derivative.status]
+        pairs = _rate_pairs(motion, derivative, _RATE_STEPS)
         square = max(float(pairs.eigenvalues[0]), 0.0)
         phrases = [derivative.status]
         if pairs.residual_norms[0] > _RATE_TOLERANCE * square > 0.0:
             phrases.append("rate of the Jacobian from below")
+        if step is not None and step * square**0.5 > _ROUNDINGS * spectra.noise * spectra.norm:
+            phrases.append(_defect_of_step(motion, direction, derivative, pairs.vectors[:, 0]))
         return square**0.5, step, phrases
+
+
+def _rate_pairs(motion: KernelMotion, derivative: KernelDerivative, n_steps: int) -> EigenPairs:
+    start = torch.randn(motion.n, generator=torch.Generator().manual_seed(0))
+    return ritz_pairs(lanczos(derivative.rate_gram, start.to(motion.residual_vector), n_steps), 1)
+
+
+def _step(motion: KernelMotion, direction: Direction, norm: float) -> float:
+    """Return the step in which J changes by eps^(1/3) of its norm.
+
+    A step in proportion to the parameters goes too far along a gradient, whose few directions turn
+    J quickly.
+    """
+    step = None
+    for _ in range(_STEP_TRIALS):
+        with motion.derivative(direction, method="difference", step=step) as derivative:
+            square = max(float(_rate_pairs(motion, derivative, 4).eigenvalues[0]), 0.0)
+            step = derivative.step
+        if square == 0.0 or norm == 0.0:
+            break
+        natural = float(torch.finfo(motion.dtype).eps ** (1 / 3) * norm / square**0.5)
+        if step <= 2.0 * natural:
+            break
+        step = natural
+    return float(step or 1.0)
+
+
+def _defect_of_step(
+    motion: KernelMotion, direction: Direction, derivative: KernelDerivative, vector: Tensor
+) -> str:
+    """Compare the difference with that of half the step, along the fastest change of J."""
+    found = derivative.rate_gram(vector)
+    with motion.derivative(direction, method="difference", step=derivative.step / 2) as half:
+        gap = float(torch.linalg.vector_norm(half.rate_gram(vector) - found))
+    share = gap / float(torch.linalg.vector_norm(found))
+    return "ok" if share <= _STEP_TOLERANCE else f"differences good to {100 * share:.2g} %"
 
 
 def _gram(

@@ -1,6 +1,7 @@
 """Blocks of small networks against dense Jacobians, and the cases without structure."""
 
 import warnings
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -241,6 +242,30 @@ def test_float32_agrees_to_its_rounding():
     error = np.abs(single.coherence - double.coherence)
     assert (error <= single.uncertainty + 1e-5 * double.coherence).all()
     np.testing.assert_allclose(single.gram, double.gram, atol=1e-4 * double.gram.max())
+
+
+class Sharp(nn.Module):
+    """Turns quickly along one of its many parameters."""
+
+    def __init__(self):
+        super().__init__()
+        self.turn = nn.Linear(3, 2)
+        self.scale = nn.Parameter(torch.full((400,), 5.0))
+
+    def forward(self, x):
+        return torch.sin(30.0 * self.turn(x)) + 1e-3 * self.scale.mean()
+
+
+def test_step_of_a_difference_follows_the_jacobian():
+    # In proportion to the parameters, the step would be 0.5 % of 100: over many turns of the sine.
+    snapshot = snapshot_of(Sharp)
+    exact = measure_blocks(snapshot, BlockConfig())
+    config = BlockConfig(derivative="difference", dtype=torch.float32)
+    single = measure_blocks(snapshot, config)
+    assert single.jacobian_rate == pytest.approx(exact.jacobian_rate, rel=1e-3)
+    assert single.status == exact.status
+    far = measure_blocks(snapshot, replace(config, step=0.05))
+    assert "differences good to" in far.status
 
 
 def test_memory_that_does_not_suffice_is_named():
