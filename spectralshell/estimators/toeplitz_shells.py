@@ -78,9 +78,10 @@ class SnapshotShells:
         return ShellSummary(drawn.coupling, drawn.signed_mean, self.modes.log_lambda, flux)
 
     def permuted_within(self, window: ShellWindow, n_null: int) -> Floats:
-        """Return couplings with the entries of one window permuted, (n_null, S, S)."""
+        """Return the couplings of one window with its entries permuted, (n_null, W, W)."""
         generator = self._generator(_WINDOW, window.first, window.stop)
-        return self._entries.within(window.shells).permuted(n_null, generator).coupling
+        drawn = self._entries.within(window.shells).permuted(n_null, generator).coupling
+        return drawn[:, window.shells, window.shells]
 
     @cached_property
     def _entries(self) -> PairEntries:
