@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from spectralshell.operators.difference_derivative import DifferenceDerivative, Points
+from spectralshell.operators.difference_step import natural_step
 from spectralshell.operators.directions import (
     NAMED_DIRECTIONS,
     Direction,
@@ -180,8 +181,8 @@ class KernelMotion:
         method : {"exact", "difference"}, default="exact"
             Differentiating twice, or a central difference.
         step : float, optional
-            h of the difference in units of the direction; by default the displacement is
-            eps^(1/3) of the parameters' norm, eps that of the working dtype.
+            h of the difference in units of the direction; by default J changes by about eps^(1/3)
+            of itself, and the parameters by no more than that; eps is that of the working dtype.
 
         Returns
         -------
@@ -334,11 +335,8 @@ class KernelMotion:
         return DifferenceDerivative(self.n, self.residual_vector.device, points, step)
 
     def _default_step(self, direction: Direction) -> float:
-        if self.device.type == "meta":
-            return 1.0
-        parameters = self.survey.evaluation.problem.function.parameters
-        size = sum(float(widen(p).square().sum()) for p in parameters) ** 0.5
-        return float(torch.finfo(self.dtype).eps ** (1 / 3) * (size or 1.0) / direction.norm)
+        with MODEL_LOCK, torch.inference_mode(False):
+            return natural_step(self.survey.evaluation, direction, self._fitting_chunk())
 
     def _shared_kernel(self) -> KernelOperator:
         if self._kernel is None:

@@ -189,6 +189,29 @@ def test_the_difference_defaults_to_the_cube_root_of_eps(dtype):
         assert step * direction.norm / size**0.5 == pytest.approx(eps ** (1 / 3))
 
 
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-3), (torch.float64, 1e-8)])
+def test_the_difference_does_not_go_beyond_the_turns_of_the_jacobian(dtype, tolerance):
+    # In proportion to the parameters, the step in float32 would be 0.5 % of 100: over many turns.
+    class Waves(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.phase = torch.nn.Parameter(torch.tensor([0.3, 0.7], dtype=dtype))
+            self.still = torch.nn.Parameter(torch.tensor([100.0], dtype=dtype))
+
+        def forward(self, x):
+            return torch.sin(20.0 * self.phase * x) + 1e-3 * self.still
+
+    inputs = torch.linspace(0.5, 1.0, 4, dtype=dtype)[:, None]
+    snapshot = Snapshot(Waves(), inputs, torch.zeros(4, 2, dtype=dtype))
+    moved = {"phase": torch.ones(2, dtype=dtype)}
+    exact, difference = (
+        build_kernel_derivative(snapshot, moved, method=method).to_dense()
+        for method in ("exact", "difference")
+    )
+    gap = torch.linalg.matrix_norm(difference - exact) / torch.linalg.matrix_norm(exact)
+    assert gap < tolerance
+
+
 @pytest.mark.parametrize(("method", "tolerance"), [("exact", 1e-5), ("difference", 2e-3)])
 def test_float32(method, tolerance):
     # The difference: rounding over h is eps^(2/3) = 2e-5 of M, which is many times dM/dt h.
