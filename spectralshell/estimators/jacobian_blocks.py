@@ -344,7 +344,7 @@ class JacobianBlockDiagnostic(CallbackSupportMixin, TransformerMixin, BaseEstima
         Returns
         -------
         float
-            0 where the constant is exact, as with one block.
+            0 where the constant is exact, as with one block; NaN where no snapshot has weight.
         """
         measures = self._measure_fitted(X)
         weights = check_sample_weight(sample_weight, len(measures))

@@ -249,7 +249,7 @@ def profile_score(
     Returns
     -------
     float
-        At most 1; 0 where the constant is exact.
+        At most 1; 0 where the constant is exact, NaN where no snapshot has weight.
 
     Examples
     --------
@@ -258,6 +258,8 @@ def profile_score(
     >>> profile_score([(matrix, np.ones(4))], np.ones(1), np.exp(-0.5 * np.arange(4)), counts)
     1.0
     """
+    if not weights.sum() > 0.0:
+        return float("nan")
     apart = distances(len(profile))
     different = np.triu(apart > 0)
     known = n_pairs[1:].sum()

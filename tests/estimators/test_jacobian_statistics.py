@@ -155,6 +155,11 @@ def test_score_is_the_gain_of_distance_over_a_constant():
     assert profile_score([(profile[::-1][apart], ones)], weights, profile, counts) < 0.0
 
 
+def test_score_without_weight_is_unknown():
+    snapshots, profile = [(np.eye(2), np.ones(2))], np.ones(2)
+    assert np.isnan(profile_score(snapshots, np.zeros(1), profile, np.ones(2)))
+
+
 def test_score_weighs_snapshots():
     profile, counts = np.exp(-0.4 * np.arange(4)), np.arange(4.0, 0.0, -1)
     rng = np.random.default_rng(0)
