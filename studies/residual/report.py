@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from studies.residual.design import Design, Folders
@@ -21,7 +22,16 @@ from studies.residual.results import (
     step_frame,
     training_frame,
 )
-from studies.residual.verdict import FAILS, HOLDS, PARTLY, Finding, findings, findings_frame
+from studies.residual.verdict import (
+    CLAIMS,
+    FAILS,
+    HOLDS,
+    OPEN,
+    PARTLY,
+    Finding,
+    findings,
+    findings_frame,
+)
 
 SHOWN = {
     "toeplitz": "Toeplitz residual",
@@ -33,6 +43,16 @@ SHOWN = {
     "transfer": "transfer/dissipation",
 }
 """Statistics of the tables, and their headings."""
+
+LIMITS = {
+    "toeplitz": (0.0, 1.0),
+    "toeplitz_centre": (0.0, 1.0),
+    "r2": (-np.inf, 1.0),
+    "ratio": (0.0, np.inf),
+    "far_share": (0.0, 1.0),
+    "transfer": (0.0, np.inf),
+}
+"""Where statistics end, and intervals with them."""
 
 COMPARED = {
     "toeplitz_centre": "Toeplitz residual,\ncentral window",
@@ -88,7 +108,7 @@ def cell_table(frame: pd.DataFrame) -> pd.DataFrame:
         }
         for name, heading in SHOWN.items():
             entry = entries.loc[name]
-            row[heading] = interval_text(entry["value"], entry["lower"], entry["upper"])
+            row[heading] = _within_limits(name, entry["value"], entry["lower"], entry["upper"])
             if name in ("toeplitz", "toeplitz_centre", "ratio"):
                 p = entry["p_high"] if name == "ratio" else entry["p_low"]
                 row[f"{heading}: permuted, p"] = f"{entry['permuted']:.3g}, {p:.2g}"
@@ -106,7 +126,7 @@ def setting_table(frame: pd.DataFrame) -> pd.DataFrame:
         row = {"residual": residual, "time": when, "network": f"{architecture}, {activation}"}
         for name, heading in SHOWN.items():
             chosen = part[part["statistic"] == name]
-            row[heading] = interval_text(*mean_interval(chosen["value"]))
+            row[heading] = _within_limits(name, *mean_interval(chosen["value"]))
             nulls = [f"random {chosen['random'].mean():.3g}"]
             if chosen["permuted"].notna().any():
                 nulls.append(f"permuted {chosen['permuted'].mean():.3g}")
@@ -144,29 +164,49 @@ def summary(frame: pd.DataFrame) -> str:
     """Return the text of the page: what holds, what does not, what the nulls satisfy too."""
     found = findings(frame)
     cells = len(frame.drop_duplicates(["architecture", "activation", "seed", "time", "residual"]))
-    lines = [
-        f"Over {cells} cells, of the {len(found)} statements into which the three claims are split "
-        f"{_count(found, HOLDS)} hold, {_count(found, FAILS)} do not, and the rest hold in part or "
-        "are undecided.",
-        "",
-    ]
-    for title, chosen in (
-        ("These hold here:", [f for f in found if f.verdict == HOLDS]),
-        ("These do not:", [f for f in found if f.verdict == FAILS]),
-        (
-            "These hold in part, or are undecided:",
-            [f for f in found if f.verdict not in (HOLDS, FAILS)],
-        ),
-    ):
+    lines = [f"Over {cells} cells, by claim:", ""]
+    lines += [_claim_line(claim, [f for f in found if f.claim == claim]) for claim in CLAIMS]
+    groups = {
+        "These statements hold here:": (HOLDS,),
+        "These do not:": (FAILS,),
+        "These hold in part, or are undecided:": (PARTLY, OPEN),
+    }
+    for title, verdicts in groups.items():
+        chosen = [one for one in found if one.verdict in verdicts]
         if chosen:
-            lines += [title, "", *map(_bullet, chosen), ""]
-    satisfied = [f for f in found if f.null_satisfies and f.verdict in (HOLDS, PARTLY)]
+            lines += ["", title, "", *map(_bullet, chosen)]
+    satisfied = [one for one in found if one.null_satisfies and one.verdict in (HOLDS, PARTLY)]
     lines += [
+        "",
         "Of those that hold at least in part, a null satisfies these too: they are no evidence.",
         "",
     ]
     lines += [f"- {one.statement} (claim {one.claim})" for one in satisfied] or ["- none"]
     return "\n".join(lines) + "\n"
+
+
+def _claim_line(claim: int, found: list[Finding]) -> str:
+    """Return what becomes of a claim: evidence is what holds and no null satisfies."""
+    counts = {verdict: _count(found, verdict) for verdict in (HOLDS, PARTLY, OPEN, FAILS)}
+    evidence = sum(one.verdict == HOLDS and not one.null_satisfies for one in found)
+    if counts[FAILS] == len(found):
+        word = "does not hold"
+    elif evidence == len(found):
+        word = "holds"
+    else:
+        word = "is supported in part" if evidence else "is not supported"
+    return (
+        f"- **Claim {claim}, {CLAIMS[claim]}, {word}.** Of its {len(found)} statements, "
+        f"{counts[HOLDS]} hold ({evidence} of them beyond the nulls), {counts[PARTLY]} hold in "
+        f"part, {counts[OPEN]} are undecided and {counts[FAILS]} do not hold."
+    )
+
+
+def _within_limits(name: str, value: float, lower: float, upper: float) -> str:
+    low, high = LIMITS.get(name, (-np.inf, np.inf))
+    if np.isfinite(lower):
+        lower, upper = max(lower, low), min(upper, high)
+    return interval_text(value, lower, upper)
 
 
 def _bullet(one: Finding) -> str:

@@ -21,6 +21,11 @@ from studies.residual.results import (
     with_distance_to_one,
 )
 
+CLAIMS = {
+    1: "that shells interact weakly",
+    2: "that mixing within shells dominates",
+    3: "that couplings are Toeplitz with residual connections, and less so without",
+}
 HOLDS, FAILS, PARTLY, OPEN = "holds", "does not hold", "holds in part", "undecided"
 SUBLEADING = 0.1
 """Share up to which a part is called small beside the whole."""
