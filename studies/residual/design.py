@@ -30,7 +30,7 @@ class Design:
     networks: tuple[Network, ...]
     training: TrainingPlan = field(default_factory=TrainingPlan)
     measuring: MeasuringPlan = field(default_factory=MeasuringPlan)
-    steps: tuple[float, ...] = (0.001, 0.01, 0.03)
+    steps: tuple[float, ...] = (0.0003, 0.001, 0.01)
     n_train: int = 6000
     n_test: int = 1000
 

@@ -8,7 +8,7 @@ kernel of the Brier residual is S M S. That halves the work; the random directio
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,19 +19,19 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.nn.functional import cross_entropy, one_hot
+from torch.nn.functional import one_hot
 
 from spectralshell import Snapshot
 from spectralshell.estimators.mode_couplings import ModeCouplings
 from spectralshell.krylov import dense_pairs
 from spectralshell.operators import build_exact_kernel
 from spectralshell.shells import noise_floor
+from studies.residual.directions import Direction, gradient_flow, norm_of, random_direction
 from studies.residual.files import write_atomically
 from studies.residual.networks import N_CLASSES, Network
 
 RESIDUALS = ("cross-entropy", "brier")
 Floats = NDArray[np.float64]
-Direction = Mapping[str, Tensor]
 
 _TRIAL = 1e-6
 """Size of a step, relative to the weights, that shows how fast the error changes."""
@@ -49,16 +49,18 @@ class MeasuringPlan:
         Test images of a batch, and batches, the same for all states.
     n_random : int
         Random directions, the same for all states of a network and its batches.
-    change : float
+    change, change_at_start : float
         ‖h ė‖ / ‖e‖, by how much the step to either side of a central difference changes the error.
         GELU networks give the same couplings at a tenth of it. ReLU networks do not: gates flip,
-        the kernel jumps, and a smaller step sees fewer jumps, divided by less.
+        the kernel jumps, and a smaller step sees fewer jumps, divided by less. Before training the
+        kernel moves faster than the error, so that steps have to be shorter.
     """
 
     n_images: int = 40
     n_batches: int = 3
     n_random: int = 8
     change: float = 0.01
+    change_at_start: float = 0.001
 
 
 @dataclass(frozen=True, eq=False)
@@ -171,6 +173,7 @@ def measure(
     targets: Tensor,
     plan: MeasuringPlan,
     *,
+    at_start: bool = False,
     random_seed: int = 0,
 ) -> dict[str, Coupled]:
     """Measure one state on one batch under both residuals.
@@ -183,6 +186,8 @@ def measure(
     inputs, targets : Tensor
         The batch.
     plan : MeasuringPlan
+    at_start : bool, default=False
+        Whether the state is that before training.
     random_seed : int, default=0
         Of the random directions.
 
@@ -196,17 +201,19 @@ def measure(
     Takes 5 + 2 ``n_random`` kernels of the logits.
     """
     model = _load(network, state)
-    probe = _Probe(model, inputs.double(), targets, plan.change)
+    probe = _Probe(model, inputs.double(), targets)
     here = probe.kernels(None, 0.0)
+    change = plan.change_at_start if at_start else plan.change
     draws = torch.Generator().manual_seed(random_seed)
     random = [
-        probe.rates(random_direction(model, draws), torch.float32) for _ in range(plan.n_random)
+        probe.rates(random_direction(model, draws), change, torch.float32)
+        for _ in range(plan.n_random)
     ]
     found = {}
     for residual in RESIDUALS:
         direction = gradient_flow(model, inputs.double(), targets, residual)
         norm = norm_of(direction)
-        along = probe.rates(direction, torch.float64)
+        along = probe.rates(direction, change, torch.float64)
         # Random directions have norm 1; θ̇ is as long as that of the flow.
         others = [rates.matrices[residual] * norm for rates in random]
         found[residual] = _coupled(here, along, residual, others, norm)
@@ -235,12 +242,12 @@ def measure_steps(
         By residual; one for each step, without random directions.
     """
     model = _load(network, state)
-    probes = [_Probe(model, inputs.double(), targets, change) for change in changes]
-    here = probes[0].kernels(None, 0.0)
+    probe = _Probe(model, inputs.double(), targets)
+    here = probe.kernels(None, 0.0)
     found: dict[str, list[Coupled]] = {}
     for residual in RESIDUALS:
         direction = gradient_flow(model, inputs.double(), targets, residual)
-        rates = [probe.rates(direction, torch.float64) for probe in probes]
+        rates = [probe.rates(direction, change, torch.float64) for change in changes]
         norm = norm_of(direction)
         found[residual] = [_coupled(here, along, residual, [], norm) for along in rates]
     return found
@@ -289,14 +296,13 @@ class Kernels:
 class _Probe:
     """Kernels of one batch at displaced parameters."""
 
-    def __init__(self, model: nn.Module, inputs: Tensor, targets: Tensor, change: float) -> None:
+    def __init__(self, model: nn.Module, inputs: Tensor, targets: Tensor) -> None:
         self._model, self._inputs, self._targets = model, inputs, targets
-        self._change = change
         self._length = norm_of(dict(model.named_parameters()))
 
-    def rates(self, direction: Direction, dtype: torch.dtype) -> Kernels:
+    def rates(self, direction: Direction, change: float, dtype: torch.dtype) -> Kernels:
         """Return central differences along a direction, per unit of it."""
-        step = self._step(direction)
+        step = self._step(direction, change)
         ahead = self.kernels(direction, step, dtype)
         behind = self.kernels(direction, -step, dtype)
         matrices = {
@@ -323,10 +329,10 @@ class _Probe:
             noise,
         )
 
-    def _step(self, direction: Direction) -> float:
+    def _step(self, direction: Direction, change: float) -> float:
         trial = _TRIAL * self._length / norm_of(direction)
         here, ahead = self._error({}, 0.0), self._error(direction, trial)
-        return self._change * trial * float(here.norm() / (ahead - here).norm())
+        return change * trial * float(here.norm() / (ahead - here).norm())
 
     def _error(self, direction: Direction, amount: float) -> Tensor:
         with torch.no_grad():
@@ -360,36 +366,3 @@ def brier_kernel(matrix: Floats, error: Floats, targets: Tensor) -> Floats:
     product = np.einsum("iab,ibjc,jcd->iajd", slopes, blocks, slopes, optimize=True)
     full = product.reshape(matrix.shape)
     return (full + full.T) / 2
-
-
-def gradient_flow(
-    model: nn.Module, inputs: Tensor, targets: Tensor, residual: str
-) -> dict[str, Tensor]:
-    """Return minus the gradient of the residual's own loss.
-
-    That of ``"cross-entropy"`` is the mean cross-entropy, that of ``"brier"`` ½ E ‖onehot − p‖².
-    """
-    parameters = dict(model.named_parameters())
-    outputs = model(inputs)
-    if residual == "cross-entropy":
-        loss = cross_entropy(outputs, targets)
-    else:
-        error = one_hot(targets, N_CLASSES) - outputs.softmax(1)
-        loss = 0.5 * error.square().sum(1).mean()
-    gradients = torch.autograd.grad(loss, list(parameters.values()))
-    return {name: -g for name, g in zip(parameters, gradients, strict=True)}
-
-
-def random_direction(model: nn.Module, generator: torch.Generator) -> dict[str, Tensor]:
-    """Return a Gaussian direction of norm 1 in float64."""
-    drawn = {
-        name: torch.randn(p.shape, generator=generator, dtype=torch.float64)
-        for name, p in model.named_parameters()
-    }
-    norm = norm_of(drawn)
-    return {name: value / norm for name, value in drawn.items()}
-
-
-def norm_of(tensors: Direction) -> float:
-    """Return the 2-norm over all tensors."""
-    return sum(float(t.detach().double().square().sum()) for t in tensors.values()) ** 0.5

@@ -19,7 +19,7 @@ from studies.residual.files import write_atomically
 from studies.residual.measuring import RESIDUALS, Coupled, coupled_path, measure, measure_steps
 from studies.residual.networks import Network
 from studies.residual.statistics import analyse_cell, analyse_step
-from studies.residual.training import read_record, state_path, train
+from studies.residual.training import START, read_record, state_path, train
 
 Piece = tuple[str, Callable[[], None]]
 
@@ -134,7 +134,9 @@ def _measure(
     inputs, targets = _probe_batch(design, data, batch)
     state = state_path(folders.networks, network, when)
     plan = design.measuring
-    found = measure(network, state, inputs, targets, plan, random_seed=network.seed)
+    found = measure(
+        network, state, inputs, targets, plan, at_start=when == START, random_seed=network.seed
+    )
     for residual, path in _coupled_paths(folders, network, when, batch).items():
         found[residual].save(path)
 

@@ -156,7 +156,7 @@ def step_table(rows: pd.DataFrame) -> pd.DataFrame:
     for row in rows.to_dict("records"):
         labels = {key: row[key] for key in keys}
         cells = table.setdefault(tuple(labels.values()), labels)
-        cells[f"step {row['step']:.1%}"] = f"{row['toeplitz']:.3f}, {row['slope']:.3f}"
+        cells[f"step {row['step'] * 100:g} %"] = f"{row['toeplitz']:.3f}, {row['slope']:.3f}"
     return _in_order(pd.DataFrame(table.values()))
 
 

@@ -142,6 +142,8 @@ def _contrast(frame: pd.DataFrame, claim: int, name: str, sign: int, statement: 
     """Judge a difference between residual and plain networks of the same seed."""
     found = overall(differences(frame, name))
     null = overall(differences(frame, name, "random"))
+    # The couplings of ReLU networks depend on the size of the step.
+    smooth = overall(differences(frame[frame["activation"] == "gelu"], name))
     by_case = differences(frame, name).groupby(["activation", "time", "residual"])["difference"]
     agree = sum(_sided(mean_interval(values), sign) == HOLDS for _, values in by_case)
     against = sum(_sided(mean_interval(values), sign) == FAILS for _, values in by_case)
@@ -149,8 +151,8 @@ def _contrast(frame: pd.DataFrame, claim: int, name: str, sign: int, statement: 
         claim,
         statement,
         _sided(found, sign),
-        f"residual − plain: {interval_text(*found)}; of {len(by_case)} settings alone, "
-        f"{agree} agree and {against} disagree",
+        f"residual − plain: {interval_text(*found)}; GELU networks: {interval_text(*smooth)}; of "
+        f"{len(by_case)} settings alone, {agree} agree and {against} disagree",
         f"random directions: {interval_text(*null)}",
         _sided(null, sign) == HOLDS,
     )

@@ -12,12 +12,12 @@ from spectralshell import Snapshot
 from spectralshell.operators import build_exact_kernel, build_kernel_derivative
 from studies.residual.__main__ import main
 from studies.residual.design import Design
+from studies.residual.directions import gradient_flow
 from studies.residual.measuring import (
     RESIDUALS,
     Coupled,
     MeasuringPlan,
     brier_kernel,
-    gradient_flow,
     measure,
 )
 from studies.residual.networks import ACTIVATIONS, Network
@@ -140,11 +140,17 @@ def test_brier_kernel_follows_from_that_of_the_logits(tiny):
         assert np.allclose(made, kernel.matrix.numpy(), rtol=0, atol=ROUNDING * np.abs(made).max())
 
 
-@pytest.mark.parametrize("residual", RESIDUALS)
-def test_couplings_are_those_of_the_exact_derivative(tiny, residual):
+@pytest.mark.parametrize(("residual", "at_start"), [(RESIDUALS[0], False), (RESIDUALS[1], True)])
+def test_couplings_are_those_of_the_exact_derivative(tiny, residual, at_start):
     network, path, inputs, targets = tiny
-    plan = MeasuringPlan(n_random=1, change=1e-3)
-    found = measure(network, path, inputs, targets, plan)[residual]
+    # The other step is too long.
+    short, long = 1e-3, 0.5
+    changes = {
+        "change": long if at_start else short,
+        "change_at_start": short if at_start else long,
+    }
+    plan = MeasuringPlan(n_random=1, **changes)
+    found = measure(network, path, inputs, targets, plan, at_start=at_start)[residual]
     model = network.build().double().eval()
     snapshot = Snapshot(model, inputs.double(), targets)
     direction = gradient_flow(model, inputs.double(), targets, residual)
@@ -192,3 +198,17 @@ def test_page_says_what_its_tables_say():
     assert (PAGE / "summary.rst").read_text() == summary(frame)
     for name, table in derived_tables(frame).items():
         assert (PAGE / f"{name}.csv").read_text() == table.to_csv(index=False)
+
+
+def test_page_is_right_about_the_size_of_the_step():
+    steps = pd.read_csv(PAGE / "steps.csv")
+    shown = {name: steps[name].str.split(",").str[0].astype(float) for name in steps.columns[3:]}
+    start, gelu = steps["time"] == "start", steps["network"].str.contains("gelu")
+    gap = np.where(
+        start,
+        (shown["step 0.1 %"] - shown["step 0.03 %"]).abs(),
+        (shown["step 1 %"] - shown["step 0.1 %"]).abs(),
+    )
+    assert len(steps) == 24
+    assert gap[gelu].max() < 0.005
+    assert gap[~gelu].max() > 0.1
