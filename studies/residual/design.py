@@ -51,8 +51,8 @@ class Design:
             TrainingPlan(
                 losses=(2.2,), batch_size=16, learning_rate=0.1, max_steps=200, n_checked=50
             ),
-            MeasuringPlan(n_images=6, n_batches=2, n_random=2),
-            steps=(0.003, 0.01),
+            MeasuringPlan(n_images=4, n_batches=2, n_random=2),
+            steps=(0.01,),
             n_train=100,
             n_test=12,
         )
