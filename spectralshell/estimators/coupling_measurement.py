@@ -104,7 +104,47 @@ def couple_snapshot(
     ModeCouplings
         With the snapshot's labels.
     """
-    with survey_motion(
+    with motion_for(snapshot, config, probe_seed) as motion:
+        plan = _plan(motion, config)
+        if verbose >= 1:
+            tqdm.write(f"snapshot at tau={snapshot.tau:g}: {plan.describe()}", file=sys.stderr)
+        return couple_motion(snapshot, motion, plan, config)
+
+
+def couple_motion(
+    snapshot: Snapshot, motion: KernelMotion, plan: CouplingPlan, config: CouplingConfig
+) -> ModeCouplings:
+    """Measure the couplings of a snapshot whose kernel is in motion already.
+
+    Parameters
+    ----------
+    snapshot : Snapshot
+        Whose labels the couplings get.
+    motion : KernelMotion
+        Its kernel.
+    plan : CouplingPlan
+        The solver, and how its kernels are built.
+    config : CouplingConfig
+        How to measure.
+    """
+    draws = torch.Generator().manual_seed(config.random_seed)
+    modes = _modes(motion, plan, config, draws)
+    return _couple(snapshot, motion, modes, config, draws)
+
+
+def motion_for(snapshot: Snapshot, config: Any, probe_seed: int) -> KernelMotion:
+    """Return the motion of a snapshot under the settings of a configuration.
+
+    Parameters
+    ----------
+    snapshot : Snapshot
+        The model state and batch.
+    config : CouplingConfig or alike
+        With ``residual, parameters, chunk_size, max_memory, device, dtype``.
+    probe_seed : int
+        Seed of the probes that check the operators.
+    """
+    return survey_motion(
         snapshot,
         residual=config.residual,
         parameters=config.parameters,
@@ -113,13 +153,7 @@ def couple_snapshot(
         device=config.device,
         dtype=config.dtype,
         generator=torch.Generator().manual_seed(probe_seed),
-    ) as motion:
-        plan = _plan(motion, config)
-        if verbose >= 1:
-            tqdm.write(f"snapshot at tau={snapshot.tau:g}: {plan.describe()}", file=sys.stderr)
-        draws = torch.Generator().manual_seed(config.random_seed)
-        modes = _modes(motion, plan, config, draws)
-        return _couple(snapshot, motion, modes, config, draws)
+    )
 
 
 @dataclass(frozen=True)
@@ -263,4 +297,4 @@ def _compressed(
     return slice_, [derivative.status]
 
 
-__all__ = ["couple_snapshot", "measure_couplings"]
+__all__ = ["couple_motion", "couple_snapshot", "measure_couplings", "motion_for"]

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from sklearn.base import BaseEstimator, TransformerMixin
+from sklearn.base import BaseEstimator
 from sklearn.utils.validation import check_is_fitted
 
 from spectralshell.estimators.callback_support import (
@@ -37,12 +37,13 @@ from spectralshell.estimators.jacobian_parameters import (
 from spectralshell.estimators.jacobian_statistics import profile_score
 from spectralshell.estimators.measurement_parameters import probe_seed
 from spectralshell.estimators.remembered import measure_each
+from spectralshell.estimators.snapshot_transformer import SnapshotTransformerMixin
 from spectralshell.memory import resolve_memory
 from spectralshell.parameter_checks import check_sample_weight
 from spectralshell.snapshots import Snapshot, as_snapshots
 
 
-class JacobianBlockDiagnostic(CallbackSupportMixin, TransformerMixin, BaseEstimator):
+class JacobianBlockDiagnostic(CallbackSupportMixin, SnapshotTransformerMixin, BaseEstimator):
     """Blocks of the Jacobian by depth: their coherence, and how near their change stays.
 
     Blocks l = 1 … L of the parameters split J = [J_1 … J_L] and M = Σ M_l, M_l = J_l J_l*. This
@@ -253,24 +254,6 @@ class JacobianBlockDiagnostic(CallbackSupportMixin, TransformerMixin, BaseEstima
         self.suprema_ = suprema_frame(self.trajectory_)
         return self
 
-    def fit_transform(self, X: Sequence[Any], y: Any = None) -> pd.DataFrame:
-        """Fit and return the scalars of the same snapshots, each measured once.
-
-        Parameters
-        ----------
-        X : list of Snapshot
-            Training snapshots.
-        y : None
-            Ignored.
-
-        Returns
-        -------
-        DataFrame
-            As from `transform`.
-        """
-        snapshots = as_snapshots(X)
-        return self.fit(snapshots).transform(snapshots)
-
     def transform(self, X: Sequence[Any]) -> pd.DataFrame:
         """Return one row of scalars per snapshot.
 
@@ -391,10 +374,3 @@ class JacobianBlockDiagnostic(CallbackSupportMixin, TransformerMixin, BaseEstima
         measures = self._measure(as_snapshots(X))
         check_same_blocks(measures, tuple(self.block_names_))
         return measures
-
-    def __sklearn_tags__(self) -> Any:
-        """Return the tags: X is a list of snapshots, nothing for scikit-learn to validate."""
-        tags = super().__sklearn_tags__()
-        tags.no_validation = True
-        tags.input_tags.two_d_array = False
-        return tags

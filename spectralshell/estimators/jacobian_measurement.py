@@ -12,9 +12,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from spectralshell.estimators.coupling_measurement import motion_for
 from spectralshell.estimators.jacobian_grouping import Blocks, Grouping, group_parameters
 from spectralshell.krylov import EigenPairs, dense_pairs, lanczos, ritz_pairs
-from spectralshell.operators import Direction, KernelDerivative, KernelMotion, survey_motion
+from spectralshell.operators import Direction, KernelDerivative, KernelMotion
 from spectralshell.operators.exact_plan import ROOM, ExactPlan, fits, plan_exact
 from spectralshell.operators.memory_budget import format_bytes, resolve_max_memory
 from spectralshell.snapshots import Snapshot
@@ -150,16 +151,7 @@ def measure_blocks(
         If the kernels of the blocks do not fit in ``max_memory``; the message says what would.
     """
     del verbose
-    with survey_motion(
-        snapshot,
-        residual=config.residual,
-        parameters=config.parameters,
-        chunk_size=config.chunk_size,
-        max_memory=config.max_memory,
-        device=config.device,
-        dtype=config.dtype,
-        generator=torch.Generator().manual_seed(probe_seed),
-    ) as motion:
+    with motion_for(snapshot, config, probe_seed) as motion:
         grouping = group_parameters(snapshot.model, config.blocks, motion.parameter_names)
         plan = _plan(motion, config, len(grouping.labels))
         spectra = _spectra(motion, plan, grouping)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from sklearn.base import BaseEstimator, TransformerMixin
+from sklearn.base import BaseEstimator
 from sklearn.utils.validation import check_is_fitted
 
 from spectralshell.estimators.callback_support import (
@@ -26,6 +26,7 @@ from spectralshell.estimators.measurement_parameters import (
 )
 from spectralshell.estimators.shell_density import ShellDensity
 from spectralshell.estimators.shell_placement import place_shells
+from spectralshell.estimators.snapshot_transformer import SnapshotTransformerMixin
 from spectralshell.memory import resolve_memory
 from spectralshell.parameter_checks import check_option, check_real, check_window
 from spectralshell.shells import ShellPartition, SpectralMeasure, energy_frame, shell_frame
@@ -33,7 +34,7 @@ from spectralshell.snapshots import Snapshot, as_snapshots
 
 
 class ShellEnergyEstimator(
-    KernelQueriesMixin, CallbackSupportMixin, TransformerMixin, BaseEstimator
+    KernelQueriesMixin, CallbackSupportMixin, SnapshotTransformerMixin, BaseEstimator
 ):
     """Error energy per logarithmic shell of the empirical tangent kernel.
 
@@ -223,24 +224,6 @@ class ShellEnergyEstimator(
         warn_of_hidden_energy(measures, self._partition, self.resolution_floor_)
         return self
 
-    def fit_transform(self, X: Sequence[Any], y: Any = None) -> pd.DataFrame:
-        """Fit and return the energies of the same snapshots, each measured once.
-
-        Parameters
-        ----------
-        X : list of Snapshot
-            Training snapshots.
-        y : None
-            Ignored.
-
-        Returns
-        -------
-        DataFrame
-            As from `transform`.
-        """
-        snapshots = as_snapshots(X)
-        return self.fit(snapshots).transform(snapshots)
-
     def transform(self, X: Sequence[Any]) -> pd.DataFrame:
         """Return shell energies, one row per snapshot.
 
@@ -391,10 +374,3 @@ class ShellEnergyEstimator(
     def _fitted_partition(self) -> ShellPartition:
         check_is_fitted(self)
         return self._partition
-
-    def __sklearn_tags__(self) -> Any:
-        """Return the tags: X is a list of snapshots, nothing for scikit-learn to validate."""
-        tags = super().__sklearn_tags__()
-        tags.no_validation = True
-        tags.input_tags.two_d_array = False
-        return tags

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from sklearn.base import BaseEstimator, TransformerMixin
+from sklearn.base import BaseEstimator
 from sklearn.utils.validation import check_is_fitted
 
 from spectralshell.estimators.callback_support import (
@@ -27,6 +27,7 @@ from spectralshell.estimators.shell_flux_measurement import (
 )
 from spectralshell.estimators.shell_flux_results import FluxResultsMixin
 from spectralshell.estimators.shell_placement import place_shells
+from spectralshell.estimators.snapshot_transformer import SnapshotTransformerMixin
 from spectralshell.memory import resolve_memory
 from spectralshell.parameter_checks import check_option, check_real, check_window
 from spectralshell.residuals import resolve_residual
@@ -36,7 +37,9 @@ from spectralshell.snapshots import Snapshot, as_snapshots
 from spectralshell.warning_categories import DynamicsWarning
 
 
-class ShellFluxEstimator(FluxResultsMixin, CallbackSupportMixin, TransformerMixin, BaseEstimator):
+class ShellFluxEstimator(
+    FluxResultsMixin, CallbackSupportMixin, SnapshotTransformerMixin, BaseEstimator
+):
     """Energy flux through the edges of logarithmic shells as the parameters move.
 
     The energy of a soft shell, E_α = ½⟨e, w_α(M) e⟩ with smooth weights Σ_α w_α = 1, changes by
@@ -238,24 +241,6 @@ class ShellFluxEstimator(FluxResultsMixin, CallbackSupportMixin, TransformerMixi
         self._summarise(measurements)
         return self
 
-    def fit_transform(self, X: Sequence[Any], y: Any = None) -> pd.DataFrame:
-        """Fit and return the fluxes of the same snapshots, each measured once.
-
-        Parameters
-        ----------
-        X : list of Snapshot
-            Training snapshots.
-        y : None
-            Ignored.
-
-        Returns
-        -------
-        DataFrame
-            As from `transform`.
-        """
-        snapshots = as_snapshots(X)
-        return self.fit(snapshots).transform(snapshots)
-
     def transform(self, X: Sequence[Any]) -> pd.DataFrame:
         """Return the flux through every edge, one row per snapshot.
 
@@ -374,10 +359,3 @@ class ShellFluxEstimator(FluxResultsMixin, CallbackSupportMixin, TransformerMixi
     def _fitted_shells(self) -> SoftShells:
         check_is_fitted(self)
         return self._shells
-
-    def __sklearn_tags__(self) -> Any:
-        """Return the tags: X is a list of snapshots, nothing for scikit-learn to validate."""
-        tags = super().__sklearn_tags__()
-        tags.no_validation = True
-        tags.input_tags.two_d_array = False
-        return tags

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,7 @@ from joblib import Memory
 from numpy.typing import NDArray
 from tqdm.auto import tqdm
 
-from spectralshell.estimators.coupling_measurement import couple_snapshot
+from spectralshell.estimators.coupling_measurement import couple_motion, motion_for
 from spectralshell.estimators.coupling_parameters import (
     DERIVATIVES,
     CouplingConfig,
@@ -29,7 +29,7 @@ from spectralshell.estimators.measurement_parameters import (
 from spectralshell.estimators.mode_couplings import ModeCouplings
 from spectralshell.estimators.remembered import measure_each
 from spectralshell.estimators.shell_flux_runs import FrozenErrorRuns, run_displaced
-from spectralshell.operators import KernelMotion, survey_motion
+from spectralshell.operators import KernelMotion
 from spectralshell.operators.exact_plan import fits
 from spectralshell.operators.memory_budget import resolve_max_memory
 from spectralshell.parameter_checks import check_option, check_real
@@ -240,22 +240,13 @@ def measure_flux(
     FluxMeasurement
         With the snapshot's labels.
     """
-    with survey_motion(
-        snapshot,
-        residual=config.residual,
-        parameters=config.parameters,
-        chunk_size=config.chunk_size,
-        max_memory=config.max_memory,
-        device=config.device,
-        dtype=config.dtype,
-        generator=torch.Generator().manual_seed(probe_seed),
-    ) as motion:
+    with motion_for(snapshot, config, probe_seed) as motion:
         plan = _plan(motion, config)
         if verbose >= 1:
             tqdm.write(f"snapshot at tau={snapshot.tau:g}: {plan.describe()}", file=sys.stderr)
         if plan.solver == "lanczos":
             return _from_runs(snapshot, motion, plan, config)
-    return _from_couplings(snapshot, config, probe_seed)
+        return _from_couplings(snapshot, couple_motion(snapshot, motion, plan, config))
 
 
 def _plan(motion: KernelMotion, config: FluxConfig) -> CouplingPlan:
@@ -275,9 +266,7 @@ def _plan(motion: KernelMotion, config: FluxConfig) -> CouplingPlan:
     return replace(plan, solver="exact") if config.solver == "auto" and affordable else plan
 
 
-def _from_couplings(snapshot: Snapshot, config: FluxConfig, probe_seed: int) -> FluxMeasurement:
-    shared = {field.name: getattr(config, field.name) for field in fields(CouplingConfig)}
-    modes = couple_snapshot(snapshot, CouplingConfig(**{**shared, "solver": "exact"}), probe_seed)
+def _from_couplings(snapshot: Snapshot, modes: ModeCouplings) -> FluxMeasurement:
     measure = SpectralMeasure(
         nodes=modes.eigenvalues,
         weights=0.5 * modes.amplitudes**2,

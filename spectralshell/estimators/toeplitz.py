@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from sklearn.base import BaseEstimator, TransformerMixin
+from sklearn.base import BaseEstimator
 from sklearn.utils.validation import check_is_fitted
 
 from spectralshell.estimators.callback_support import (
@@ -24,6 +24,7 @@ from spectralshell.estimators.coupling_parameters import (
 )
 from spectralshell.estimators.measurement_parameters import probe_seed
 from spectralshell.estimators.mode_couplings import ModeCouplings
+from spectralshell.estimators.snapshot_transformer import SnapshotTransformerMixin
 from spectralshell.estimators.toeplitz_frames import Diagnosis
 from spectralshell.estimators.toeplitz_rows import ROW_NAMES, log_gain, scalar_frame
 from spectralshell.estimators.toeplitz_shells import SnapshotShells, place_coupling_shells
@@ -33,7 +34,7 @@ from spectralshell.shells.coupling import CouplingRule
 from spectralshell.snapshots import Snapshot, as_snapshots
 
 
-class ToeplitzDiagnostic(CallbackSupportMixin, TransformerMixin, BaseEstimator):
+class ToeplitzDiagnostic(CallbackSupportMixin, SnapshotTransformerMixin, BaseEstimator):
     """Couplings between shells of a moving kernel, and how far they are from shift invariance.
 
     V = Uᵀ (dM/dt) U says how a direction of the parameters couples the modes of M. Averaged over
@@ -259,24 +260,6 @@ class ToeplitzDiagnostic(CallbackSupportMixin, TransformerMixin, BaseEstimator):
         self.n_matvecs_ = sum(m.n_matvecs for m in measured)
         return self
 
-    def fit_transform(self, X: Sequence[Any], y: Any = None) -> pd.DataFrame:
-        """Fit and return the scalars of the same snapshots, each measured once.
-
-        Parameters
-        ----------
-        X : list of Snapshot
-            Training snapshots.
-        y : None
-            Ignored.
-
-        Returns
-        -------
-        DataFrame
-            As from `transform`.
-        """
-        snapshots = as_snapshots(X)
-        return self.fit(snapshots).transform(snapshots)
-
     def transform(self, X: Sequence[Any]) -> pd.DataFrame:
         """Return the statistics of each snapshot alone, in the fitted shells.
 
@@ -391,10 +374,3 @@ class ToeplitzDiagnostic(CallbackSupportMixin, TransformerMixin, BaseEstimator):
         self.intra_inter_ratio_ = float(values["intra_inter_ratio"])
         self.p_value_ = float(self.statistics_["permutation_p"]["toeplitz_residual"])
         self.status_ = diagnosis.status
-
-    def __sklearn_tags__(self) -> Any:
-        """Return the tags: X is a list of snapshots, nothing for scikit-learn to validate."""
-        tags = super().__sklearn_tags__()
-        tags.no_validation = True
-        tags.input_tags.two_d_array = False
-        return tags
