@@ -74,10 +74,21 @@ def check_coupling_parameters(estimator: Any) -> None:
     """
     check_measurement_parameters(estimator)
     check_integer("block_size", estimator.block_size, low=1)
+    check_motion_parameters(estimator)
+
+
+def check_motion_parameters(estimator: Any) -> None:
+    """Check the parameters that say how the kernel moves: ``direction, derivative, step``.
+
+    Raises
+    ------
+    ValueError, TypeError
+        If one is out of range; the message names it.
+    """
     check_option("derivative", estimator.derivative, DERIVATIVES)
     if estimator.step is not None:
         check_real("step", estimator.step, low=0.0, low_open=True)
-    check_direction(estimator.direction)
+    _check_direction(estimator.direction)
 
 
 def coupling_config(estimator: Any, n_random: int = 0) -> CouplingConfig:
@@ -116,14 +127,7 @@ def coupling_config(estimator: Any, n_random: int = 0) -> CouplingConfig:
     )
 
 
-def check_direction(direction: Any) -> None:
-    """Check the parameter ``direction``.
-
-    Raises
-    ------
-    ValueError, TypeError
-        If it is no name of a direction, snapshot, mapping or callable.
-    """
+def _check_direction(direction: Any) -> None:
     if isinstance(direction, str):
         check_option("direction", direction, DIRECTIONS)
     elif not (callable(direction) or isinstance(direction, Snapshot) or _is_mapping(direction)):
@@ -146,10 +150,9 @@ def _is_mapping(direction: Any) -> bool:
 
 
 __all__ = [
-    "DERIVATIVES",
     "CouplingConfig",
     "check_coupling_parameters",
-    "check_direction",
+    "check_motion_parameters",
     "coupling_config",
     "may_be_random",
 ]

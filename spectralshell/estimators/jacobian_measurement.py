@@ -27,9 +27,8 @@ _RATE_STEPS = 24
 _RATE_TOLERANCE = 1e-3
 """Lanczos steps for ‖dJ/dt‖², and the relative residual norm above which the status says so."""
 
-_STEP_TRIALS = 4
 _STEP_TOLERANCE = 1e-2
-"""Trials of a step, and the relative change with half of it above which the status says so."""
+"""Relative change with half the step above which the status says so."""
 
 _ROUNDINGS = 10.0
 """Rates of a kernel below this many of their roundings are none."""
@@ -267,10 +266,8 @@ def _jacobian_rate(
     motion: KernelMotion, direction: Direction, config: BlockConfig, spectra: _Spectra
 ) -> tuple[float, float | None, list[str]]:
     """Return ‖dJ/dt‖, the step of a difference, and what there is to say."""
-    step = config.step if config.derivative == "difference" else None
-    if config.derivative == "difference" and step is None and direction.norm > 0.0:
-        step = _step(motion, direction, spectra.norm)
-    with motion.derivative(direction, method=config.derivative, step=step) as derivative:
+    with motion.derivative(direction, method=config.derivative, step=config.step) as derivative:
+        step = (derivative.step or None) if config.derivative == "difference" else None
         if derivative.status in ("zero direction", "frozen kernel"):
             return 0.0, step, [derivative.status]
         pairs = _rate_pairs(motion, derivative, _RATE_STEPS)
@@ -286,26 +283,6 @@ def _jacobian_rate(
 def _rate_pairs(motion: KernelMotion, derivative: KernelDerivative, n_steps: int) -> EigenPairs:
     start = torch.randn(motion.n, generator=torch.Generator().manual_seed(0))
     return ritz_pairs(lanczos(derivative.rate_gram, start.to(motion.residual_vector), n_steps), 1)
-
-
-def _step(motion: KernelMotion, direction: Direction, norm: float) -> float:
-    """Return the step in which J changes by eps^(1/3) of its norm.
-
-    A step in proportion to the parameters goes too far along a gradient, whose few directions turn
-    J quickly.
-    """
-    step = None
-    for _ in range(_STEP_TRIALS):
-        with motion.derivative(direction, method="difference", step=step) as derivative:
-            square = max(float(_rate_pairs(motion, derivative, 4).eigenvalues[0]), 0.0)
-            step = derivative.step
-        if square == 0.0 or norm == 0.0:
-            break
-        natural = float(torch.finfo(motion.dtype).eps ** (1 / 3) * norm / square**0.5)
-        if step <= 2.0 * natural:
-            break
-        step = natural
-    return float(step or 1.0)
 
 
 def _defect_of_step(

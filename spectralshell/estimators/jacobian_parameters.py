@@ -5,11 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from spectralshell.estimators.coupling_parameters import (
-    DERIVATIVES,
-    check_direction,
-    may_be_random,
-)
+from spectralshell.estimators.coupling_parameters import check_motion_parameters, may_be_random
 from spectralshell.estimators.jacobian_frames import NullSettings
 from spectralshell.estimators.jacobian_grouping import check_blocks
 from spectralshell.estimators.jacobian_measurement import BlockConfig, BlockMeasure
@@ -18,7 +14,7 @@ from spectralshell.estimators.measurement_parameters import (
     probe_seed,
     resolve_dtype,
 )
-from spectralshell.parameter_checks import check_integer, check_option, check_real
+from spectralshell.parameter_checks import check_integer
 
 
 def check_block_parameters(estimator: Any) -> None:
@@ -31,10 +27,7 @@ def check_block_parameters(estimator: Any) -> None:
     """
     check_kernel_parameters(estimator)
     check_blocks(estimator.blocks)
-    check_direction(estimator.direction)
-    check_option("derivative", estimator.derivative, DERIVATIVES)
-    if estimator.step is not None:
-        check_real("step", estimator.step, low=0.0, low_open=True)
+    check_motion_parameters(estimator)
     check_integer("band", estimator.band, low=0)
     check_integer("window_blocks", estimator.window_blocks, low=2)
     check_integer("n_null", estimator.n_null, low=0)

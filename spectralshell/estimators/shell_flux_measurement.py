@@ -15,9 +15,8 @@ from tqdm.auto import tqdm
 
 from spectralshell.estimators.coupling_measurement import couple_motion, motion_for
 from spectralshell.estimators.coupling_parameters import (
-    DERIVATIVES,
     CouplingConfig,
-    check_direction,
+    check_motion_parameters,
     may_be_random,
 )
 from spectralshell.estimators.coupling_plan import CouplingPlan, plan_couplings
@@ -32,7 +31,6 @@ from spectralshell.estimators.shell_flux_runs import FrozenErrorRuns, run_displa
 from spectralshell.operators import KernelMotion
 from spectralshell.operators.exact_plan import fits
 from spectralshell.operators.memory_budget import resolve_max_memory
-from spectralshell.parameter_checks import check_option, check_real
 from spectralshell.shells import EdgeBalance, SoftShells, SpectralMeasure, shell_balance
 from spectralshell.snapshots import Snapshot
 
@@ -64,10 +62,7 @@ def check_flux_parameters(estimator: Any) -> None:
         If one is out of range; the message names it.
     """
     check_measurement_parameters(estimator)
-    check_option("derivative", estimator.derivative, DERIVATIVES)
-    if estimator.step is not None:
-        check_real("step", estimator.step, low=0.0, low_open=True)
-    check_direction(estimator.direction)
+    check_motion_parameters(estimator)
 
 
 def flux_config(estimator: Any) -> FluxConfig:

@@ -189,3 +189,15 @@ def test_poor_snapshots_have_a_status_and_no_exception(kind):
         frame = ESTIMATORS[kind]().fit([found]).transform([found])
         assert len(frame) == 1
         assert not np.isinf(frame.to_numpy()).any()
+
+
+@anything
+def test_a_snapshot_is_surveyed_once(kind, monkeypatch):
+    surveyed = []
+    survey = couplings.survey_motion
+    monkeypatch.setattr(
+        couplings, "survey_motion", lambda *a, **k: surveyed.append(1) or survey(*a, **k)
+    )
+    estimator, X = ESTIMATORS[kind](residual="brier"), [snapshot(0), snapshot(1, batch=1)]
+    estimator.fit_transform(X)
+    assert len(surveyed) == len(X)
