@@ -17,24 +17,20 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from safetensors.torch import load_file
-from torch import Tensor, nn
-from torch.func import functional_call
+from torch import Tensor
 from torch.nn.functional import one_hot
 
 from spectralshell import Snapshot
 from spectralshell.estimators.mode_couplings import ModeCouplings
 from spectralshell.krylov import dense_pairs
-from spectralshell.operators import build_exact_kernel
+from spectralshell.operators import Direction, build_exact_kernel, survey_motion
 from spectralshell.shells import noise_floor
-from studies.residual.directions import Direction, gradient_flow, norm_of, random_direction
 from studies.residual.files import write_atomically
 from studies.residual.networks import N_CLASSES, Network
 
 RESIDUALS = ("cross-entropy", "brier")
 Floats = NDArray[np.float64]
 
-_TRIAL = 1e-6
-"""Size of a step, relative to the weights, that shows how fast the error changes."""
 _FLOAT32_NOISE = 6e-7
 """Of kernels along random directions, which take steps large enough for float32."""
 
@@ -200,23 +196,20 @@ def measure(
     -----
     Takes 5 + 2 ``n_random`` kernels of the logits.
     """
-    model = _load(network, state)
-    probe = _Probe(model, inputs.double(), targets)
-    here = probe.kernels(None, 0.0)
+    probe = _Probe(_snapshot(network, state, inputs, targets))
+    here = probe.kernels()
     change = plan.change_at_start if at_start else plan.change
-    draws = torch.Generator().manual_seed(random_seed)
     random = [
-        probe.rates(random_direction(model, draws), change, torch.float32)
-        for _ in range(plan.n_random)
+        probe.rates(direction, change, torch.float32)
+        for direction in probe.random_directions(plan.n_random, random_seed)
     ]
     found = {}
     for residual in RESIDUALS:
-        direction = gradient_flow(model, inputs.double(), targets, residual)
-        norm = norm_of(direction)
-        along = probe.rates(direction, change, torch.float64)
+        direction = probe.gradient_flow(residual)
+        along = probe.rates(direction, change)
         # Random directions have norm 1; θ̇ is as long as that of the flow.
-        others = [rates.matrices[residual] * norm for rates in random]
-        found[residual] = _coupled(here, along, residual, others, norm)
+        others = [rates.matrices[residual] * direction.norm for rates in random]
+        found[residual] = _coupled(here, along, residual, others, direction.norm)
     return found
 
 
@@ -241,23 +234,21 @@ def measure_steps(
     dict of str to list of Coupled
         By residual; one for each step, without random directions.
     """
-    model = _load(network, state)
-    probe = _Probe(model, inputs.double(), targets)
-    here = probe.kernels(None, 0.0)
+    probe = _Probe(_snapshot(network, state, inputs, targets))
+    here = probe.kernels()
     found: dict[str, list[Coupled]] = {}
     for residual in RESIDUALS:
-        direction = gradient_flow(model, inputs.double(), targets, residual)
-        rates = [probe.rates(direction, change, torch.float64) for change in changes]
-        norm = norm_of(direction)
-        found[residual] = [_coupled(here, along, residual, [], norm) for along in rates]
+        direction = probe.gradient_flow(residual)
+        rates = [probe.rates(direction, change) for change in changes]
+        found[residual] = [_coupled(here, along, residual, [], direction.norm) for along in rates]
     return found
 
 
-def _load(network: Network, state: Path) -> nn.Module:
+def _snapshot(network: Network, state: Path, inputs: Tensor, targets: Tensor) -> Snapshot:
     model = network.build()
     model.load_state_dict(load_file(state))
     # Also the weights: the step along a gradient is below what float32 resolves.
-    return model.double().eval()
+    return Snapshot(model.double().eval(), inputs.double(), targets)
 
 
 def _coupled(
@@ -294,15 +285,32 @@ class Kernels:
 
 
 class _Probe:
-    """Kernels of one batch at displaced parameters."""
+    """Kernels of one snapshot at displaced parameters."""
 
-    def __init__(self, model: nn.Module, inputs: Tensor, targets: Tensor) -> None:
-        self._model, self._inputs, self._targets = model, inputs, targets
-        self._length = norm_of(dict(model.named_parameters()))
+    def __init__(self, snapshot: Snapshot) -> None:
+        self._snapshot = snapshot
+        self._motions = {
+            residual: survey_motion(snapshot, residual=residual, device="cpu")
+            for residual in RESIDUALS
+        }
+        # That of the logits.
+        self._motion = self._motions["cross-entropy"]
 
-    def rates(self, direction: Direction, change: float, dtype: torch.dtype) -> Kernels:
+    def gradient_flow(self, residual: str) -> Direction:
+        """Return the velocity of the residual's own loss."""
+        return self._motions[residual].direction("gradient-flow")
+
+    def random_directions(self, count: int, seed: int) -> list[Direction]:
+        """Return directions of norm 1."""
+        draws = torch.Generator().manual_seed(seed)
+        return [self._motion.direction("random", generator=draws, norm=1.0) for _ in range(count)]
+
+    def rates(
+        self, direction: Direction, change: float, dtype: torch.dtype = torch.float64
+    ) -> Kernels:
         """Return central differences along a direction, per unit of it."""
-        step = self._step(direction, change)
+        rate = self._motion.error_rate(direction)
+        step = change * float(self._motion.residual_vector.norm() / rate.norm())
         ahead = self.kernels(direction, step, dtype)
         behind = self.kernels(direction, -step, dtype)
         matrices = {
@@ -312,38 +320,30 @@ class _Probe:
         return Kernels(matrices, (ahead.error - behind.error) / (2 * step), ahead.noise)
 
     def kernels(
-        self, direction: Direction | None, amount: float, dtype: torch.dtype = torch.float64
+        self,
+        direction: Direction | None = None,
+        amount: float = 0.0,
+        dtype: torch.dtype = torch.float64,
     ) -> Kernels:
         """Return the kernels at θ + amount · θ̇."""
-        state = self._displaced(direction or {}, amount)
-        snapshot = Snapshot(self._model, self._inputs, self._targets, state=state)
+        snapshot = self._snapshot if direction is None else self._displaced(direction, amount)
         with build_exact_kernel(
             snapshot, residual="cross-entropy", dtype=dtype, device="cpu"
         ) as kernel:
             matrix = kernel.to_dense().numpy()
             error = kernel.residual_vector.numpy()
             noise = kernel.noise if direction is None else 0.0
+        targets = self._snapshot.targets
         return Kernels(
-            {"cross-entropy": matrix, "brier": brier_kernel(matrix, error, self._targets)},
-            error,
-            noise,
+            {"cross-entropy": matrix, "brier": brier_kernel(matrix, error, targets)}, error, noise
         )
 
-    def _step(self, direction: Direction, change: float) -> float:
-        trial = _TRIAL * self._length / norm_of(direction)
-        here, ahead = self._error({}, 0.0), self._error(direction, trial)
-        return change * trial * float(here.norm() / (ahead - here).norm())
-
-    def _error(self, direction: Direction, amount: float) -> Tensor:
-        with torch.no_grad():
-            outputs = functional_call(
-                self._model, self._displaced(direction, amount), (self._inputs,)
-            )
-        return one_hot(self._targets, N_CLASSES) - outputs.softmax(1)
-
-    def _displaced(self, direction: Direction, amount: float) -> dict[str, Tensor]:
-        state = {name: value.detach() for name, value in self._model.state_dict().items()}
-        return state | {name: state[name] + amount * rate for name, rate in direction.items()}
+    def _displaced(self, direction: Direction, amount: float) -> Snapshot:
+        state = self._snapshot.load_state()
+        pairs = zip(self._motion.parameter_names, direction.tangents, strict=True)
+        moved = {name: state[name] + amount * tangent for name, tangent in pairs}
+        at = self._snapshot
+        return Snapshot(at.model, at.inputs, at.targets, state={**state, **moved})
 
 
 def brier_kernel(matrix: Floats, error: Floats, targets: Tensor) -> Floats:
