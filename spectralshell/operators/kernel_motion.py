@@ -181,8 +181,7 @@ class KernelMotion:
         method : {"exact", "difference"}, default="exact"
             Differentiating twice, or a central difference.
         step : float, optional
-            h of the difference in units of the direction; by default J changes by about eps^(1/3)
-            of itself, and the parameters by no more than that; eps is that of the working dtype.
+            h of the difference in units of the direction; by default :meth:`default_step`.
 
         Returns
         -------
@@ -220,6 +219,24 @@ class KernelMotion:
             return self._difference(direction, step)
         warn_of_gates(list(self.gates), stacklevel=2)
         return self._exact(direction)
+
+    def default_step(self, direction: Direction) -> float:
+        """Return the step h of a central difference along a direction, in units of the direction.
+
+        Half of J(θ + hθ̇) − J(θ − hθ̇) is about eps^(1/3) of J as seen by one random Jᵀu, and ‖hθ̇‖
+        no more than eps^(1/3) ‖θ‖; eps is that of the working dtype. 1.0 where nothing tells one
+        step from another: for the zero direction, and on the meta device.
+
+        Notes
+        -----
+        Cost: a forward and a backward pass of one chunk at θ, and two of each for a trial, at most
+        four trials.
+        """
+        self._check_direction(direction)
+        if direction.norm == 0.0:
+            return 1.0
+        with MODEL_LOCK, torch.inference_mode(False):
+            return natural_step(self.survey.evaluation, direction, self._fitting_chunk())
 
     @property
     def gates(self) -> tuple[str, ...]:
@@ -331,12 +348,8 @@ class KernelMotion:
             plan=plan if fits(plan.peak_bytes, self._max_bytes) else None,
             product_cost=product_cost(footprint, self._fitting_chunk()),
         )
-        step = self._default_step(direction) if step is None else step
+        step = self.default_step(direction) if step is None else step
         return DifferenceDerivative(self.n, self.residual_vector.device, points, step)
-
-    def _default_step(self, direction: Direction) -> float:
-        with MODEL_LOCK, torch.inference_mode(False):
-            return natural_step(self.survey.evaluation, direction, self._fitting_chunk())
 
     def _shared_kernel(self) -> KernelOperator:
         if self._kernel is None:
