@@ -77,4 +77,4 @@ rows[["toeplitz_residual", "permutation_residual", "permutation_p", "random_p", 
 
 # %%
 # What this does not show: one network, one data set, 100 modes. Whether residual networks differ
-# from plain ones is asked on real images in the study of the documentation.
+# from plain ones is asked on real images in :doc:`the study </studies/residual>`.
