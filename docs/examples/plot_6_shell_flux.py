@@ -57,7 +57,7 @@ estimator.velocity_fit_[columns].round(3)
 # exchange with the null shell. Neighbours carry most of it here. Soft edges count some exchange
 # within a shell as one between neighbours.
 
-shares = estimator.locality_.groupby(["tau", "distance"])["share"].mean().unstack("tau")
+shares = estimator.locality_.pivot_table("share", "distance", "tau")
 shares.head(5).round(3)
 
 # %%
