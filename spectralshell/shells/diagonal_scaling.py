@@ -17,7 +17,7 @@ Floats = NDArray[np.float64]
 
 DIAGONAL_ROWS = ("coupling", "signed_mean")
 
-# Scatter of this size, relative to the values, is rounding of logarithms.
+# Scatter of this size is rounding of logarithms: relative to the values, absolute near ln 1 = 0.
 _ROUNDING = 1e-12
 _ZERO = "zero coupling"
 
@@ -60,7 +60,9 @@ def fit_line(x: Floats, y: Floats, confidence: float = 0.95) -> LineFit:
     enough = (n >= 2) & (sxx > 0.0)
     slope = np.divide(sxy, sxx, out=np.full(n.shape, np.nan), where=enough)
     sse = ((dy - np.where(enough, slope, 0.0)[..., None] * dx) ** 2).sum(-1)
-    rounding = safe * (_ROUNDING * np.abs(np.where(known, y, 0.0)).max(axis=-1, initial=0.0)) ** 2
+    # The largest |y|, and at least 1, as y may be the logarithm of numbers near 1.
+    scale = np.abs(np.where(known, y, 0.0)).max(axis=-1, initial=1.0)
+    rounding = safe * (_ROUNDING * scale) ** 2
     varies = syy > rounding
     r2 = np.where(varies, 1.0 - sse / np.where(varies, syy, 1.0), 1.0)
     freedom = np.maximum(n - 2, 1)

@@ -27,7 +27,7 @@ RATES = 2.0 ** (np.arange(64) / 8.0)  # equally spaced in ln λ, eight modes a s
         ("product", "mean-square", -2, -1),
     ],
 )
-@pytest.mark.parametrize("a", [3.0, -0.2])
+@pytest.mark.parametrize("a", [3.0, -0.2, 1.0])
 def test_a_kernel_that_scales(a, normalization, reducer, slope, mean_slope, diagonal):
     """dM = aM, where the paper's slope 1 is that of the rms and of the signed mean."""
     frame = diagonal_scaling(
@@ -66,6 +66,15 @@ def test_line_is_that_of_scipy():
         assert fit.r2[row] == pytest.approx(expected.rvalue**2, rel=1e-10)
         half = expected.stderr * stats.t.ppf(0.95, known.sum() - 2)
         assert fit.half_width[row] == pytest.approx(half, rel=1e-10)
+
+
+def test_rounding_of_logarithms_near_zero_is_no_scatter():
+    """ln K of a kernel that moves as itself, dM = M, once normalised: rounding is absolute there."""
+    ones = 1.0 + np.finfo(float).eps * np.random.default_rng(0).integers(-1, 2, 8)
+    fit = fit_line(np.arange(8.0), np.log(ones))
+    assert np.log(ones).any()
+    assert fit.r2 == 1.0
+    assert fit_line(np.arange(8.0), 1e10 * np.log(ones)).r2 < 0.9
 
 
 def test_intervals_cover():

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.special import erfc
 
 from spectralshell.shells import ShellPartition, SoftShells, shell_balance
 from tests.shells.moving_kernel import hard_shell_run, integrate, small_network
@@ -70,17 +71,47 @@ CASES = st.builds(
 )
 
 
+def written_out_transfer(lam, g, V, shells):
+    """½ Σ g_u g_v V_uv w_α[λ_u, λ_v] of each weight, and the rounding of these plain quotients."""
+    u, v = lam[:, None], lam[None, :]
+    gaps = np.where(u == v, np.inf, u - v)
+    logs = np.log(np.where(lam > 0, lam, 1.0))
+    positions = (logs - np.log(shells.edges)[:, None]) / (np.sqrt(2) * shells.sigma)
+    positions[:, lam <= 0] = -np.inf
+    # c_k lies below edge k; null has c_0, shell α has c_(α+1) − c_α, the last one what is left.
+    w = np.diff(0.5 * erfc(positions), axis=0, prepend=0.0, append=1.0)
+    bell = np.exp(-(positions**2)) / (np.sqrt(2 * np.pi) * shells.sigma)
+    slopes = np.diff(-bell / np.where(lam > 0, lam, 1.0), axis=0, prepend=0.0, append=0.0)
+    quotients = (w[:, :, None] - w[:, None, :]) / gaps
+    quotients += np.where(u == v, slopes[:, :, None], 0.0)
+    terms = 0.5 * np.outer(g, g) * V
+    # Of a weight: rounding of erfc, and of ln λ, which the slope carries over.
+    per_weight = np.finfo(float).eps * (4 + 2 * np.abs(logs).max() / shells.sigma)
+    rounding = np.abs(terms / gaps)[(u > 0) | (v > 0)].sum() * per_weight
+    return (quotients * terms).sum(axis=(1, 2)), rounding
+
+
 @settings(max_examples=30, deadline=None)
 @given(CASES)
-def test_transfers_telescope_and_answer_each_other(case):
-    modes, shells = case
-    balance = shell_balance(*modes, shells)
+def test_transfers_are_sums_of_divided_differences(case):
+    (lam, g, rates, V), shells = case
+    balance = shell_balance(lam, g, rates, V, shells)
     scale = np.abs(balance.pair_flux).sum()
-    assert abs(balance.transfer.sum()) <= IDENTITY * scale
-    np.testing.assert_array_equal(balance.pair_flux, -balance.pair_flux.T)
-    rows = balance.pair_flux.sum(axis=1)
-    np.testing.assert_allclose(rows, balance.transfer, rtol=0, atol=IDENTITY * scale)
+    expected, rounding = written_out_transfer(lam, g, V, shells)
+    tolerance = rounding + IDENTITY * scale
+    np.testing.assert_allclose(balance.transfer, expected, rtol=0, atol=tolerance)
+    # The pairs are summed in another way, and answer each other.
+    np.testing.assert_allclose(balance.pair_flux.sum(axis=1), expected, rtol=0, atol=tolerance)
+    np.testing.assert_allclose(-balance.pair_flux.sum(axis=0), expected, rtol=0, atol=tolerance)
     assert balance.defect <= IDENTITY
+
+
+def test_the_written_out_transfer_could_tell():
+    """Its rounding is far below what it is compared with."""
+    for softness in (0.05, 1.0):
+        lam, g, _, V = random_modes(8, repeated=True, null=5)
+        transfer, rounding = written_out_transfer(lam, g, V, shells_for(2.0, softness))
+        assert rounding < 1e-8 * np.abs(transfer).max()
 
 
 @settings(max_examples=30, deadline=None)
