@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from spectralshell.operators.kernel_problem import Evaluation
+from spectralshell.operators.ladder import check_finite_gradient
 from spectralshell.operators.linearizations import Parameters, PullBack
 from spectralshell.operators.model_function import ModelFunction, cast, widen
 from spectralshell.residuals import resolve_residual
@@ -22,7 +25,7 @@ NAMED_DIRECTIONS = ("gradient-flow", "cross-entropy", "random")
 
 @dataclass(frozen=True, eq=False)
 class Direction:
-    """A rate of change θ̇ of the parameters.
+    """A rate of change θ̇ of the differentiated parameters; everything else in the model stays.
 
     Attributes
     ----------
@@ -33,8 +36,10 @@ class Direction:
     norm : float
         ‖θ̇‖, the 2-norm over all parameters; NaN on the meta device.
     unit : str
-        What θ̇ is per: ``"per tau"`` (of the loss's own gradient flow, or of the snapshots' times)
-        or ``"as given"``; rates of the kernel are per the same.
+        What θ̇ is per: ``"per tau"`` (of the loss's own gradient flow, or of the snapshots' times),
+        ``"per tau, of the selected parameters"`` (of the snapshots' times, where parameters that
+        are not differentiated changed too, so that it is a part of what training did), or
+        ``"as given"``; rates of the kernel are per the same.
     """
 
     name: str
@@ -53,10 +58,15 @@ class Direction:
 
 
 def as_direction(name: str, tangents: Parameters, unit: str) -> Direction:
-    """Return a direction with its norm."""
+    """Return a direction with its norm; ValueError where that is not finite."""
     if tangents[0].is_meta:
         return Direction(name, tangents, float("nan"), unit)
     square = sum(float(widen(tangent).square().sum()) for tangent in tangents)
+    if not math.isfinite(square):
+        raise ValueError(
+            f"direction {name!r}: in {tangents[0].dtype} it holds NaN or infinite values, or its "
+            "norm is; scale it down, or look where they come from."
+        )
     return Direction(name, tangents, square**0.5, unit)
 
 
@@ -111,10 +121,12 @@ def random_direction(function: ModelFunction, generator: torch.Generator) -> Dir
 def displacement(function: ModelFunction, snapshot: Snapshot, other: Snapshot) -> Direction:
     """Return the way from one snapshot's parameters to another's, over the time between them.
 
+    Only the differentiated parameters take it; where others differ too, the unit says so.
+
     Raises
     ------
     ValueError
-        If the other's state lacks a parameter or has it in another shape.
+        If the other's state lacks a parameter, or has it in another shape or not finite.
     """
     here, there = snapshot.load_state(), other.load_state()
     elapsed = other.tau - snapshot.tau
@@ -126,10 +138,20 @@ def displacement(function: ModelFunction, snapshot: Snapshot, other: Snapshot) -
                 f"direction: the other snapshot's {name!r} is {found}, expected shape "
                 f"{tuple(here[name].shape)}; pass a snapshot of the same model."
             )
+        if not there[name].is_meta and not bool(torch.isfinite(there[name]).all()):
+            raise ValueError(
+                f"direction: the other snapshot's {name!r} holds NaN or infinite values, as after "
+                "training diverged; pass a snapshot from before."
+            )
         # In float64: the difference of close checkpoints would round away.
         way = widen(there[name].detach()) - widen(here[name].detach()).to(there[name].device)
         tangents.append(cast(way / (elapsed or 1.0), function.device, function.dtype))
-    return as_direction("snapshot", tuple(tangents), "per tau" if elapsed else "as given")
+    unit = "as given"
+    if elapsed:
+        unit = "per tau"
+        if _others_differ(function, here, there):
+            unit += ", of the selected parameters"
+    return as_direction("snapshot", tuple(tangents), unit)
 
 
 def mapped_direction(function: ModelFunction, given: Mapping[str, Any]) -> Direction:
@@ -138,10 +160,12 @@ def mapped_direction(function: ModelFunction, given: Mapping[str, Any]) -> Direc
     Raises
     ------
     ValueError
-        If a name is not a differentiated parameter, a shape is wrong, or a value not finite.
+        If a name is not a differentiated parameter, a shape is wrong, a value not finite, or two
+        names of one parameter come with different values.
     """
     positions = function.positions()
     tangents = [torch.zeros_like(p) for p in function.parameters]
+    named: dict[int, str] = {}
     for name, value in given.items():
         if name not in positions:
             raise ValueError(
@@ -157,8 +181,30 @@ def mapped_direction(function: ModelFunction, given: Mapping[str, Any]) -> Direc
             )
         if tensor.is_complex() or not bool(torch.isfinite(tensor).all()):
             raise ValueError(f"direction: {name!r} holds values that are not finite real numbers.")
-        tangents[positions[name]] = tensor.to(expected)
+        moved = tensor.to(expected)
+        first = named.setdefault(positions[name], name)
+        if first != name and not moved.is_meta and not torch.equal(moved, expected):
+            raise ValueError(
+                f"direction: {first!r} and {name!r} are one parameter, with different values here; "
+                "give it by one name."
+            )
+        tangents[positions[name]] = moved
     return as_direction("mapping", tuple(tangents), "as given")
+
+
+def _others_differ(
+    function: ModelFunction, here: Mapping[str, Tensor], there: Mapping[str, Tensor]
+) -> bool:
+    """Tell whether parameters that are not differentiated have other values there."""
+    parameters = {name for name, _ in function.model.named_parameters()}
+    others = [name for name in here if name in parameters and name not in function.names]
+    return any(
+        name not in there
+        or here[name].shape != there[name].shape
+        or not torch.equal(widen(here[name]), widen(there[name]).to(here[name].device))
+        for name in others
+        if not here[name].is_meta
+    )
 
 
 def _pulled(evaluation: Evaluation, cotangent: Tensor) -> Parameters:
@@ -172,6 +218,9 @@ def _pulled(evaluation: Evaluation, cotangent: Tensor) -> Parameters:
         plain = PullBack(evaluation.vector_function(chunk), function.parameters)
         if plain.output.requires_grad:
             part = cast(cotangent[first : first + n_entries], function.device, function.dtype)
-            total = tuple(a + b for a, b in zip(total, plain.pull(part), strict=True))
+            # A backward pass may read the model anew, as under checkpointing.
+            pulled: Parameters = function.installed(None, partial(plain.pull, part))
+            total = tuple(a + b for a, b in zip(total, pulled, strict=True))
         first += n_entries
+    check_finite_gradient(function.names, total)
     return total

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -13,6 +14,9 @@ from spectralshell.operators.kernel_operator import KernelOperator
 from spectralshell.operators.layer_labels import WHOLE, resolve_layers
 from spectralshell.operators.linearizations import Parameters
 from spectralshell.operators.model_function import widen
+from spectralshell.operators.model_guard import full_precision
+
+_NORM_STEPS = 3
 
 
 class SharedPullBack:
@@ -45,9 +49,10 @@ class SharedPullBack:
         pulled = self._pull(block)
         for columns, tangents in rate.rmatmat(block):
             if pulled:
-                for name, left, right in zip(names, pulled, tangents, strict=True):
-                    product = _rows(left) @ _rows(right).T
-                    found[label_of(name)][:, columns] += widen(product)
+                with full_precision(self._kernel.device):
+                    for name, left, right in zip(names, pulled, tangents, strict=True):
+                        product = _rows(left) @ _rows(right).T
+                        found[label_of(name)][:, columns] += widen(product)
                 continue
             for label, total in found.items():
                 mine = tuple(
@@ -101,6 +106,8 @@ class ExactDerivative(KernelDerivative):
         J̇J̇ᵀ, with J̇ and J̇ᵀ.
     shared : SharedPullBack
         Of ``kernel``.
+    measured : callable
+        Gives ``kernel`` with its norm and noise.
 
     Attributes
     ----------
@@ -112,12 +119,17 @@ class ExactDerivative(KernelDerivative):
     method = "exact"
 
     def __init__(
-        self, kernel: KernelOperator, rate: KernelOperator, shared: SharedPullBack
+        self,
+        kernel: KernelOperator,
+        rate: KernelOperator,
+        shared: SharedPullBack,
+        measured: Callable[[], KernelOperator],
     ) -> None:
         super().__init__(kernel.n, kernel.residual_vector.device)
         self._kernel = kernel
         self._rate = rate
         self._shared = shared
+        self._measured = measured
         self.form = rate.rung
         if all(isinstance(part.linearization, ZeroRate) for part in rate.parts):
             self.status = "frozen kernel"
@@ -135,6 +147,26 @@ class ExactDerivative(KernelDerivative):
     def close(self) -> None:
         """Free the graph of this direction; products are errors afterwards."""
         self._rate.close()
+
+    def _measure_noise(self) -> float:
+        if self.status != "ok" or self._device.type == "meta":
+            return 0.0
+        # J and J̇ each lose about half of what M does, and each stands in both terms.
+        kernel = self._measured()
+        return 2.0 * kernel.noise * math.sqrt(kernel.norm * self._rate_norm())
+
+    def _rate_norm(self) -> float:
+        """Return ‖J̇J̇ᵀ‖, from below, by steps of the power method."""
+        generator = torch.Generator().manual_seed(0)
+        vector = self._checked(torch.randn(self.n, 1, generator=generator))[:, 0]
+        norm = 0.0
+        for _ in range(_NORM_STEPS):
+            size = float(vector.norm())
+            if not 0.0 < size < math.inf:
+                break
+            vector = self.rate_gram(vector / size)
+            norm = max(norm, float(vector.norm()))
+        return norm
 
     def _prefers_dense(self, n_columns: int) -> bool:
         return n_columns >= self.n

@@ -14,7 +14,7 @@ from spectralshell.operators.kernel_base import Kernel
 from spectralshell.operators.kernel_problem import Evaluation, halve_until_it_fits
 from spectralshell.operators.layer_assembly import LabelOf, LayerKernels
 from spectralshell.operators.model_function import cast, widen
-from spectralshell.operators.model_guard import MODEL_LOCK
+from spectralshell.operators.model_guard import MODEL_LOCK, full_precision
 
 
 class ExactKernel(Kernel):
@@ -101,12 +101,12 @@ class ExactKernel(Kernel):
     def matvec(self, vector: Tensor) -> Tensor:
         """Return M v in float64, shape (n,), for v of shape (n,)."""
         self._check_rows(vector, 1)
-        return widen(self.matrix @ cast(vector.detach(), self.device, self.dtype))
+        return self._multiply(vector)
 
     def matmat(self, block: Tensor) -> Tensor:
         """Return M V in float64, shape (n, k), for V of shape (n, k)."""
         self._check_rows(block, 2)
-        return widen(self.matrix @ cast(block.detach(), self.device, self.dtype))
+        return self._multiply(block)
 
     def to_dense(self) -> Tensor:
         """Return M as a new float64 tensor of shape (n, n)."""
@@ -115,6 +115,10 @@ class ExactKernel(Kernel):
     def close(self) -> None:
         """Free what only the noise still needs; the matrix stays."""
         self._evaluation = None
+
+    def _multiply(self, operand: Tensor) -> Tensor:
+        with full_precision(self.device):
+            return widen(self.matrix @ cast(operand.detach(), self.device, self.dtype))
 
 
 def assemble_exact(

@@ -9,6 +9,7 @@ from spectralshell.operators.kernel_problem import Evaluation
 from spectralshell.operators.layer_assembly import entry_samples
 from spectralshell.operators.linearizations import DoubleReverse
 from spectralshell.operators.model_function import widen
+from spectralshell.operators.model_guard import full_precision
 from spectralshell.operators.noise import NOISE_FLOOR
 
 NOISE_SAMPLES = 4
@@ -53,20 +54,21 @@ def measure_exact_noise(evaluation: Evaluation, matrix: Tensor) -> float:
 def _difference_norm(evaluation: Evaluation, samples: list[int], block: Tensor) -> float:
     """Estimate the norm of a block's error, from below, against products in float64."""
     function = evaluation.problem.function.in_double()
-    vector = widen(evaluation.problem.draw(len(block)))
-    norm = 0.0
+    start = widen(evaluation.problem.draw(len(block)))
     chunks = [evaluation.take(sample, sample + 1) for sample in samples]
     pieces = [
         evaluation.vector_function(chunk, function)
         for chunk in chunks
         if evaluation.count_entries(chunk)
     ]
-    with function.guard():
+
+    def climb() -> float:
         # One function of all samples, so that the parameters' gradients are held once.
         exact = DoubleReverse(
             lambda *parameters: torch.cat([piece(*parameters) for piece in pieces]),
             function.parameters,
         )
+        norm, vector = 0.0, start
         for _ in range(_NOISE_STEPS):
             vector = vector / vector.norm()
             difference = block @ vector - exact.push(exact.pull(vector))
@@ -74,17 +76,21 @@ def _difference_norm(evaluation: Evaluation, samples: list[int], block: Tensor) 
             norm, vector = max(norm, size), difference
             if size == 0.0:
                 break
-    return norm
+        return norm
+
+    with function.guard():
+        return function.installed(None, climb)
 
 
 def spectral_norm(matrix: Tensor) -> float:
     """Return the norm of a positive matrix, from below, by steps of the power method."""
     vector = matrix.diagonal().clone()
     norm = float(vector.abs().max())
-    for _ in range(_NORM_STEPS):
-        size = float(vector.norm())
-        if not 0.0 < size < float("inf"):
-            break
-        vector = matrix @ (vector / size)
-        norm = max(norm, float(vector.norm()))
+    with full_precision(matrix.device):
+        for _ in range(_NORM_STEPS):
+            size = float(vector.norm())
+            if not 0.0 < size < float("inf"):
+                break
+            vector = matrix @ (vector / size)
+            norm = max(norm, float(vector.norm()))
     return norm

@@ -19,6 +19,7 @@ from spectralshell.warning_categories import GateWarning
 _KINKED = (
     *("relu", "relu6", "leaky_relu", "prelu", "rrelu", "threshold", "selu"),
     *("hardtanh", "hardswish", "hardsigmoid", "hardshrink", "softshrink"),
+    *("rnn_relu", "rnn_relu_cell"),
     *("max_pool1d", "max_pool2d", "max_pool3d"),
     *("adaptive_max_pool1d", "adaptive_max_pool2d", "adaptive_max_pool3d"),
     *("fractional_max_pool2d", "fractional_max_pool3d"),
@@ -59,7 +60,11 @@ def warn_of_gates(names: list[str], *, stacklevel: int) -> None:
 
 
 class _GateRecorder(TorchFunctionMode):
-    """While active, notes the kinked functions that are called on what requires gradients."""
+    """While active, notes the kinked functions that are called on what requires gradients.
+
+    Comparisons are not among them: most that a model makes choose masks and have no kink, so what
+    ``torch.where`` or a product makes of one is not seen.
+    """
 
     def __init__(self) -> None:
         super().__init__()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -10,12 +11,33 @@ from torch.func import jvp
 
 from spectralshell.operators.ladder import DifferentiationError, IndependenceError, climb
 from spectralshell.operators.linearizations import (
+    RUNGS,
+    DoubleReverse,
     Linearization,
     Parameters,
     PullBack,
     VectorFunction,
 )
 from spectralshell.operators.model_guard import quiet_differentiation
+
+_REVERSE = "the transpose of reverse mode twice"
+"""What stands for a rung where none multiplies by J̇ correctly."""
+
+
+@dataclass
+class PushRung:
+    """The rung that multiplies by J̇, found by the first product and kept for the others.
+
+    Attributes
+    ----------
+    candidates : sequence of str
+        Rungs of the ladder, in the order in which they are tried.
+    found : str
+        Empty before the first product.
+    """
+
+    candidates: Sequence[str] = tuple(RUNGS)
+    found: str = ""
 
 
 class ForwardRate(Linearization):
@@ -30,6 +52,11 @@ class ForwardRate(Linearization):
     names, draw
         As for :func:`~spectralshell.operators.ladder.climb`, which finds the push-forward at its
         first use.
+
+    Attributes
+    ----------
+    rung : PushRung
+        How it pushes forward; may be shared between rates of the same model.
     """
 
     name = "jvp"
@@ -54,6 +81,7 @@ class ForwardRate(Linearization):
         self._draw = draw
         self._reverse = ReverseRate(function, parameters, tangents, names=names, draw=draw)
         self._climbed: Linearization | None = None
+        self.rung = PushRung()
 
     def pull(self, cotangent: Tensor) -> Parameters:
         """Return J̇ᵀu, for u of shape (n,): zero where f is linear in θ."""
@@ -77,12 +105,31 @@ class ForwardRate(Linearization):
 
     def _climb(self) -> Linearization:
         if self._climbed is None:
-            try:
-                step = climb(self.function, self.parameters, self._names, self._draw)
-                self._climbed = step.linearization
-            except (DifferentiationError, IndependenceError):
-                self._climbed = self._reverse
+            self._climbed = self._find() if not self.rung.found else self._known()
         return self._climbed
+
+    def _find(self) -> Linearization:
+        try:
+            step = climb(
+                self.function,
+                self.parameters,
+                self._names,
+                self._draw,
+                rungs=self.rung.candidates,
+            )
+        except IndependenceError:  # of these samples, which tell nothing about others
+            return self._reverse
+        except DifferentiationError:
+            self.rung.found = _REVERSE
+            return self._reverse
+        self.rung.found = step.rung
+        return step.linearization
+
+    def _known(self) -> Linearization:
+        rung = RUNGS.get(self.rung.found)
+        if rung is None or (rung is DoubleReverse and not self.output.requires_grad):
+            return self._reverse
+        return rung(self.function, self.parameters)
 
 
 class ReverseRate(Linearization):
@@ -167,31 +214,46 @@ class ReverseRate(Linearization):
 
 
 class StreamedRate(Linearization):
-    """Either form without storage: graphs are recorded for one product and dropped."""
+    """Either form without storage: graphs are recorded for one product and dropped.
+
+    Parameters
+    ----------
+    make : callable
+        Gives the rate of one product.
+    rung : PushRung
+        How the rates push forward, if they have a choice; shared by all chunks.
+    """
 
     calls_model = True
 
-    def __init__(self, make: Callable[[], ForwardRate | ReverseRate]) -> None:
-        fresh = make()
+    def __init__(self, make: Callable[[], ForwardRate | ReverseRate], rung: PushRung) -> None:
+        self._make = make
+        self._rung = rung
+        fresh = self._fresh()
         super().__init__(fresh.function, fresh.parameters)
         self.name = f"{fresh.name} (streamed)"
-        self._make = make
 
     def pull(self, cotangent: Tensor) -> Parameters:
         """Return J̇ᵀu, for u of shape (n,)."""
-        return self._make().pull(cotangent)
+        return self._fresh().pull(cotangent)
 
     def pull_block(self, cotangents: Tensor) -> Parameters:
         """Return J̇ᵀu for each row of a block (k, n)."""
-        return self._make().pull_block(cotangents)
+        return self._fresh().pull_block(cotangents)
 
     def push(self, tangents: Parameters) -> Tensor:
         """Return J̇ t, shape (n,)."""
-        return self._make().push(tangents)
+        return self._fresh().push(tangents)
 
     def push_block(self, tangents: Parameters) -> Tensor:
         """Return J̇ t for each of k stacked tangents, shape (k, n)."""
-        return self._make().push_block(tangents)
+        return self._fresh().push_block(tangents)
+
+    def _fresh(self) -> ForwardRate | ReverseRate:
+        rate = self._make()
+        if isinstance(rate, ForwardRate):
+            rate.rung = self._rung
+        return rate
 
 
 class ZeroRate(Linearization):

@@ -20,19 +20,13 @@ from spectralshell.operators.directions import (
     mapped_direction,
     random_direction,
 )
-from spectralshell.operators.exact_derivative import ExactDerivative, SharedPullBack
-from spectralshell.operators.exact_plan import ROOM, fits, plan_exact
+from spectralshell.operators.exact_plan import fits, plan_exact
 from spectralshell.operators.gate_checks import find_gates, warn_of_gates
 from spectralshell.operators.kernel_derivative import KernelDerivative, ZeroDerivative
-from spectralshell.operators.kernel_operator import KernelOperator
-from spectralshell.operators.kernel_problem import Evaluation, halve_until_it_fits
 from spectralshell.operators.lanczos_plan import product_cost
-from spectralshell.operators.linearizations import Parameters
-from spectralshell.operators.matrix_free import assemble
 from spectralshell.operators.model_function import cast, widen
 from spectralshell.operators.model_guard import MODEL_LOCK
-from spectralshell.operators.rate_builder import build_rate
-from spectralshell.operators.rate_checks import PlainReference, take_reference, working_forms
+from spectralshell.operators.motion_parts import MotionParts
 from spectralshell.operators.survey import KernelSurvey
 from spectralshell.parameter_checks import check_option, check_real
 
@@ -40,12 +34,6 @@ if TYPE_CHECKING:
     from spectralshell.snapshots import Snapshot
 
 METHODS = ("exact", "difference")
-
-_GRAPHS = 6.0
-"""Graphs of f and of its rate, with the tape of f, in those of a forward pass."""
-
-_SHARED_PART = 0.25
-"""Part of the memory limit that JᵀU may take."""
 
 
 class KernelMotion:
@@ -87,14 +75,10 @@ class KernelMotion:
         self.dtype = problem.function.dtype
         self._snapshot = snapshot
         self._max_bytes = max_bytes
-        self._generator = generator or torch.Generator().manual_seed(0)
+        self._generator = _own_generator(generator)
         self._flow: Direction | None = None
         self._gates: tuple[str, ...] | None = None
-        self._evaluation = survey.evaluation
-        self._kernel: KernelOperator | None = None
-        self._shared: SharedPullBack | None = None
-        self._forms: dict[str, str] | None = None
-        self._reference: tuple[int | None, PlainReference] | None = None
+        self._parts = MotionParts(survey, max_bytes)
         self._closed = False
 
     def direction(
@@ -113,10 +97,12 @@ class KernelMotion:
             :class:`~spectralshell.residuals.Residual`. ``"cross-entropy"``: minus the gradient of
             the mean cross-entropy of logits, whatever the residual. ``"random"``: Gaussian. A
             snapshot of the same model: from here to there, over the difference of the times if they
-            differ (what training did; buffers such as running statistics stay). A mapping of
-            parameter names to tensors: those, and zero for the rest.
+            differ (what training did). A mapping of parameter names to tensors: those, and zero for
+            the rest. Along every direction the differentiated parameters move alone: frozen ones,
+            those that ``parameters`` left out, and buffers such as running statistics stay.
         generator : torch.Generator, optional
-            For ``"random"``; by default the motion's own, so that each call gives another.
+            For ``"random"``; by default the motion's own, which nothing else draws from, so that
+            each call gives another.
         norm : float, optional
             Scales the direction to this 2-norm; by default ``"random"`` gets that of
             ``"gradient-flow"``, and the others stay as they are. Zero stays zero.
@@ -147,7 +133,7 @@ class KernelMotion:
         self._check_direction(direction)
         if direction.norm == 0.0:
             return torch.zeros_like(self.residual_vector)
-        return self._shared_kernel().error_jvp(direction.tangents)
+        return self._parts.kernel().error_jvp(direction.tangents)
 
     def displaced(self, direction: Direction, amount: float) -> KernelSurvey:
         """Return the survey of θ + amount·θ̇, residual and parameters as here.
@@ -190,7 +176,9 @@ class KernelMotion:
         Warns
         -----
         GateWarning
-            If ``method="exact"`` and the model uses activations with kinks.
+            If ``method="exact"`` and the model uses activations with kinks. Seen are torch's own
+            functions; kinks made by ``torch.where``, by products with a comparison, or inside a
+            user's own autograd function are not.
 
         Raises
         ------
@@ -218,7 +206,7 @@ class KernelMotion:
         if method == "difference":
             return self._difference(direction, step)
         warn_of_gates(list(self.gates), stacklevel=2)
-        return self._exact(direction)
+        return self._parts.differentiate_twice(direction)
 
     def default_step(self, direction: Direction) -> float:
         """Return the step h of a central difference along a direction, in units of the direction.
@@ -236,7 +224,7 @@ class KernelMotion:
         if direction.norm == 0.0:
             return 1.0
         with MODEL_LOCK, torch.inference_mode(False):
-            return natural_step(self.survey.evaluation, direction, self._fitting_chunk())
+            return natural_step(self.survey.evaluation, direction, self._parts.fitting_chunk)
 
     @property
     def gates(self) -> tuple[str, ...]:
@@ -250,11 +238,7 @@ class KernelMotion:
     def close(self) -> None:
         """Free the recorded graphs; exact derivatives made here end with it."""
         self._closed = True
-        if self._kernel is not None:
-            self._kernel.close()
-        if self._shared is not None:
-            self._shared.close()
-        self._reference = None
+        self._parts.close()
 
     def __enter__(self) -> Self:
         return self
@@ -299,83 +283,19 @@ class KernelMotion:
                 self._flow = gradient_flow(self.survey.evaluation)
         return self._flow
 
-    def _exact(self, direction: Direction) -> ExactDerivative:
-        kernel = self._shared_kernel()
-        shared = self._shared
-        if shared is None:
-            shared = self._shared = SharedPullBack(kernel, int(_SHARED_PART * self._max_bytes))
-        with MODEL_LOCK, torch.inference_mode(False):
-            problem = self._evaluation.problem
-            rate, _ = halve_until_it_fits(
-                problem,
-                self._evaluation.chunk_size,
-                lambda size: self._build_rate(kernel, direction.tangents, size),
-            )
-        return ExactDerivative(kernel, rate, shared)
-
-    def _build_rate(
-        self, kernel: KernelOperator, tangents: Parameters, size: int | None
-    ) -> KernelOperator:
-        evaluation = self._evaluation_in(size)
-        function = evaluation.problem.function
-
-        def build() -> KernelOperator:
-            if self._forms is None:
-                self._forms = working_forms(evaluation)
-            reference = self._reference_for(evaluation)
-            return build_rate(evaluation, kernel, tangents, forms=self._forms, reference=reference)
-
-        with function.guard():
-            rate: KernelOperator = function.installed(None, build)
-        return rate
-
-    def _reference_for(self, evaluation: Evaluation) -> PlainReference:
-        if self._reference is None or self._reference[0] != evaluation.chunk_size:
-            function = evaluation.problem.function
-            chunk = next(c for c in evaluation.chunks() if evaluation.count_entries(c))
-            reference = take_reference(
-                evaluation.vector_function(chunk), function.parameters, evaluation.problem.draw
-            )
-            self._reference = evaluation.chunk_size, reference
-        return self._reference[1]
-
     def _difference(self, direction: Direction, step: float | None) -> DifferenceDerivative:
-        footprint, chunk = self.survey.footprint, self.survey.evaluation.problem.chunk_size
+        parts, footprint = self._parts, self.survey.footprint
+        chunk = self.survey.evaluation.problem.chunk_size
         plan = plan_exact(footprint, self._max_bytes, chunk)
         points = Points(
             displaced=lambda amount: self.displaced(direction, amount),
-            build=self._build_kernel,
+            build=parts.build_kernel,
             plan=plan if fits(plan.peak_bytes, self._max_bytes) else None,
-            product_cost=product_cost(footprint, self._fitting_chunk()),
+            product_cost=product_cost(footprint, parts.fitting_chunk),
+            rounding=parts.rounding,
         )
         step = self.default_step(direction) if step is None else step
         return DifferenceDerivative(self.n, self.residual_vector.device, points, step)
-
-    def _shared_kernel(self) -> KernelOperator:
-        if self._kernel is None:
-            self._kernel = self._build_kernel(self.survey)
-            with MODEL_LOCK, torch.inference_mode(False):
-                self._evaluation = self._evaluation_in(self._kernel.chunk_size)
-        return self._kernel
-
-    def _build_kernel(self, survey: KernelSurvey) -> KernelOperator:
-        with MODEL_LOCK, torch.inference_mode(False):
-            problem, size = survey.evaluation.problem, self._fitting_chunk()
-            return assemble(problem, size, evaluation=survey.evaluation, measured=False)
-
-    def _evaluation_in(self, size: int | None) -> Evaluation:
-        for known in (self._evaluation, self.survey.evaluation):
-            if known.chunk_size == size:
-                return known
-        return self.survey.evaluation.problem.evaluate(size)
-
-    def _fitting_chunk(self) -> int | None:
-        """Return the samples of a chunk whose graphs fit; None for all."""
-        footprint = self.survey.footprint
-        size = self.survey.evaluation.chunk_size or footprint.n_samples
-        while size > 1 and _GRAPHS * size * footprint.graph_bytes > ROOM * self._max_bytes:
-            size = (size + 1) // 2
-        return None if size >= footprint.n_samples else size
 
     def _check_direction(self, direction: Direction) -> None:
         self._check_open()
@@ -395,3 +315,11 @@ class KernelMotion:
     def _check_open(self) -> None:
         if self._closed:
             raise ValueError("this KernelMotion was closed; survey the snapshot again.")
+
+
+def _own_generator(given: torch.Generator | None) -> torch.Generator:
+    """Return a generator for directions: how many probes were drawn must not change them."""
+    seed = 0
+    if given is not None:
+        seed = int(torch.randint(2**62, (), generator=given, device=given.device))
+    return torch.Generator().manual_seed(seed)

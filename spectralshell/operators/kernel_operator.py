@@ -151,7 +151,8 @@ class KernelOperator(Kernel):
         self._check_rows(block, 2)
         self.n_matvecs += int(block.shape[1])
         if self.matrix_from is not None and block.shape[1] >= self.matrix_from:
-            return widen(self._as_matrix() @ self._narrow(block))
+            with full_precision(self.device):
+                return widen(self._as_matrix() @ self._narrow(block))
         return self._multiply(block)
 
     def rmatvec(self, vector: Tensor) -> Parameters:

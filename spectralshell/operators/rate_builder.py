@@ -9,6 +9,7 @@ from torch import Tensor
 from spectralshell.operators.jacobian_rate import (
     FORMS,
     ForwardRate,
+    PushRung,
     ReverseRate,
     StreamedRate,
     ZeroRate,
@@ -21,7 +22,12 @@ from spectralshell.operators.ladder import (
     first_line,
     is_out_of_memory,
 )
-from spectralshell.operators.linearizations import Linearization, Parameters, VectorFunction
+from spectralshell.operators.linearizations import (
+    STREAMED_RUNGS,
+    Linearization,
+    Parameters,
+    VectorFunction,
+)
 from spectralshell.operators.module_faults import name_offending_module
 from spectralshell.operators.rate_checks import PlainReference, require_second_derivatives
 
@@ -58,16 +64,16 @@ def build_rate(
     """
     problem = evaluation.problem
     parts: list[Part] = []
-    form, first = "", 0
+    form, first, rung = "", 0, PushRung(STREAMED_RUNGS)
     for chunk in evaluation.chunks():
         n_entries = evaluation.count_entries(chunk)
         if n_entries == 0:
             continue
         vector = evaluation.vector_function(chunk)
         if parts:  # the first chunk chose for all: they run the same operations
-            rate = _record(evaluation, vector, form, tangents)
+            rate = _record(evaluation, vector, form, tangents, rung)
         else:
-            form, rate = _choose(evaluation, chunk, tangents, forms, reference)
+            form, rate = _choose(evaluation, chunk, tangents, forms, reference, rung)
         # Known to be linear so far; a pull-back tells, where a graph only might depend on θ.
         if all(isinstance(part.linearization, ZeroRate) for part in parts) and _vanishes(
             rate, problem.draw(n_entries)
@@ -96,6 +102,7 @@ def _choose(
     tangents: Parameters,
     forms: Mapping[str, str],
     reference: PlainReference,
+    rung: PushRung,
 ) -> tuple[str, Linearization]:
     """Return the first form that agrees with the reference, recorded for the first chunk."""
     vector = evaluation.vector_function(chunk)
@@ -104,7 +111,7 @@ def _choose(
         if form in refused:
             continue
         try:
-            rate = _record(evaluation, vector, form, tangents)
+            rate = _record(evaluation, vector, form, tangents, rung)
             defect = reference.defect(rate, tangents)
         except Exception as error:  # any failure inside torch sends us to the next form
             if is_out_of_memory(error):
@@ -133,7 +140,11 @@ def second_derivative_error(
 
 
 def _record(
-    evaluation: Evaluation, vector: VectorFunction, form: str, tangents: Parameters
+    evaluation: Evaluation,
+    vector: VectorFunction,
+    form: str,
+    tangents: Parameters,
+    rung: PushRung,
 ) -> Linearization:
     problem = evaluation.problem
     parameters = problem.function.parameters
@@ -143,7 +154,7 @@ def _record(
             vector, parameters, tangents, names=problem.function.names, draw=problem.draw
         )
 
-    return make() if evaluation.chunk_size is None else StreamedRate(make)
+    return make() if evaluation.chunk_size is None else StreamedRate(make, rung)
 
 
 def _vanishes(rate: Linearization, cotangent: Tensor) -> bool:

@@ -82,9 +82,11 @@ def test_products_layers_and_compression_are_those_of_the_matrix(name, chunk_siz
             product = derivative._multiply(block)
             assert relative(product, dense @ block) <= tolerance
             assert relative(derivative.matvec(block[:, 0]), dense @ block[:, 0]) <= tolerance
+            # What is compressed is symmetrised: before that, it is as the products are.
+            form = block.T @ product
+            assert relative(form.T, form) <= (SYMMETRIC if method == "exact" else tolerance)
             small = derivative._compress(block)
             assert relative(small, block.T @ dense @ block) <= tolerance
-            assert float((small - small.T).abs().max()) <= SYMMETRIC
             assert relative(derivative.compress(block), small) <= tolerance
             if method == "exact" or max_memory is None:
                 layers = derivative.layers("parameter")
@@ -156,6 +158,88 @@ def test_a_model_linear_in_its_parameters_has_a_frozen_kernel():
         assert not derivative.rate_gram(random_block(18, 1)[:, 0]).any()
 
 
+@pytest.mark.parametrize("max_memory", [None, NARROW])
+def test_a_difference_tells_from_its_zeros_that_the_kernel_is_frozen(max_memory):
+    snapshot = Snapshot(nn.Linear(4, 3).double(), random_block(6, 4), random_block(6, 3))
+    with survey_motion(snapshot, max_memory=max_memory) as motion:
+        direction = motion.direction("random", norm=1.0)
+        for multiply in (lambda d: d.to_dense(), lambda d: d.compress(random_block(18, 1))):
+            derivative = motion.derivative(direction, method="difference")
+            assert derivative.status == "ok"
+            assert not multiply(derivative).any()
+            assert derivative.status == "frozen kernel"
+    with motion_of("mlp", max_memory=max_memory) as motion:
+        derivative = motion.derivative(motion.direction("random"), method="difference")
+        derivative.compress(torch.zeros(motion.n, 1))
+        assert derivative.status == "ok"
+
+
+class Product(nn.Module):
+    """a tanh(w x), whose Jacobian vanishes at a = w = 0 and grows from there."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.w = (nn.Parameter(torch.zeros(1, dtype=torch.float64)) for _ in range(2))
+
+    def forward(self, x):
+        return self.a * torch.tanh(self.w * x)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_a_jacobian_that_vanishes_here_does_not_shorten_the_step_to_nothing(dtype):
+    snapshot = Snapshot(Product(), random_block(5, 1), random_block(5, 1))
+    moved = {"a": torch.ones(1), "w": torch.ones(1)}
+    with survey_motion(snapshot, dtype=dtype) as motion:
+        derivative = motion.derivative(motion.direction(moved), method="difference")
+        assert derivative.step == pytest.approx(torch.finfo(motion.dtype).eps ** (1 / 3) / 2**0.5)
+        assert not derivative.to_dense().any()
+
+
+def test_where_the_outputs_overflow_the_step_is_shortened():
+    class Growth(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.rate = nn.Parameter(torch.ones(1, dtype=torch.float64))
+            self.still = nn.Parameter(torch.full((1,), 1e9, dtype=torch.float64))
+
+        def forward(self, x):
+            return torch.exp(self.rate * x) + 1e-9 * self.still
+
+    # In proportion to the parameters the step is 6e3, where exp is infinite.
+    ones = torch.ones(1, 1, dtype=torch.float64)
+    moved = {"rate": torch.ones(1)}
+    found = build_kernel_derivative(Snapshot(Growth(), ones, ones), moved, method="difference")
+    assert relative(found.to_dense(), 2.0 * torch.exp(2.0 * ones)) <= DIFFERENCE
+
+
+@pytest.mark.parametrize("max_memory", [None, NARROW])
+def test_a_difference_asked_for_twice_is_the_same(max_memory):
+    with motion_of("mlp", max_memory=max_memory) as motion:
+        direction = motion.direction("gradient-flow")
+        first = motion.derivative(direction, method="difference")
+        dense = first.to_dense()
+        motion.derivative(motion.direction("random")).to_dense()
+        second = motion.derivative(direction, method="difference")
+        assert first.step == second.step == motion.default_step(direction)
+        assert torch.equal(second.to_dense(), dense)
+
+
+@pytest.mark.parametrize("max_memory", [None, NARROW])
+def test_the_difference_of_a_checkpointed_model_is_that_of_the_snapshot(max_memory):
+    snapshot = make_snapshot(CASES_BY_NAME["checkpointed"])
+    found = []
+    for factor in (1.0, 0.5):
+        with torch.no_grad():
+            for parameter in snapshot.model.parameters():
+                parameter *= factor
+        with survey_motion(snapshot, max_memory=max_memory) as motion:
+            direction = motion.direction("gradient-flow")
+            derivative = motion.derivative(direction, method="difference")
+            found.append((derivative.step, derivative.to_dense()))
+    assert found[0][0] == found[1][0]
+    assert torch.equal(found[0][1], found[1][1])
+
+
 @pytest.mark.parametrize("method", ["exact", "difference"])
 def test_zero_direction(method):
     with motion_of("mlp") as motion:
@@ -167,6 +251,8 @@ def test_zero_direction(method):
         assert derivative.matvec(random_block(motion.n, 1)[:, 0]).shape == (motion.n,)
         assert set(derivative.layers()) == {"0", "2"}
         assert not motion.error_rate(direction).any()
+        assert derivative.noise == 0.0
+        assert motion.default_step(direction) == 1.0
 
 
 def test_a_fitted_model_has_no_flow_and_random_directions_of_its_norm():
@@ -254,6 +340,7 @@ def test_it_runs_without_values(name, method):
             assert derivative._compress(block).shape == (3, 3)
             assert derivative._multiply(block).shape == (motion.n, 3)
             assert derivative.to_dense().device.type == "meta"
+            assert derivative.noise == 0.0
             assert derivative.rate_gram(motion.residual_vector).shape == (motion.n,)
         assert motion.error_rate(motion.direction("random")).shape == (motion.n,)
 

@@ -1,14 +1,17 @@
 """Second derivatives that torch has wrong or not at all, and gates that none sees."""
 
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from spectralshell.operators import DifferentiationError, survey_motion
+from spectralshell.operators import DifferentiationError, jacobian_rate, survey_motion
 from spectralshell.operators.jacobian_rate import FORMS, ForwardRate
+from spectralshell.operators.ladder import climb
+from spectralshell.operators.rate_checks import working_forms
 from spectralshell.snapshots import Snapshot
 from spectralshell.warning_categories import GateWarning
 from tests.fingerprints import model_fingerprint
@@ -87,10 +90,77 @@ def test_a_form_that_is_wrong_is_passed_over(monkeypatch):
         assert relative(derivative.to_dense(), expected) <= EXACT
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_many_gates_are_no_fault_of_the_second_derivative(seed):
+    # Of 80 000 gates, all close to their kinks, some flip within any step that is not very short.
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        first, last = nn.Linear(8, 20_000), nn.Linear(20_000, 2)
+    with torch.no_grad():
+        first.weight *= 1e-5
+        first.bias *= 1e-5
+    model = nn.Sequential(first, nn.ReLU(), last).double()
+    generator = torch.Generator().manual_seed(seed)
+    with survey_motion(
+        Snapshot(model, random_block(4, 8), random_block(4, 2)), generator=generator
+    ) as motion:
+        with pytest.warns(GateWarning):
+            derivative = motion.derivative(motion.direction("random"))
+        assert derivative.form == "jvp"
+
+
+def test_a_gate_at_its_kink_is_no_fault_of_the_second_derivative():
+    model = nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 3)).double()
+    nn.init.zeros_(model[0].bias)
+    x = random_block(6, 4)
+    x[2] = 0.0
+    with survey_motion(Snapshot(model, x, random_block(6, 3))) as motion:
+        with pytest.warns(GateWarning):
+            derivative = motion.derivative(motion.direction("random"))
+        assert derivative.form == "jvp"
+
+
+def test_second_derivatives_are_not_compared_where_there_is_no_float64():
+    def refuse():
+        raise TypeError("no float64 on this device")
+
+    function = SimpleNamespace(device=torch.device("mps"), in_double=refuse)
+    evaluation = SimpleNamespace(problem=SimpleNamespace(function=function))
+    assert working_forms(evaluation) == {"jvp": "", "double-vjp": ""}
+
+
+@pytest.mark.parametrize("name", ["mlp", "layernorm mlp", "custom function"])
+def test_the_push_forward_of_a_streamed_rate_is_chosen_once(name, monkeypatch):
+    climbs = []
+
+    def counted(*args, **more):
+        climbs.append(more["rungs"])
+        return climb(*args, **more)
+
+    monkeypatch.setattr(jacobian_rate, "climb", counted)
+    with motion_of(name, chunk_size=2) as motion:
+        derivative = motion.derivative(motion.direction("random"))
+        block = random_block(motion.n, 3)
+        found, expected = derivative._multiply(block), derivative.to_dense() @ block
+        derivative.rate_gram(block[:, 0])
+        assert relative(found, expected) <= EXACT
+    # Two chunks more, and three columns.
+    assert len(climbs) == (1 if derivative.form.startswith("jvp") else 0)
+
+
 @pytest.mark.parametrize("name", ["layernorm mlp", "gpt-neox"])
 def test_layer_normalisation_takes_the_form_that_torch_has_right(name):
     with motion_of(name, "brier") as motion:
         assert motion.derivative(motion.direction("random")).form == "double-vjp"
+
+
+class Recurrent(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.recurrent = nn.RNN(5, 5, nonlinearity="relu", batch_first=True)
+
+    def forward(self, x):
+        return self.recurrent(x[:, None])[0][:, 0]
 
 
 KINKED = {
@@ -104,6 +174,8 @@ KINKED = {
     "abs": torch.abs,
     "clamp": lambda x: x.clamp(min=0.1),
     "elu": lambda x: F.elu(x, alpha=0.5),
+    "rnn_relu": Recurrent(),
+    "rnn_relu_cell": nn.RNNCell(5, 5, nonlinearity="relu"),
     "max_pool1d": lambda x: F.max_pool1d(x[:, None], 2)[:, 0].repeat(1, 3)[:, :5],
 }
 SMOOTH = {

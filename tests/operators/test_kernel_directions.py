@@ -25,6 +25,25 @@ def test_gradient_flow_is_the_velocity_of_the_table(kind, chunk_size):
         assert direction.norm == pytest.approx(float(flat(expected).norm()))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("spec", ["gradient-flow", "cross-entropy"])
+def test_a_checkpointed_model_is_differentiated_at_the_snapshot(spec, dtype):
+    # Its backward pass evaluates a part anew, with whatever weights it finds.
+    snapshot = make_snapshot(CASES_BY_NAME["checkpointed"], "mse labels", dtype)
+    with survey_motion(snapshot, dtype="float64") as motion:
+        expected = motion.direction("random", norm=1.0), motion.direction(spec)
+    with torch.no_grad():
+        for parameter in snapshot.model.parameters():
+            parameter *= 0.5
+    with survey_motion(snapshot, dtype="float64") as motion:
+        random, found = motion.direction("random", norm=1.0), motion.direction(spec)
+        assert torch.equal(flat(random.tangents), flat(expected[0].tangents))
+        assert torch.equal(flat(found.tangents), flat(expected[1].tangents))
+        if spec == "gradient-flow":
+            velocity = build_kernel(snapshot, dtype="float64").velocity()
+            assert relative(flat(found.tangents), flat(velocity)) <= SAME
+
+
 @pytest.mark.parametrize("kind", ["mse labels", "brier", "cross-entropy", "nll"])
 @pytest.mark.parametrize("name", ["mlp", "tied language model"])
 def test_cross_entropy_under_any_residual(name, kind):
@@ -54,6 +73,16 @@ def test_random_directions_follow_the_generator_and_have_the_norm_of_the_flow():
         assert torch.equal(*seeded)
 
 
+def test_random_directions_do_not_depend_on_what_was_probed():
+    plain, busy = (motion_of("mlp", generator=torch.Generator().manual_seed(4)) for _ in range(2))
+    with plain, busy:
+        busy.derivative(busy.direction("gradient-flow")).to_dense()
+        tangents = [flat(m.direction("random").tangents) for m in (plain, busy)]
+        assert torch.equal(*tangents)
+    with motion_of("mlp", generator=torch.Generator().manual_seed(5)) as other:
+        assert relative(flat(other.direction("random").tangents), tangents[0]) > 0.5
+
+
 @pytest.mark.parametrize(("tau", "unit"), [(1.0, "as given"), (1.5, "per tau"), (0.5, "per tau")])
 def test_displacement_to_a_snapshot(tau, unit):
     here = make_snapshot(CASES_BY_NAME["cnn batchnorm"], "brier", tau=1.0)
@@ -69,6 +98,46 @@ def test_displacement_to_a_snapshot(tau, unit):
         assert relative(found, torch.full_like(found, 0.1 / ((tau - 1.0) or 1.0))) <= SAME
         with pytest.raises(ValueError, match="same model"):
             motion.direction(make_snapshot(CASES_BY_NAME["mlp"]))
+
+
+def moved_snapshot(here, amounts, tau):
+    """Return a snapshot whose tensors differ by what their names are given."""
+    state = dict(here.load_state())
+    for name, amount in amounts.items():
+        state[name] = state[name] + amount
+    return Snapshot(here.model, here.inputs, here.targets, tau=tau, state=state)
+
+
+@pytest.mark.parametrize(
+    ("amounts", "unit"),
+    [
+        ({"2.weight": 0.1}, "per tau"),
+        ({"2.weight": 0.1, "0.bias": 0.1}, "per tau, of the selected parameters"),
+    ],
+)
+def test_a_displacement_of_some_parameters_says_that_others_moved_too(amounts, unit):
+    here = make_snapshot(CASES_BY_NAME["mlp"])
+    with survey_motion(here, parameters=r"^2\.") as motion:
+        direction = motion.direction(moved_snapshot(here, amounts, tau=1.0))
+    assert direction.unit == unit
+    assert direction.norm == pytest.approx(0.1 * 15**0.5)
+
+
+def test_a_diverged_snapshot_is_no_direction():
+    here = make_snapshot(CASES_BY_NAME["mlp"])
+    with motion_of("mlp") as motion:
+        with pytest.raises(ValueError, match=r"direction: .*'0.bias' holds NaN or infinite"):
+            motion.direction(moved_snapshot(here, {"0.bias": torch.inf}, tau=1.0))
+        with pytest.raises(ValueError, match=r"direction 'snapshot': .* NaN or infinite"):
+            motion.direction(moved_snapshot(here, {"0.bias": 1e300}, tau=1e-300))
+
+
+def test_two_names_of_one_parameter_have_to_agree():
+    with motion_of("tied language model") as motion:
+        both = {"embedding.weight": torch.ones(5, 4), "head.weight": torch.ones(5, 4)}
+        assert motion.direction(both).norm == pytest.approx(20**0.5)
+        with pytest.raises(ValueError, match=r"'embedding.weight' and 'head.weight' are one"):
+            motion.direction(both | {"head.weight": torch.zeros(5, 4)})
 
 
 def test_a_mapping_fills_in_zeros_and_knows_tied_names():

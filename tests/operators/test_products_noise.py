@@ -4,8 +4,10 @@ import pytest
 import torch
 from torch import nn
 
-from spectralshell.operators import build_kernel
+from spectralshell.operators import build_exact_kernel, build_kernel
+from spectralshell.operators.noise import NOISE_FLOOR
 from spectralshell.snapshots import Snapshot
+from tests.zoo import CASES_BY_NAME, make_snapshot
 
 
 class ExactAndRough(nn.Module):
@@ -33,3 +35,14 @@ def test_error_beside_the_largest_modes_is_covered(gain, n_samples):
     error = torch.linalg.matrix_norm(coarse.to_dense() - reference, 2)
     relative_error = float(error / torch.linalg.matrix_norm(reference, 2))
     assert 6e-7 < relative_error <= coarse.noise < 10 * relative_error
+
+
+def test_noise_of_a_checkpointed_kernel_is_measured_at_the_snapshot(monkeypatch):
+    # Its backward pass evaluates a part anew, with whatever weights it finds.
+    monkeypatch.setitem(NOISE_FLOOR, torch.float32, 0.0)
+    snapshot = make_snapshot(CASES_BY_NAME["checkpointed"], dtype=torch.float32)
+    noise = build_exact_kernel(snapshot).noise
+    with torch.no_grad():
+        for parameter in snapshot.model.parameters():
+            parameter *= 0.5
+    assert build_exact_kernel(snapshot).noise == noise > 0.0

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from spectralshell.operators import build_exact_kernel, survey_motion
 from spectralshell.operators.kernel import assemble_kernel, build_kernel
 from spectralshell.snapshots import Snapshot, make_snapshots
 from tests.fingerprints import model_fingerprint
@@ -115,6 +116,33 @@ def test_autocast_of_the_caller_does_not_reach_inside(rung):
     expected = assemble_kernel(snapshot, rungs=[rung]).to_dense()
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(assemble_kernel(snapshot, rungs=[rung]).to_dense(), expected)
+
+
+def test_autocast_of_the_caller_does_not_reach_matrices():
+    snapshot = Snapshot(network(nn.Tanh()).float(), X.float(), Y.float())
+    block = torch.linspace(-1, 2, 90, dtype=torch.float64).reshape(18, 5)
+
+    def measure():
+        exact, free = build_exact_kernel(snapshot, layers="parameter"), build_kernel(snapshot)
+        free.offer_matrix(2, lambda: exact.matrix)
+        with survey_motion(snapshot) as motion:
+            direction = motion.direction("gradient-flow")
+            ways = ("exact", "difference")
+            exactly, differing = (motion.derivative(direction, method=way) for way in ways)
+            products = [
+                *(exact.matmat(block), exact.matvec(block[:, 0]), *exact.layers.values()),
+                *(free.matmat(block), free.matvec(block[:, 0])),
+                *(exactly.compress(block), exactly.matmat(block), exactly.rate_gram(block[:, 0])),
+                *(differing.compress(block), differing.rate_gram(block[:, 0])),
+            ]
+            figures = [exact.noise, free.noise, free.norm, exactly.noise, differing.noise]
+        return products, figures
+
+    products, figures = measure()
+    with torch.autocast("cpu", torch.bfloat16):
+        again, same = measure()
+    assert all(torch.equal(a, b) for a, b in zip(products, again, strict=True))
+    assert figures == same
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
