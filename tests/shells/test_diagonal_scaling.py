@@ -69,7 +69,7 @@ def test_line_is_that_of_scipy():
 
 
 def test_rounding_of_logarithms_near_zero_is_no_scatter():
-    """ln K of a kernel that moves as itself, dM = M, once normalised: rounding is absolute there."""
+    """ln K of a normalised kernel that moves as itself, dM = M: rounding is absolute there."""
     ones = 1.0 + np.finfo(float).eps * np.random.default_rng(0).integers(-1, 2, 8)
     fit = fit_line(np.arange(8.0), np.log(ones))
     assert np.log(ones).any()
