@@ -8,7 +8,13 @@ from pathlib import Path
 
 from studies.residual.data import find_data
 from studies.residual.design import Design, Folders
-from studies.residual.pieces import analyse_cells, compare_steps, measure_states, train_networks
+from studies.residual.pieces import (
+    analyse_cells,
+    claim_folder,
+    compare_steps,
+    measure_states,
+    train_networks,
+)
 from studies.residual.report import write_report
 
 STAGES = ("train", "measure", "analyse", "report")
@@ -29,11 +35,13 @@ def main(arguments: list[str] | None = None) -> None:
     design = Design.quick() if options.quick else Design.full()
     usual = "out/study-residual-quick" if options.quick else "out/study-residual"
     folders = Folders(options.out or Path(usual))
+    data = None
     if {"train", "measure"} & set(options.only):
         data = options.data or find_data()
-    if "train" in options.only:
+    claim_folder(design, folders, data)
+    if data and "train" in options.only:
         train_networks(design, folders, data, options.jobs)
-    if "measure" in options.only:
+    if data and "measure" in options.only:
         measure_states(design, folders, data, options.jobs)
         compare_steps(design, folders, data, options.jobs)
     if "analyse" in options.only:

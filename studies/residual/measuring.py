@@ -8,7 +8,7 @@ kernel of the Brier residual is S M S. That halves the work; the random directio
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -219,8 +219,10 @@ def measure_steps(
     inputs: Tensor,
     targets: Tensor,
     changes: Sequence[float],
-) -> dict[str, list[Coupled]]:
-    """Measure the couplings along the gradient flow with steps of several sizes.
+    *,
+    random_seed: int = 0,
+) -> Iterator[tuple[dict[str, Any], Coupled]]:
+    """Measure couplings with steps of several sizes, along the gradient flow and at random.
 
     Parameters
     ----------
@@ -228,20 +230,31 @@ def measure_steps(
         As for `measure`.
     changes : sequence of float
         By how much the steps change the error, relative to its norm.
+    random_seed : int, default=0
+        Of the random direction, the first of those of `measure`.
 
-    Returns
-    -------
-    dict of str to list of Coupled
-        By residual; one for each step, without random directions.
+    Yields
+    ------
+    labels : dict
+        ``"residual"``, ``"direction"`` and ``"step"``; random directions also in float32, which
+        `measure` takes.
+    couplings : Coupled
+        Along that direction, as ``flow``.
     """
     probe = _Probe(_snapshot(network, state, inputs, targets))
     here = probe.kernels()
-    found: dict[str, list[Coupled]] = {}
-    for residual in RESIDUALS:
-        direction = probe.gradient_flow(residual)
-        rates = [probe.rates(direction, change) for change in changes]
-        found[residual] = [_coupled(here, along, residual, [], direction.norm) for along in rates]
-    return found
+    (random,) = probe.random_directions(1, random_seed)
+    for change in changes:
+        for label, dtype in (("random", torch.float64), ("random, float32", torch.float32)):
+            along = probe.rates(random, change, dtype)
+            for residual in RESIDUALS:
+                labels = {"residual": residual, "direction": label, "step": change}
+                yield labels, _coupled(here, along, residual, [], random.norm)
+        for residual in RESIDUALS:
+            direction = probe.gradient_flow(residual)
+            labels = {"residual": residual, "direction": "gradient flow", "step": change}
+            along = probe.rates(direction, change)
+            yield labels, _coupled(here, along, residual, [], direction.norm)
 
 
 def _snapshot(network: Network, state: Path, inputs: Tensor, targets: Tensor) -> Snapshot:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import time
 from collections.abc import Callable, Iterable
@@ -9,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import joblib
 import torch
 from joblib import Parallel, delayed, parallel_config
 from torch import Tensor
@@ -22,6 +24,33 @@ from studies.residual.statistics import analyse_cell, analyse_step
 from studies.residual.training import START, read_record, state_path, train
 
 Piece = tuple[str, Callable[[], None]]
+
+
+def claim_folder(design: Design, folders: Folders, data: Path | None) -> None:
+    """Say in the folder what its pieces are of, so that no piece of another study is used.
+
+    Raises
+    ------
+    ValueError
+        If the pieces there are of another design or of other images.
+    """
+    found = {"design": repr(design)}
+    if data is not None:
+        images = load_images(data).first(design.n_train, design.n_test)
+        found["images"] = joblib.hash(dataclasses.astuple(images))
+    mark = folders.out / "study.json"
+    known = json.loads(mark.read_text()) if mark.exists() else {}
+    for what, value in found.items():
+        if known.get(what, value) != value:
+            other = "another design" if what == "design" else "other images"
+            raise ValueError(
+                f"{folders.out} holds pieces of {other}; give another folder with --out, or "
+                "remove this one."
+            )
+    if not known.keys() >= found.keys():
+        folders.out.mkdir(parents=True, exist_ok=True)
+        text = json.dumps(known | found, indent=1)
+        write_atomically(mark, lambda path: path.write_text(text))
 
 
 def train_networks(design: Design, folders: Folders, data: Path, jobs: int) -> None:
@@ -58,7 +87,7 @@ def compare_steps(design: Design, folders: Folders, data: Path, jobs: int) -> No
 
 
 def analyse_cells(design: Design, folders: Folders, jobs: int) -> None:
-    """Take the statistics of every cell whose batches are all measured."""
+    """Take the statistics of cells whose batches are all measured, or were measured again."""
     todo = []
     for network, when, residual in design.cells():
         paths = [
@@ -66,7 +95,7 @@ def analyse_cells(design: Design, folders: Folders, jobs: int) -> None:
             for batch in range(design.measuring.n_batches)
         ]
         target = cell_path(folders, network, when, residual)
-        if all(path.exists() for path in paths) and not target.exists():
+        if all(path.exists() for path in paths) and _is_older(target, paths):
             label = f"{network.name}, {when}, {residual}"
             todo.append((label, partial(_analyse, paths, target, network.seed)))
     _work(todo, jobs)
@@ -80,6 +109,12 @@ def cell_path(folders: Folders, network: Network, when: str, residual: str) -> P
 def step_path(folders: Folders, network: Network, when: str) -> Path:
     """Return the file of the statistics with steps of several sizes."""
     return folders.steps / f"{network.name}_{when.replace(' ', '-')}.json"
+
+
+def _is_older(target: Path, sources: list[Path]) -> bool:
+    if not target.exists():
+        return True
+    return any(path.stat().st_mtime_ns > target.stat().st_mtime_ns for path in sources)
 
 
 def _work(pieces: list[Piece], jobs: int) -> None:
@@ -118,12 +153,10 @@ def _probe_batch(design: Design, data: Path, batch: int) -> tuple[Tensor, Tensor
 
 
 def _compare(network: Network, state: Path, target: Path, design: Design, data: Path) -> None:
-    found = measure_steps(network, state, *_probe_batch(design, data, 0), design.steps)
-    rows = [
-        {"residual": residual, "step": step, **analyse_step(one)}
-        for residual, some in found.items()
-        for step, one in zip(design.steps, some, strict=True)
-    ]
+    steps = measure_steps(
+        network, state, *_probe_batch(design, data, 0), design.steps, random_seed=network.seed
+    )
+    rows = [labels | analyse_step(couplings) for labels, couplings in steps]
     text = json.dumps(rows)
     write_atomically(target, lambda path: path.write_text(text))
 

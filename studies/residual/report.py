@@ -15,13 +15,16 @@ from studies.residual.plots import plot_couplings, plot_diagonal, plot_differenc
 from studies.residual.results import (
     coupling_matrix,
     differences,
+    draw_columns,
     interval_text,
     mean_interval,
     part_frame,
     statistics_frame,
     step_frame,
     training_frame,
+    with_excess,
 )
+from studies.residual.statistics import LIMITS
 from studies.residual.verdict import (
     CLAIMS,
     FAILS,
@@ -31,37 +34,36 @@ from studies.residual.verdict import (
     Finding,
     findings,
     findings_frame,
+    null_frame,
 )
 
 SHOWN = {
     "toeplitz": "Toeplitz residual",
     "toeplitz_centre": "central window",
-    "slope": "diagonal slope",
+    "raw_centre": "central window, not normalised",
+    "slope": "slope of √K",
+    "signed_slope": "signed slope",
     "r2": "R²",
     "ratio": "intra/inter",
     "far_share": "transfer beyond neighbours",
     "transfer": "transfer/dissipation",
+    "rotation": "turning modes/dissipation",
 }
 """Statistics of the tables, and their headings."""
 
-LIMITS = {
-    "toeplitz": (0.0, 1.0),
-    "toeplitz_centre": (0.0, 1.0),
-    "r2": (-np.inf, 1.0),
-    "ratio": (0.0, np.inf),
-    "far_share": (0.0, 1.0),
-    "transfer": (0.0, np.inf),
-}
-"""Where statistics end, and intervals with them."""
+P_VALUES = {"toeplitz": "p_low", "toeplitz_centre": "p_low", "ratio": "p_high"}
+"""Statistics whose p-value the table of cells has, and of which side."""
 
 COMPARED = {
     "toeplitz_centre": "Toeplitz residual,\ncentral window",
     "toeplitz": "Toeplitz residual,\nall shells",
-    "slope": "diagonal slope",
+    "excess": "ln of the Toeplitz residual\nover that of permuted entries",
+    "slope": "slope of √K",
     "r2": "R² of the diagonal",
     "ratio": "intra/inter",
 }
-FIGURES = ("windows.png", "diagonal.png", "couplings.png", "differences.png")
+NULLS = {name: SHOWN[name] for name in (*P_VALUES, "raw_centre", "far_share", "transfer")}
+"""Statistics that are held against their nulls cell by cell."""
 
 
 def write_report(design: Design, folders: Folders, docs: Path | None) -> str:
@@ -92,6 +94,7 @@ def derived_tables(frame: pd.DataFrame) -> dict[str, pd.DataFrame]:
         "settings": setting_table(frame),
         "differences": difference_table(frame),
         "verdict": findings_frame(findings(frame)),
+        "nulls": null_frame(frame, NULLS),
     }
 
 
@@ -108,12 +111,15 @@ def cell_table(frame: pd.DataFrame) -> pd.DataFrame:
         }
         for name, heading in SHOWN.items():
             entry = entries.loc[name]
-            row[heading] = _within_limits(name, entry["value"], entry["lower"], entry["upper"])
-            if name in ("toeplitz", "toeplitz_centre", "ratio"):
-                p = entry["p_high"] if name == "ratio" else entry["p_low"]
-                row[f"{heading}: permuted, p"] = f"{entry['permuted']:.3g}, {p:.2g}"
-            low, high = entry["random_low"], entry["random_high"]
-            row[f"{heading}: random"] = f"{low:.3g} … {high:.3g}"
+            row[heading] = interval_text(entry["value"], entry["lower"], entry["upper"])
+            if name in P_VALUES:
+                row[f"{heading}: permuted, p"] = (
+                    f"{entry['permuted']:.3g}, {entry[P_VALUES[name]]:.2g}"
+                )
+            drawn = entry[draw_columns(frame)]
+            row[f"{heading}: random"] = f"{drawn.min():.3g} … {drawn.max():.3g}"
+        for name, heading in (("n_shells", "shells"), ("n_modes", "modes")):
+            row[heading] = f"{entries.loc[name, 'value']:.0f}"
         rows.append(row)
     return _in_order(pd.DataFrame(rows))
 
@@ -127,7 +133,7 @@ def setting_table(frame: pd.DataFrame) -> pd.DataFrame:
         for name, heading in SHOWN.items():
             chosen = part[part["statistic"] == name]
             row[heading] = _within_limits(name, *mean_interval(chosen["value"]))
-            nulls = [f"random {chosen['random'].mean():.3g}"]
+            nulls = [f"random {chosen[draw_columns(frame)].median(axis=1).mean():.3g}"]
             if chosen["permuted"].notna().any():
                 nulls.append(f"permuted {chosen['permuted'].mean():.3g}")
             row[f"{heading}: nulls"] = ", ".join(nulls)
@@ -136,27 +142,27 @@ def setting_table(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def difference_table(frame: pd.DataFrame) -> pd.DataFrame:
-    """Return residual minus plain, paired by seed, for each setting."""
+    """Return residual minus plain, paired by seed, for each setting, and of permuted entries."""
     rows: dict[tuple[str, ...], dict[str, str]] = {}
+    keys = ["residual", "time", "activation"]
     for name, heading in SHOWN.items():
-        for column, label in (("value", heading), ("random", f"{heading}: random")):
-            pairs = differences(frame, name, column)
-            for keys, part in pairs.groupby(["residual", "time", "activation"]):
-                row = rows.setdefault(
-                    keys, dict(zip(("residual", "time", "activation"), keys, strict=True))
-                )
-                row[label] = interval_text(*mean_interval(part["difference"]))
+        for setting, part in differences(frame, name).groupby(level=keys, sort=False):
+            row = rows.setdefault(setting, dict(zip(keys, setting, strict=True)))
+            row[heading] = interval_text(*mean_interval(part["value"]))
+            if part["permuted"].notna().any():
+                row[f"{heading}: permuted"] = interval_text(*mean_interval(part["permuted"]))
     return _in_order(pd.DataFrame(rows.values()))
 
 
 def step_table(rows: pd.DataFrame) -> pd.DataFrame:
-    """Return Toeplitz residual and diagonal slope against the size of the step."""
-    keys = ["residual", "time", "network"]
+    """Return what depends on the size of the step, one column for each size."""
+    keys = ["residual", "time", "network", "direction"]
     table: dict[tuple[str, ...], dict[str, str]] = {}
     for row in rows.to_dict("records"):
         labels = {key: row[key] for key in keys}
         cells = table.setdefault(tuple(labels.values()), labels)
-        cells[f"step {row['step'] * 100:g} %"] = f"{row['toeplitz']:.3f}, {row['slope']:.3f}"
+        shown = (f"{row[name]:.3f}" for name in ("toeplitz", "slope", "ratio"))
+        cells[f"step {row['step'] * 100:g} %"] = f"{', '.join(shown)}, {row['transfer']:.3g}"
     return _in_order(pd.DataFrame(table.values()))
 
 
@@ -175,20 +181,18 @@ def summary(frame: pd.DataFrame) -> str:
         chosen = [one for one in found if one.verdict in verdicts]
         if chosen:
             lines += ["", title, "", *map(_bullet, chosen)]
-    satisfied = [one for one in found if one.null_satisfies and one.verdict in (HOLDS, PARTLY)]
-    lines += [
-        "",
-        "Of those that hold at least in part, a null satisfies these too: they are no evidence.",
-        "",
+    alike = [one for one in found if one.null_alike]
+    lines += ["", "A null does as well in these, which are therefore no evidence:", ""]
+    lines += [f"- {one.statement} (claim {one.claim}: {one.verdict})" for one in alike] or [
+        "- none"
     ]
-    lines += [f"- {one.statement} (claim {one.claim})" for one in satisfied] or ["- none"]
     return "\n".join(lines) + "\n"
 
 
 def _claim_line(claim: int, found: list[Finding]) -> str:
     """Return what becomes of a claim: evidence is what holds and no null satisfies."""
     counts = {verdict: _count(found, verdict) for verdict in (HOLDS, PARTLY, OPEN, FAILS)}
-    evidence = sum(one.verdict == HOLDS and not one.null_satisfies for one in found)
+    evidence = sum(one.verdict == HOLDS and not one.null_alike for one in found)
     if counts[FAILS] == len(found):
         word = "does not hold"
     elif evidence == len(found):
@@ -196,7 +200,7 @@ def _claim_line(claim: int, found: list[Finding]) -> str:
     else:
         word = "is supported in part" if evidence else "is not supported"
     return (
-        f"- **Claim {claim}, {CLAIMS[claim]}, {word}.** Of its {len(found)} statements, "
+        f"- **Claim {claim}, {CLAIMS[claim]}, {word}.** Statements: {len(found)}, of which "
         f"{counts[HOLDS]} hold ({evidence} of them beyond the nulls), {counts[PARTLY]} hold in "
         f"part, {counts[OPEN]} are undecided and {counts[FAILS]} do not hold."
     )
@@ -232,10 +236,11 @@ def _in_order(table: pd.DataFrame) -> pd.DataFrame:
 
 def _write_figures(design: Design, folders: Folders, frame: pd.DataFrame, target: Path) -> None:
     windows = part_frame(design, folders, "windows")
-    plot_windows(windows, target / FIGURES[0])
-    plot_diagonal(part_frame(design, folders, "shells"), target / FIGURES[1])
-    plot_couplings(_example_couplings(design, folders), target / FIGURES[2])
-    plot_differences(frame, COMPARED, target / FIGURES[3])
+    plot_windows(windows, target / "windows.png")
+    plot_windows(windows, target / "windows_raw.png", "raw")
+    plot_diagonal(part_frame(design, folders, "shells"), target / "diagonal.png")
+    plot_couplings(_example_couplings(design, folders), target / "couplings.png")
+    plot_differences(with_excess(frame), COMPARED, target / "differences.png")
 
 
 def _example_couplings(design: Design, folders: Folders) -> dict[tuple[str, str], Any]:

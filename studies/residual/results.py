@@ -15,7 +15,8 @@ from studies.residual.design import Design, Folders
 from studies.residual.pieces import cell_path, step_path
 from studies.residual.training import read_record
 
-CELL = ["architecture", "activation", "seed", "time", "residual"]
+PAIR = ["activation", "seed", "time", "residual"]
+CELL = ["architecture", *PAIR]
 _DIGITS = 5
 
 
@@ -23,29 +24,26 @@ def statistics_frame(design: Design, folders: Folders) -> pd.DataFrame:
     """Return one row for each cell and statistic.
 
     Columns: those of `CELL`; ``statistic``, ``value``, ``lower``, ``upper`` (jackknife over
-    batches); ``random``, ``random_low``, ``random_high`` (median and extremes over the random
-    directions); ``permuted``, ``permuted_low``, ``permuted_high`` (median and 95 % of the
-    permutations); ``p_low``, ``p_high`` (of a value as small, or as large, by permutation).
-    Rounded, so that what is derived from the frame and from its file agree.
+    batches); ``permuted``, ``permuted_low``, ``permuted_high`` (median and 95 % of the
+    permutations); ``p_low``, ``p_high`` (of a value as small, or as large, by permutation);
+    ``draw_0``, ``draw_1``, … (each random direction). Rounded, so that what is derived from the
+    frame and from its file agree.
     """
     rows = []
     for cell, found in _cells(design, folders):
         for name, entry in found["statistics"].items():
-            random = np.asarray(entry["random"], dtype=float)
             permuted = entry.get("permuted", [np.nan] * 3)
             rows.append(
                 {
                     **cell,
                     "statistic": name,
                     **{key: entry[key] for key in ("value", "lower", "upper")},
-                    "random": np.median(random),
-                    "random_low": random.min(),
-                    "random_high": random.max(),
                     "permuted": permuted[1],
                     "permuted_low": permuted[0],
                     "permuted_high": permuted[2],
                     "p_low": entry.get("p_low", np.nan),
                     "p_high": entry.get("p_high", np.nan),
+                    **{f"draw_{k}": value for k, value in enumerate(entry["random"])},
                 }
             )
     return _rounded(pd.DataFrame(rows))
@@ -87,9 +85,9 @@ def training_frame(design: Design, folders: Folders) -> pd.DataFrame:
             "steps": record["steps"],
         }
         for when in design.training.times:
-            state = record["states"].get(when, {})
-            row[f"{when}: τ"] = _shown(state.get("tau", np.nan))
-            row[f"{when}: training loss"] = _shown(state.get("loss", np.nan))
+            state = record["states"].get(when)
+            row[f"{when}: τ"] = _shown(state["tau"]) if state else "not reached"
+            row[f"{when}: training loss"] = _shown(state["loss"]) if state else "not reached"
         rows.append(row)
     return pd.DataFrame(rows)
 
@@ -99,32 +97,52 @@ def read_statistics(path: Path) -> pd.DataFrame:
     return pd.read_csv(path)
 
 
-def with_distance_to_one(frame: pd.DataFrame) -> pd.DataFrame:
-    """Add the statistic ``slope_off``: the distance of the diagonal slope from 1."""
-    slopes = frame[frame["statistic"] == "slope"].copy()
-    slopes["statistic"] = "slope_off"
-    for name in ("value", "random", "permuted"):
-        slopes[name] = (slopes[name] - 1).abs().round(_DIGITS)
-    slopes[["lower", "upper", "random_low", "random_high", "p_low", "p_high"]] = np.nan
-    slopes[["permuted_low", "permuted_high"]] = np.nan
-    return pd.concat([frame, slopes], ignore_index=True)
+def draw_columns(frame: pd.DataFrame) -> list[str]:
+    """Return the names of the columns with random directions."""
+    return [name for name in frame.columns if name.startswith("draw_")]
 
 
-def differences(frame: pd.DataFrame, statistic: str, column: str = "value") -> pd.DataFrame:
+def with_excess(frame: pd.DataFrame) -> pd.DataFrame:
+    """Add the statistics ``excess`` and ``excess_centre``.
+
+    ln of the Toeplitz residual of all shells, or of the central window, over the median of its
+    permutations: what is left when the number of shells and modes and the tails of the entries are
+    taken off.
+    """
+    parts = [frame]
+    for name, source in (("excess", "toeplitz"), ("excess_centre", "toeplitz_centre")):
+        part = frame[frame["statistic"] == source].copy()
+        part["statistic"] = name
+        columns = ["value", *draw_columns(frame)]
+        part[columns] = np.log(part[columns].div(part["permuted"], axis=0))
+        part[["lower", "upper", "permuted_low", "permuted_high", "p_low", "p_high"]] = np.nan
+        part["permuted"] = 0.0
+        parts.append(part)
+    return pd.concat(parts, ignore_index=True)
+
+
+def differences(frame: pd.DataFrame, statistic: str) -> pd.DataFrame:
     """Return residual minus plain for each pair of networks with the same seed.
 
-    Columns: ``activation, seed, time, residual, difference``.
+    Indexed by `PAIR`; columns: ``value``, ``permuted`` and the random directions. Networks without
+    a partner have no row.
     """
     chosen = frame[frame["statistic"] == statistic]
-    keys = ["activation", "seed", "time", "residual"]
-    table = chosen.pivot_table(column, keys, "architecture", sort=False)
-    found = (table["residual"] - table["plain"]).dropna().rename("difference")
-    return found.reset_index()
+    columns = ["value", "permuted", *draw_columns(frame)]
+    residual, plain = (
+        chosen[chosen["architecture"] == kind].set_index(PAIR)[columns]
+        for kind in ("residual", "plain")
+    )
+    return (residual - plain.reindex(residual.index)).dropna(subset="value")
 
 
-def overall(pairs: pd.DataFrame) -> tuple[float, float, float]:
-    """Return the mean difference and its interval; a pair of networks is one observation."""
-    return mean_interval(pairs.groupby(["activation", "seed"])["difference"].mean())
+def overall(pairs: pd.Series) -> tuple[float, float, float]:
+    """Return the mean of differences and its interval; a seed is one observation.
+
+    Networks of one seed share initial weights and the order of the data, whatever their
+    activation.
+    """
+    return mean_interval(pairs.groupby(level="seed").mean())
 
 
 def mean_interval(values: Iterable[float], confidence: float = 0.95) -> tuple[float, float, float]:

@@ -8,6 +8,7 @@ number, an interval, and the same number under the nulls.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,10 +16,11 @@ import pandas as pd
 
 from studies.residual.results import (
     differences,
+    draw_columns,
     interval_text,
     mean_interval,
     overall,
-    with_distance_to_one,
+    with_excess,
 )
 
 CLAIMS = {
@@ -32,6 +34,7 @@ SUBLEADING = 0.1
 SIGNIFICANT = 0.05
 
 _GROUP = ["architecture", "activation", "time", "residual"]
+_ALIKE = {True: "yes", False: "no", None: "–"}
 
 
 @dataclass(frozen=True)
@@ -48,8 +51,9 @@ class Finding:
         The number behind the verdict.
     null : str
         The same under the nulls.
-    null_satisfies : bool
-        Whether a null meets the statement too, by the same rule.
+    null_alike : bool or None
+        Whether a null does as well: meets a statement as often, or has a difference of the same
+        sign. None where there is nothing to explain.
     """
 
     claim: int
@@ -57,51 +61,69 @@ class Finding:
     verdict: str
     measured: str
     null: str
-    null_satisfies: bool
+    null_alike: bool | None
 
 
 def findings(frame: pd.DataFrame) -> list[Finding]:
     """Return all statements with their verdicts, from the frame of statistics."""
-    frame = with_distance_to_one(frame)
+    frame = with_excess(frame)
+    residual = frame[frame["architecture"] == "residual"]
     return [
-        _small(
-            frame, 1, "transfer",
+        _counting(
+            frame, 1, "transfer", _small,
             "the energy that changes shells is below a tenth of the dissipation",
         ),
-        _small(
-            frame, 1, "far_share",
+        _counting(
+            frame, 1, "rotation", _small,
+            "what turning modes carry from shell to shell is below a tenth of the dissipation",
+        ),
+        _counting(
+            frame, 1, "far_share", _small,
             "shells that are not neighbours carry below a tenth of the transfer",
         ),
-        _above_one(frame, 2, "ratio", "couplings within shells exceed those between shells"),
-        _beyond_nulls(
-            frame, 2, "ratio", "p_high", +1,
-            "couplings within shells exceed those between shells by more than with permuted "
-            "entries and along any random direction",
+        _counting(
+            frame, 2, "ratio", lambda x: x > 1.0,
+            "couplings within shells exceed those between shells",
         ),
-        _small(
-            frame[frame["architecture"] == "residual"], 3, "toeplitz_centre",
+        _counting(
+            residual, 3, "raw_centre", _small,
+            "in residual networks the central window of couplings as in the paper, not "
+            "normalised, is nearly Toeplitz, its residual below 0.1",
+        ),
+        _counting(
+            residual, 3, "toeplitz_centre", _small,
             "in residual networks the central window is nearly Toeplitz, its residual below 0.1",
         ),
-        _beyond_nulls(
-            frame[frame["architecture"] == "residual"], 3, "toeplitz_centre", "p_low", -1,
-            "in residual networks the central window is closer to Toeplitz than with permuted "
-            "entries and along any random direction",
+        _contrast(
+            frame, 3, "raw_centre", -1,
+            "the Toeplitz residual of the central window, not normalised, is smaller in residual "
+            "networks",
         ),
         _contrast(
             frame, 3, "toeplitz_centre", -1,
             "the Toeplitz residual of the central window is smaller in residual networks",
         ),
         _contrast(
+            frame, 3, "excess_centre", -1,
+            "the Toeplitz residual of the central window over that of its permuted entries (ln) "
+            "is smaller in residual networks",
+        ),
+        _contrast(
             frame, 3, "toeplitz", -1,
             "the Toeplitz residual of all shells is smaller in residual networks",
         ),
         _contrast(
-            frame, 3, "toeplitz_raw", -1,
-            "the Toeplitz residual of raw couplings, as in the paper, is smaller in residual "
-            "networks",
+            frame, 3, "excess", -1,
+            "the Toeplitz residual of all shells over that of permuted entries (ln) is smaller in "
+            "residual networks",
         ),
         _positive(
-            frame[frame["architecture"] == "residual"], 3, "edge_minus_centre",
+            residual, 3, "raw_edge_minus_centre",
+            "in residual networks the Toeplitz residual, not normalised, falls from the upper "
+            "edge to the centre",
+        ),
+        _positive(
+            residual, 3, "edge_minus_centre",
             "in residual networks the Toeplitz residual falls from the upper edge to the centre",
         ),
         _contrast(
@@ -109,17 +131,21 @@ def findings(frame: pd.DataFrame) -> list[Finding]:
             "the Toeplitz residual falls by more from the upper edge to the centre in residual "
             "networks than in plain ones",
         ),
+        _counting(
+            residual, 3, "square_slope", _near_one,
+            "the diagonal K_αα of residual networks, as in the paper, has slope 1 within 0.1",
+        ),
+        _counting(
+            residual, 3, "slope", _near_one,
+            "the root of the diagonal, √K_αα, of residual networks has slope 1 within 0.1",
+        ),
         _contrast(
             frame, 3, "slope_off", -1,
-            "the slope of the diagonal is closer to 1 in residual networks",
+            "the slope of √K_αα is closer to 1 in residual networks",
         ),
         _contrast(
             frame, 3, "r2", +1, "the diagonal scatters less about its power law (higher R²) in "
             "residual networks",
-        ),
-        _near_one(
-            frame[frame["architecture"] == "residual"], 3, "slope",
-            "the diagonal of residual networks has slope 1 within 0.1",
         ),
     ]  # fmt: skip
 
@@ -133,100 +159,138 @@ def findings_frame(found: list[Finding]) -> pd.DataFrame:
             "verdict": [f"**{one.verdict}**" for one in found],
             "measured": [one.measured for one in found],
             "under the nulls": [one.null for one in found],
-            "nulls satisfy it too": ["yes" if one.null_satisfies else "no" for one in found],
+            "a null does as well": [_ALIKE[one.null_alike] for one in found],
         }
     )
 
 
+def null_frame(frame: pd.DataFrame, names: dict[str, str]) -> pd.DataFrame:
+    """Return in how many cells a statistic is outside of its nulls, on either side.
+
+    Parameters
+    ----------
+    frame : DataFrame
+        Of the statistics.
+    names : dict of str to str
+        Statistics and their headings.
+    """
+    draws = draw_columns(frame)
+    rows = []
+    for name, heading in names.items():
+        for kind, cells in frame[frame["statistic"] == name].groupby("architecture", sort=False):
+            row = {"statistic": heading, "architecture": kind, "cells": len(cells)}
+            if cells["p_low"].notna().any():
+                row["smaller than permuted"] = f"{(cells['p_low'] <= SIGNIFICANT).sum()}"
+                row["larger than permuted"] = f"{(cells['p_high'] <= SIGNIFICANT).sum()}"
+            row["below all random"] = f"{(cells['value'] < cells[draws].min(axis=1)).sum()}"
+            row["above all random"] = f"{(cells['value'] > cells[draws].max(axis=1)).sum()}"
+            rows.append(row)
+    return pd.DataFrame(rows).fillna("–")
+
+
 def _contrast(frame: pd.DataFrame, claim: int, name: str, sign: int, statement: str) -> Finding:
     """Judge a difference between residual and plain networks of the same seed."""
-    found = overall(differences(frame, name))
-    null = overall(differences(frame, name, "random"))
+    pairs = differences(frame, name)
+    value = pairs["value"]
+    found = overall(value)
     # The couplings of ReLU networks depend on the size of the step.
-    smooth = overall(differences(frame[frame["activation"] == "gelu"], name))
-    by_case = differences(frame, name).groupby(["activation", "time", "residual"])["difference"]
-    agree = sum(_sided(mean_interval(values), sign) == HOLDS for _, values in by_case)
-    against = sum(_sided(mean_interval(values), sign) == FAILS for _, values in by_case)
+    parts = {
+        "trained states": value[value.index.get_level_values("time") != "start"],
+        "GELU networks": value[value.index.get_level_values("activation") == "gelu"],
+    }
+    alone = [f"{label}: {interval_text(*overall(part))}" for label, part in parts.items()]
+    by_case = value.groupby(level=["activation", "time", "residual"])
+    verdicts = [_sided(mean_interval(values), sign) for _, values in by_case]
+    nulls = _sided_nulls({column: overall(pairs[column]) for column in pairs}, sign)
     return Finding(
         claim,
         statement,
         _sided(found, sign),
-        f"residual − plain: {interval_text(*found)}; GELU networks: {interval_text(*smooth)}; of "
-        f"{len(by_case)} settings alone, {agree} agree and {against} disagree",
-        f"random directions: {interval_text(*null)}",
-        _sided(null, sign) == HOLDS,
+        f"residual − plain: {interval_text(*found)}; {'; '.join(alone)}; of {len(verdicts)} "
+        f"settings alone, {verdicts.count(HOLDS)} agree and {verdicts.count(FAILS)} disagree",
+        *nulls,
     )
 
 
 def _positive(frame: pd.DataFrame, claim: int, name: str, statement: str) -> Finding:
-    chosen = frame[frame["statistic"] == name]
-    by_network = chosen.groupby(["activation", "seed"])[["value", "random", "permuted"]].mean()
-    found, random, permuted = (mean_interval(by_network[c]) for c in by_network)
+    """Judge whether a statistic is positive; the networks of a seed are one observation."""
+    columns = ["value", "permuted", *draw_columns(frame)]
+    by_seed = frame[frame["statistic"] == name].groupby("seed")[columns].mean()
+    intervals = {column: mean_interval(by_seed[column]) for column in columns}
     return Finding(
         claim,
         statement,
-        _sided(found, +1),
-        f"edge − centre: {interval_text(*found)}",
-        f"random directions: {interval_text(*random)}; permutations: {interval_text(*permuted)}",
-        HOLDS in (_sided(random, +1), _sided(permuted, +1)),
+        _sided(intervals["value"], +1),
+        f"edge − centre: {interval_text(*intervals['value'])}",
+        *_sided_nulls(intervals, +1),
     )
 
 
-def _small(frame: pd.DataFrame, claim: int, name: str, statement: str) -> Finding:
-    groups = _by_group(frame, name)
-    return _counting(groups, groups < SUBLEADING, claim, statement)
+def _sided_nulls(
+    intervals: dict[str, tuple[float, float, float]], sign: int
+) -> tuple[str, bool | None]:
+    """Return what the nulls give, and whether they decide as the measurement does.
+
+    Parameters
+    ----------
+    intervals : dict
+        Of ``value``, ``permuted`` and the random directions.
+    sign : int
+        Side of zero on which the statement holds.
+    """
+    verdict, permuted = _sided(intervals["value"], sign), intervals["permuted"]
+    random = [one for column, one in intervals.items() if column.startswith("draw_")]
+    alike = sum(_sided(one, sign) == verdict for one in random)
+    texts = [f"random directions: {np.mean([one[0] for one in random]):.3g}"]
+    if verdict != OPEN:
+        texts[0] += f", {alike} of {len(random)} decide alike"
+    # What is measured against the permutations is zero for them.
+    if permuted[1] < permuted[2]:
+        texts.append(f"permutations: {interval_text(*permuted)}")
+    if verdict == OPEN:
+        return "; ".join(texts), None
+    return "; ".join(texts), 2 * alike >= len(random) or _sided(permuted, sign) == verdict
 
 
-def _above_one(frame: pd.DataFrame, claim: int, name: str, statement: str) -> Finding:
-    groups = _by_group(frame, name)
-    return _counting(groups, groups > 1.0, claim, statement)
-
-
-def _near_one(frame: pd.DataFrame, claim: int, name: str, statement: str) -> Finding:
-    groups = _by_group(frame, name)
-    return _counting(groups, (groups - 1.0).abs() <= SUBLEADING, claim, statement)
-
-
-def _counting(groups: pd.DataFrame, met: pd.DataFrame, claim: int, statement: str) -> Finding:
-    """Judge by how many settings meet a condition; ``met`` has the columns of ``groups``."""
-    nulls = {"random": "random directions", "permuted": "permutations"}
-    known = {c: label for c, label in nulls.items() if groups[c].notna().all()}
-    return Finding(
-        claim,
-        statement,
-        _counted(int(met["value"].sum()), len(groups)),
-        f"{met['value'].sum()} of {len(groups)} settings; {_range(groups['value'])}",
-        "; ".join(f"{label}: {met[c].sum()}, {_range(groups[c])}" for c, label in known.items()),
-        any(bool(met[c].all()) for c in known),
-    )
-
-
-def _beyond_nulls(
-    frame: pd.DataFrame, claim: int, name: str, p_value: str, sign: int, statement: str
+def _counting(
+    frame: pd.DataFrame,
+    claim: int,
+    name: str,
+    meets: Callable[[pd.DataFrame], pd.DataFrame],
+    statement: str,
 ) -> Finding:
-    cells = frame[frame["statistic"] == name]
-    beyond = cells[p_value] <= SIGNIFICANT
-    if sign > 0:
-        outside = cells["value"] > cells["random_high"]
-    else:
-        outside = cells["value"] < cells["random_low"]
-    both = int((beyond & outside).sum())
+    """Judge by how many settings, means over seeds, meet a condition."""
+    draws = draw_columns(frame)
+    chosen = frame[frame["statistic"] == name]
+    groups = chosen.groupby(_GROUP, sort=False)[["value", "permuted", *draws]].mean()
+    known = groups.loc[groups["value"].notna()]
+    counts = meets(known).sum()
+    count, verdict = int(counts["value"]), _counted(int(counts["value"]), len(known))
+    nulls = [
+        f"random directions: {counts[draws].median():g}, {_range(known[draws].median(axis=1))}"
+    ]
+    alike = 2 * (counts[draws] >= count).sum() >= len(draws)
+    if known["permuted"].notna().all():
+        nulls.append(f"permutations: {counts['permuted']}, {_range(known['permuted'])}")
+        alike = alike or counts["permuted"] >= count
+    smooth = meets(known[known.index.get_level_values("activation") == "gelu"])["value"]
     return Finding(
         claim,
         statement,
-        _counted(both, len(cells)),
-        f"{both} of {len(cells)} cells: {beyond.sum()} beyond permutations (p ≤ {SIGNIFICANT}), "
-        f"{outside.sum()} beyond all random directions",
-        f"medians: measured {cells['value'].median():.3g}, random directions "
-        f"{cells['random'].median():.3g}, permutations {cells['permuted'].median():.3g}",
-        False,
+        verdict,
+        f"{count} of {len(known)} settings ({smooth.sum()} of {len(smooth)} with GELU); "
+        f"{_range(known['value'])}",
+        "; ".join(nulls),
+        bool(alike) if verdict in (HOLDS, PARTLY) else None,
     )
 
 
-def _by_group(frame: pd.DataFrame, name: str) -> pd.DataFrame:
-    """Return means over the seeds of each setting."""
-    chosen = frame[frame["statistic"] == name]
-    return chosen.groupby(_GROUP, sort=False)[["value", "random", "permuted"]].mean()
+def _small(values: pd.DataFrame) -> pd.DataFrame:
+    return values < SUBLEADING
+
+
+def _near_one(values: pd.DataFrame) -> pd.DataFrame:
+    return (values - 1.0).abs() <= SUBLEADING
 
 
 def _sided(interval: tuple[float, float, float], sign: int) -> str:
@@ -237,6 +301,8 @@ def _sided(interval: tuple[float, float, float], sign: int) -> str:
 
 
 def _counted(count: int, of: int) -> str:
+    if of == 0:
+        return OPEN
     if count == of:
         return HOLDS
     return FAILS if count <= of / 10 else PARTLY

@@ -1,5 +1,6 @@
 """The study runs from one command, goes on after an interruption, and its page is true to it."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -61,7 +62,7 @@ def test_quick_run_fills_every_cell(finished):
     assert np.isfinite(frame["value"]).all()
     verdict = pd.read_csv(finished / "verdict.csv")
     assert set(verdict["claim"]) == {1, 2, 3}
-    for figure in ("windows", "diagonal", "couplings", "differences"):
+    for figure in ("windows", "windows_raw", "diagonal", "couplings", "differences"):
         assert (finished / f"{figure}.png").stat().st_size > 10_000
 
 
@@ -76,11 +77,37 @@ def test_killed_run_goes_on_with_what_is_missing(finished, data, tmp_path):
     stages = ["--only", "train", "measure", "analyse"]
     main(["--quick", "--jobs", "1", "--out", str(finished), "--data", str(data), *stages])
     changed = {p for p in pieces if p.stat().st_mtime_ns != before[p]}
-    assert set(lost) <= changed
-    # One piece of measuring writes both residuals.
-    assert len(changed) <= 3
+    # One piece of measuring writes both residuals, and their cells follow.
+    state, _, batch = lost[0].stem.split("_")
+    made = {p for p in pieces if p.parent == lost[0].parent and p.stem.startswith(f"{state}_")}
+    cells = {finished / "cells" / f"{lost[0].parent.name}_{state}_{r}.json" for r in RESIDUALS}
+    assert changed == {p for p in made if p.stem.endswith(f"_{batch}")} | cells | {lost[1]}
     assert np.array_equal(Coupled.load(lost[0]).flow, old.flow)
     assert not [p for p in finished.rglob(".*") if p.is_file()]
+
+
+@pytest.mark.parametrize("other", ["design", "images"])
+def test_pieces_of_another_study_are_refused(other, finished, data, tmp_path, monkeypatch):
+    if other == "design":
+        quick = Design.quick()
+        monkeypatch.setattr(Design, "quick", lambda: replace(quick, n_test=10))
+    else:
+        with np.load(data) as images:
+            changed = {name: images[name].copy() for name in images}
+        changed["X_train"][0] += 1
+        data = tmp_path / "images.npz"
+        np.savez(data, **changed)
+    with pytest.raises(ValueError, match=f"pieces of (an)?other {other}.*--out"):
+        main(["--quick", "--jobs", "1", "--out", str(finished), "--data", str(data)])
+
+
+def test_steps_are_compared_along_both_kinds_of_direction(finished):
+    table = pd.read_csv(finished / "steps.csv")
+    assert set(table["direction"]) == {"gradient flow", "random", "random, float32"}
+    assert len(table) == 3 * len(list(Design.quick().compared_steps())) * len(RESIDUALS)
+    numbers = table["step 1 %"].str.split(", ", expand=True).astype(float)
+    assert numbers.shape[1] == 4
+    assert np.isfinite(numbers.to_numpy()).all()
 
 
 def test_finished_run_needs_no_data(finished, monkeypatch):
@@ -174,18 +201,30 @@ def test_saved_couplings_come_back(tiny, tmp_path):
 
 def test_jackknife_of_a_mean_is_students_interval():
     values = [1.0, 2.0, 4.0]
-    assert jackknife(np.mean, values) == pytest.approx(mean_interval(values))
+    found = jackknife(lambda some: {"slope": np.mean(some)}, values)["slope"]
+    assert found == pytest.approx(mean_interval(values))
+
+
+def test_jackknife_of_positive_quantities_stays_positive():
+    values = [1.0, 2.0, 4.0]
+    found = jackknife(lambda some: {"transfer": np.exp(np.mean(some))}, values)["transfer"]
+    assert found == pytest.approx(np.exp(mean_interval(values)))
+    value, lower, upper = jackknife(lambda some: {"toeplitz": np.mean(some)}, [0.2, 0.5, 0.9])[
+        "toeplitz"
+    ]
+    assert 0.0 < lower < value < upper == 1.0
 
 
 def test_differences_are_paired_by_seed():
     keys = dict.fromkeys(("activation", "time", "residual"), "same")
     rows = [
         {**keys, "architecture": kind, "seed": seed, "statistic": "ratio", "value": value}
-        for kind, values in {"residual": (1.0, 5.0), "plain": (0.5, 7.0)}.items()
-        for seed, value in enumerate(values)
+        for kind, values in {"residual": (1.0, 5.0, 9.0), "plain": (0.5, 7.0)}.items()
+        for seed, value in reversed(list(enumerate(values)))
     ]
-    found = differences(pd.DataFrame(rows), "ratio")
-    assert found.sort_values("seed")["difference"].tolist() == [0.5, -2.0]
+    found = differences(pd.DataFrame(rows).assign(permuted=np.nan), "ratio")["value"]
+    # The third has no partner.
+    assert found.groupby(level="seed").sum().to_dict() == {0: 0.5, 1: -2.0}
 
 
 def test_page_says_what_its_tables_say():
@@ -199,7 +238,8 @@ def test_page_says_what_its_tables_say():
 
 def test_page_is_right_about_the_size_of_the_step():
     steps = pd.read_csv(PAGE / "steps.csv")
-    shown = {name: steps[name].str.split(",").str[0].astype(float) for name in steps.columns[3:]}
+    steps = steps[steps["direction"] == "gradient flow"]
+    shown = {name: steps[name].str.split(",").str[0].astype(float) for name in steps.columns[4:]}
     start, gelu = steps["time"] == "start", steps["network"].str.contains("gelu")
     gap = np.where(
         start,
