@@ -2,7 +2,8 @@
 
 A key must change whenever a measure could: with the state, the data, the model's code and
 settings, the residual, and the versions of the libraries. Where two keys of equal things differ
-(an object whose pickle is not reproducible), the cost is a measurement done again.
+(an object whose pickle is not reproducible), the cost is a measurement done again. What a key does
+not see: the code of functions that a callable or a model calls in turn.
 """
 
 from __future__ import annotations
@@ -10,12 +11,17 @@ from __future__ import annotations
 import hashlib
 import inspect
 import pickle
+import reprlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import fields
+from numbers import Number
+from pathlib import PurePath
+from types import CodeType
 from typing import Any
 
 import cloudpickle
 import joblib
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -24,6 +30,9 @@ from spectralshell.snapshots import Snapshot
 
 _BOOKKEEPING = frozenset(vars(nn.Module()))
 _HOOKS = frozenset({"_forward_hooks", "_forward_pre_hooks"})
+
+_PLAIN = (str, bytes, Number, np.generic, type(None), torch.dtype, torch.device, PurePath)
+"""Types whose text tells any two values apart."""
 
 
 def snapshot_digest(snapshot: Snapshot) -> str:
@@ -42,7 +51,7 @@ def snapshot_digest(snapshot: Snapshot) -> str:
     digest = hashlib.sha256(f"spectralshell {__version__} torch {torch.__version__}".encode())
     for part in _state_parts(snapshot.load_state()):
         digest.update(part)
-    for part in _data_parts((snapshot.inputs, snapshot.targets)):
+    for part in _data_parts((snapshot.inputs, snapshot.targets), _value_bytes):
         digest.update(part)
     for part in _model_parts(snapshot.model):
         digest.update(part)
@@ -56,14 +65,23 @@ def configuration_digest(config: Any) -> str:
     Parameters
     ----------
     config : dataclass
-        The configuration. Callables count by their code, snapshots and tensors by their values.
+        The configuration. Snapshots, tensors and arrays count by their values, callables by their
+        code and the data among the globals that it names (numbers, strings, tensors, arrays, and
+        lists and mappings of them). Functions, classes and modules that a callable names count by
+        name alone: after changing their code, clear the cache.
 
     Returns
     -------
     str
-        A SHA-256 in hexadecimal digits.
+        A SHA-256 in hexadecimal digits. It depends on the version of the package too, so that
+        measures that travelled in a pickle are not taken for those of another version.
+
+    Raises
+    ------
+    TypeError
+        If an option holds something else, whose text may not tell two values apart.
     """
-    digest = hashlib.sha256(type(config).__name__.encode())
+    digest = hashlib.sha256(f"spectralshell {__version__} {type(config).__name__}".encode())
     for field in fields(config):
         for part in _option_parts(getattr(config, field.name)):
             digest.update(part)
@@ -77,29 +95,43 @@ def _option_parts(value: Any) -> Iterable[bytes]:
     elif callable(value):
         yield _callable_bytes(value)
     else:
-        yield from _data_parts(value)
+        yield from _data_parts(value, _refuse)
 
 
 def _state_parts(state: Mapping[str, Tensor]) -> Iterable[bytes]:
     for name in sorted(state):
         yield name.encode()
-        yield from _data_parts(state[name])
+        yield from _data_parts(state[name], _refuse)
 
 
-def _data_parts(data: Any) -> Iterable[bytes]:
+def _data_parts(data: Any, other: Callable[[Any], bytes]) -> Iterable[bytes]:
+    """Return data by value; ``other`` gives what is neither a number, a string nor made of them."""
     if isinstance(data, Tensor):
         yield f"{data.dtype}{tuple(data.shape)}".encode()
         flat = data.detach().cpu().contiguous().reshape(-1)
         yield flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b""
+    elif isinstance(data, np.ndarray) and data.dtype != object:
+        yield f"array {data.dtype.str}{data.shape}".encode()
+        yield np.ascontiguousarray(data).tobytes()
     elif isinstance(data, Mapping):
         for key in data:
             yield repr(key).encode()
-            yield from _data_parts(data[key])
+            yield from _data_parts(data[key], other)
     elif isinstance(data, (tuple, list)):
         for value in data:
-            yield from _data_parts(value)
-    else:
+            yield from _data_parts(value, other)
+    elif isinstance(data, _PLAIN):
         yield repr(data).encode()
+    else:
+        yield other(data)
+
+
+def _refuse(data: Any) -> bytes:
+    # The text of other things may leave out what tells them apart.
+    raise TypeError(
+        f"cannot tell by its value whether {type(data).__name__} {reprlib.repr(data)} has changed; "
+        "pass numbers, strings, tensors, numpy arrays, or lists and mappings of them."
+    )
 
 
 def _model_parts(model: nn.Module) -> Iterable[bytes]:
@@ -132,7 +164,28 @@ def _value_bytes(value: Any) -> bytes:
 
 
 def _callable_bytes(function: Callable[..., Any]) -> bytes:
-    return cloudpickle.dumps(function) + _source(function)
+    written = inspect.isroutine(function) or inspect.isclass(function)
+    source = _source(function if written else type(function))
+    return b"".join([cloudpickle.dumps(function), source, *_global_parts(function)])
+
+
+def _global_parts(function: Callable[..., Any]) -> Iterable[bytes]:
+    """Return the plain data that a function finds in its module: not in its pickle, nor source."""
+    called = function if inspect.isroutine(function) else type(function).__call__
+    plain = getattr(called, "__func__", called)
+    code, namespace = getattr(plain, "__code__", None), getattr(plain, "__globals__", {})
+    names = sorted(_names(code)) if isinstance(code, CodeType) else []
+    for name in names:
+        try:
+            parts = [*_data_parts(namespace[name], _refuse)] if name in namespace else []
+        except TypeError:  # a function, a class, a module
+            continue
+        yield from (name.encode(), *parts)
+
+
+def _names(code: CodeType) -> set[str]:
+    inner = (constant for constant in code.co_consts if isinstance(constant, CodeType))
+    return set(code.co_names).union(*map(_names, inner))
 
 
 def _source(thing: Any) -> bytes:

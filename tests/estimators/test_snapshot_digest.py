@@ -1,12 +1,17 @@
 """Keys of the cache on disk: alike for equal things, unlike for whatever changes a measure."""
 
+import importlib
 import pickle
+import sys
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from spectralshell import Snapshot
+from spectralshell.estimators import snapshot_digest as digests
+from spectralshell.estimators.coupling_parameters import CouplingConfig
 from spectralshell.estimators.measurement import MeasurementConfig
 from spectralshell.estimators.snapshot_digest import configuration_digest, snapshot_digest
 
@@ -79,3 +84,64 @@ def test_callables_count_by_their_code():
     other = MeasurementConfig(residual=lambda o, t: 2 * (o - t))
     assert configuration_digest(plain) == configuration_digest(plain)
     assert configuration_digest(plain) != configuration_digest(other)
+
+
+MODULE = """
+import numpy as np
+FACTOR = np.ones(3)
+LIMITS = {"low": 0.0, "high": [1.0, 2.0]}
+
+def scaled(outputs, targets):
+    return [FACTOR.sum() * o for o in outputs]
+
+class Clipped:
+    def __call__(self, outputs, targets):
+        return outputs.clip(LIMITS["low"])
+"""
+
+
+@pytest.fixture
+def module(tmp_path, monkeypatch):
+    (tmp_path / "residuals_of_a_user.py").write_text(MODULE)
+    monkeypatch.syspath_prepend(tmp_path)
+    yield importlib.import_module("residuals_of_a_user")
+    del sys.modules["residuals_of_a_user"]
+
+
+@pytest.mark.parametrize("kind", ["function", "object"])
+def test_data_that_a_callable_finds_in_its_module_counts(module, kind):
+    residual = module.scaled if kind == "function" else module.Clipped()
+    config = MeasurementConfig(residual=residual)
+    before = configuration_digest(config)
+    assert configuration_digest(config) == before
+    if kind == "function":
+        module.FACTOR[1] += 1e-12
+    else:
+        module.LIMITS["high"][0] = 3.0
+    assert configuration_digest(config) != before
+
+
+@pytest.mark.parametrize("size", [3, 2000])
+def test_arrays_count_by_every_entry(size):
+    """The text of an array has eight digits, and of a thousand entries the ends alone."""
+    array = np.ones(size)
+    other = array.copy()
+    other[size // 2] += 1e-12
+    same, moved, single, square = (
+        configuration_digest(CouplingConfig(direction={"weight": value}))
+        for value in (array.copy(), other, array.astype(np.float32), array[:, None])
+    )
+    assert len({same, moved, single, square}) == 4
+    assert same == configuration_digest(CouplingConfig(direction={"weight": array}))
+
+
+@pytest.mark.parametrize("value", [object(), {1, 2}, np.array([None])])
+def test_what_has_no_value_to_compare_is_refused(value):
+    with pytest.raises(TypeError, match="cannot tell by its value"):
+        configuration_digest(CouplingConfig(direction={"weight": value}))
+
+
+def test_another_version_of_the_package_measures_again(monkeypatch):
+    before = configuration_digest(MeasurementConfig())
+    monkeypatch.setattr(digests, "__version__", "99.0")
+    assert configuration_digest(MeasurementConfig()) != before
