@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import factorial
 
 import numpy as np
 import pandas as pd
@@ -15,6 +16,8 @@ Floats = NDArray[np.float64]
 
 _NULL_INTERVAL = (5.0, 95.0)
 """Percentiles of a null that are reported."""
+
+_LEVEL = 0.05
 
 
 @dataclass(frozen=True)
@@ -198,8 +201,10 @@ def null_frame(
     -------
     DataFrame
         One row per statistic: ``statistic, observed, null_median, null_lower, null_upper`` (5th and
-        95th percentile) and ``p_value`` = (1 + #null at least as good) / (1 + n_null), where a
-        small residual and a large share are good. NaN where there is nothing to observe.
+        95th percentile), ``p_value`` = (1 + #null at least as good) / (1 + n_null), where a small
+        residual and a large share are good, NaN where there is nothing to observe, and ``status``,
+        which says where the p-value cannot fall to 5 %: an order and its mirror image are alike,
+        so about 2 of L! random orders are as good as the best.
 
     Examples
     --------
@@ -224,9 +229,19 @@ def null_frame(
             else (np.nan,) * 3
         )
         p_value = (1 + as_good.sum()) / (1 + n_null) if known else np.nan
-        rows.append((name, value, median, lower, upper, p_value))
+        status = _null_status(n, n_null) if known else "ok"
+        rows.append((name, value, median, lower, upper, p_value, status))
     columns = ["statistic", "observed", "null_median", "null_lower", "null_upper", "p_value"]
-    return pd.DataFrame(rows, columns=columns)
+    return pd.DataFrame(rows, columns=[*columns, "status"])
+
+
+def _null_status(n_blocks: int, n_null: int) -> str:
+    lowest = 2.0 / factorial(n_blocks)
+    if lowest > _LEVEL:
+        return f"p of about {min(lowest, 1.0):.2g} or more: few orders of {n_blocks} blocks"
+    if 1.0 / (1 + n_null) > _LEVEL:
+        return f"p of {1.0 / (1 + n_null):.2g} or more: few random orders"
+    return "ok"
 
 
 def profile_score(

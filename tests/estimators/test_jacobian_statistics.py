@@ -143,6 +143,25 @@ def test_no_null_asked_for():
     assert frame["observed"].notna().all()
 
 
+@pytest.mark.parametrize(
+    ("n_blocks", "n_null", "status"),
+    [
+        (3, 99, "p of about 0.33 or more: few orders of 3 blocks"),
+        (4, 999, "p of about 0.083 or more: few orders of 4 blocks"),
+        (5, 99, "ok"),
+        (5, 9, "p of 0.1 or more: few random orders"),
+    ],
+)
+def test_p_values_that_cannot_be_small_say_so(n_blocks, n_null, status):
+    """An order and its mirror image are alike, so the best of L! orders is never alone."""
+    chain = np.exp(-0.8 * distances(n_blocks))
+    gram = np.ones((n_blocks,) * 3)
+    frame = null_frame(chain, gram, band=1, n_null=n_null, seed=0).set_index("statistic")
+    assert (frame["status"] == status).all()
+    if status != "ok":
+        assert (frame["p_value"] > 0.05).all()
+
+
 def test_score_is_the_gain_of_distance_over_a_constant():
     apart = distances(5)
     profile, counts = np.exp(-0.4 * np.arange(5)), np.arange(5.0, 0.0, -1)
