@@ -14,6 +14,7 @@ from spectralshell.estimators.tail_intervals import jackknife_t
 
 MIN_EDGES = 3
 _LEVEL = 0.05
+_ONE_BATCH = "one batch: no test of the sign"
 _COLUMNS = (
     "sign",
     "p_value",
@@ -87,7 +88,8 @@ def fit_velocity(fluxes: pd.DataFrame, confidence: float) -> pd.DataFrame:
     in every batch. The row of all times has one b and an amplitude for each time. Intervals are
     jackknife-t over batches from three batches on, else Student's t over the edges, which takes
     neighbouring edges for independent. The sign is tested by Student's t over batches of their
-    net flux −Σ J; with one batch, by the number of edges of either sign.
+    net flux −Σ J. One batch has no such test, since its edges share their pairs of modes: ``sign``
+    is 0 and ``p_value`` NaN, and the fit takes the sign of most edges.
     """
     usable = fluxes["resolved"] & fluxes["velocity"].notna()
     taus = fluxes["tau"].to_numpy(dtype=float)
@@ -130,7 +132,8 @@ def _fit(times: Sequence[_Velocities], confidence: float) -> dict[str, Any]:
     direction, p_value = _test_sign(net, np.concatenate(velocities))
     signs = [np.sign(v) == direction for v in velocities]
     agreement = float(np.concatenate(signs).mean())
-    phrases = [] if p_value <= _LEVEL else ["direction not determined"]
+    untested = _ONE_BATCH if len(batches) == 1 else "direction not determined"
+    phrases = [] if p_value <= _LEVEL else [untested]
     if agreement < 1.0:
         other = n_edges - int(np.concatenate(signs).sum())
         phrases.append(f"{other} of {n_edges} edges drift the other way")
@@ -162,11 +165,10 @@ def _net_direction(times: Sequence[_Velocities], batch: Any) -> float:
 
 
 def _test_sign(net: np.ndarray, velocities: np.ndarray) -> tuple[float, float]:
-    """Return the direction, ±1, and the p-value of having none."""
+    """Return the direction, ±1, and the p-value of having none, NaN with one batch."""
     if net.size == 1:
         up, moving = int((velocities > 0).sum()), int((velocities != 0).sum())
-        direction = 1.0 if 2 * up > moving or (2 * up == moving and net[0] > 0) else -1.0
-        return direction, float(stats.binomtest(up, moving).pvalue) if moving else 1.0
+        return 1.0 if 2 * up > moving or (2 * up == moving and net[0] > 0) else -1.0, np.nan
     direction = 1.0 if net.mean() > 0 else -1.0
     spread = float(net.std(ddof=1))
     # Equal batches are no evidence beyond that of one.
