@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import sys
-import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -16,20 +15,27 @@ from tqdm.auto import tqdm
 
 from spectralshell.estimators.coupling_parameters import CouplingConfig
 from spectralshell.estimators.coupling_plan import CouplingPlan, plan_couplings
+from spectralshell.estimators.direction_parameter import (
+    settle_direction,
+    unit_of,
+    unit_status,
+)
+from spectralshell.estimators.gate_statuses import gate_status, unwarned_gates
 from spectralshell.estimators.mode_couplings import ModeCouplings
 from spectralshell.estimators.remembered import measure_each
 from spectralshell.krylov import EigenPairs, block_lanczos, block_ritz_pairs, dense_pairs
-from spectralshell.operators import Direction, KernelMotion, survey_motion
+from spectralshell.operators import Direction, KernelDerivative, KernelMotion, survey_motion
 from spectralshell.operators.memory_budget import resolve_max_memory
 from spectralshell.shells import noise_floor
+from spectralshell.shells.measure import join_statuses
 from spectralshell.snapshots import Snapshot
-from spectralshell.warning_categories import GateWarning
 
 _CONVERGED = 1e-2
 """Largest residual norm of a mode, relative to its eigenvalue: it then stays in its shell."""
 
 _NO_ERROR = "zero error"
 _FROZEN = "frozen kernel"
+_ROUNDING = "couplings of some modes are lost in rounding"
 
 
 def measure_couplings(
@@ -228,19 +234,22 @@ def _couple(
     error = motion.residual_vector
     direction = _direction(snapshot, motion, config.direction, draws)
     rate = motion.error_rate(direction)
-    couplings, statuses = _compressed(motion, direction, vectors, config)
-    random = _random_couplings(motion, vectors, config, direction.norm, draws)
-    shape = (config.n_random, *couplings.shape)
-    total = 0.5 * float(error @ error)
-    phrases = [modes.pairs.status, modes.status, *statuses]
+    with unwarned_gates():
+        couplings, derivative = _compressed(motion, direction, vectors, config)
+        rate_noise = derivative.noise
+        derivative.close()
+        random = _random_couplings(motion, vectors, config, direction.norm, draws)
+    total, unit = 0.5 * float(error @ error), unit_of(direction)
+    phrases = [modes.pairs.status, modes.status, derivative.status, unit_status(unit)]
+    phrases.append(gate_status(motion, direction, config.derivative))
     phrases += [_NO_ERROR] if total == 0.0 else []
     phrases += [_FROZEN] if direction.norm > 0.0 and not couplings.any() else []
-    return ModeCouplings(
+    found = ModeCouplings(
         eigenvalues=eigenvalues,
         amplitudes=(vectors.T @ error).cpu().numpy(),
         error_rates=(vectors.T @ rate).cpu().numpy(),
         couplings=couplings,
-        random_couplings=np.stack(random) if random else np.zeros(shape),
+        random_couplings=random,
         residual_norms=norms,
         converged=converged,
         lambda_max=max(float(eigenvalues[-1]), 0.0) if eigenvalues.size else 0.0,
@@ -257,19 +266,22 @@ def _couple(
         n_rows=motion.n_rows,
         n_parameters=motion.n_parameters,
         dynamics_exact=motion.dynamics_exact and direction.name == "gradient-flow",
+        unit=unit,
+        rate_noise=rate_noise,
         tau=snapshot.tau,
         batch=snapshot.batch,
         name=snapshot.name,
-        status="; ".join(dict.fromkeys(p for p in phrases if p != "ok")) or "ok",
+        status=join_statuses(phrases),
     )
+    lost = converged & (eigenvalues >= modes.floor) & (eigenvalues > 0.0) & ~found.resolved
+    return replace(found, status=join_statuses([found.status, _ROUNDING])) if lost.any() else found
 
 
 def _direction(
     snapshot: Snapshot, motion: KernelMotion, spec: Any, draws: torch.Generator
 ) -> Direction:
-    if callable(spec):
-        spec = spec(snapshot)
-    return motion.direction(spec, generator=draws)
+    chosen = settle_direction(spec, snapshot) if callable(spec) else spec
+    return motion.direction(chosen, generator=draws)
 
 
 def _random_couplings(
@@ -278,23 +290,21 @@ def _random_couplings(
     config: CouplingConfig,
     norm: float,
     draws: torch.Generator,
-) -> list[np.ndarray]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", GateWarning)  # said once, for the direction asked for
-        return [
-            _compressed(
-                motion, motion.direction("random", generator=draws, norm=norm), vectors, config
-            )[0]
-            for _ in range(config.n_random)
-        ]
+) -> np.ndarray:
+    k = vectors.shape[1]
+    found = np.empty((config.n_random, k, k))
+    for draw in range(config.n_random):
+        direction = motion.direction("random", generator=draws, norm=norm)
+        found[draw] = _compressed(motion, direction, vectors, config)[0]
+    return found
 
 
 def _compressed(
     motion: KernelMotion, direction: Direction, vectors: Tensor, config: CouplingConfig
-) -> tuple[np.ndarray, list[str]]:
+) -> tuple[np.ndarray, KernelDerivative]:
     derivative = motion.derivative(direction, method=config.derivative, step=config.step)
     slice_: np.ndarray = derivative.compress(vectors).cpu().numpy()
-    return slice_, [derivative.status]
+    return slice_, derivative
 
 
 __all__ = ["couple_motion", "couple_snapshot", "measure_couplings", "motion_for"]

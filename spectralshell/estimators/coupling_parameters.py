@@ -6,17 +6,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
+from spectralshell.estimators.direction_parameter import check_direction, may_be_random
 from spectralshell.estimators.measurement_parameters import (
     check_measurement_parameters,
     measurement_config,
     probe_seed,
 )
 from spectralshell.parameter_checks import check_integer, check_option, check_real
-from spectralshell.snapshots import Snapshot
 
-DIRECTIONS = ("gradient-flow", "cross-entropy", "random")
 DERIVATIVES = ("exact", "difference")
 
 
@@ -31,7 +29,7 @@ class CouplingConfig:
         blocks.
     block_size : int
         Vectors of a block: the error and random ones.
-    direction : str, Snapshot, mapping of str to Tensor, or callable
+    direction : str, Snapshot, mapping of str to Tensor or array, or callable
         What the parameters do; a callable is given the snapshot and returns one of the others.
     derivative : {"exact", "difference"}
         How M is differentiated.
@@ -88,7 +86,7 @@ def check_motion_parameters(estimator: Any) -> None:
     check_option("derivative", estimator.derivative, DERIVATIVES)
     if estimator.step is not None:
         check_real("step", estimator.step, low=0.0, low_open=True)
-    _check_direction(estimator.direction)
+    check_direction(estimator.direction)
 
 
 def coupling_config(estimator: Any, n_random: int = 0) -> CouplingConfig:
@@ -127,32 +125,9 @@ def coupling_config(estimator: Any, n_random: int = 0) -> CouplingConfig:
     )
 
 
-def _check_direction(direction: Any) -> None:
-    if isinstance(direction, str):
-        check_option("direction", direction, DIRECTIONS)
-    elif not (callable(direction) or isinstance(direction, Snapshot) or _is_mapping(direction)):
-        raise TypeError(
-            f"direction must be one of {', '.join(map(repr, DIRECTIONS))}, a Snapshot to move to, "
-            f"a mapping of parameter names to tensors, or a callable that gives one of these for a "
-            f"snapshot, got {direction!r}."
-        )
-
-
-def may_be_random(direction: Any) -> bool:
-    """Tell whether a direction is drawn, or a callable might say so."""
-    return callable(direction) or (isinstance(direction, str) and direction == "random")
-
-
-def _is_mapping(direction: Any) -> bool:
-    return hasattr(direction, "items") and all(
-        isinstance(name, str) and isinstance(value, Tensor) for name, value in direction.items()
-    )
-
-
 __all__ = [
     "CouplingConfig",
     "check_coupling_parameters",
     "check_motion_parameters",
     "coupling_config",
-    "may_be_random",
 ]

@@ -16,6 +16,7 @@ from spectralshell.estimators.callback_support import (
     FitTasks,
     with_callbacks,
 )
+from spectralshell.estimators.gate_statuses import warn_of_held_gates
 from spectralshell.estimators.jacobian_frames import (
     FEATURES,
     block_frame,
@@ -69,6 +70,7 @@ class JacobianBlockDiagnostic(CallbackSupportMixin, SnapshotTransformerMixin, Ba
     direction : str, Snapshot, mapping or callable, default="gradient-flow"
         What the parameters do: ``"gradient-flow"``, ``"cross-entropy"``, ``"random"``, the way to
         another snapshot, tensors by name, or a callable that gives one of these for a snapshot.
+        Rates are per unit of it: per τ, but for tensors and snapshots of equal times (see status).
     derivative : {"exact", "difference"}, default="exact"
         Twice automatically, or by central differences of exact kernels, which is cheaper for large
         models and sees the gates of ReLU.
@@ -109,13 +111,16 @@ class JacobianBlockDiagnostic(CallbackSupportMixin, SnapshotTransformerMixin, Ba
         Toeplitz residual of ``window_blocks`` consecutive blocks against their depth: whether
         blocks in the middle are more alike than those at the ends.
     null_ : DataFrame
-        What depends on the order of the blocks, beside the same under random orders.
+        What depends on the order of the blocks, beside the same under random orders. With four
+        blocks or fewer no p-value can fall to 5 %; ``status`` says so.
     profile_ : DataFrame
         Coherence by distance over the training snapshots, which `score` predicts with.
     trajectory_ : DataFrame
         The norms ‖J‖ and ‖dJ/dt‖ of each training snapshot, its row sums, and its ``status``.
     suprema_ : DataFrame
         Their largest values for each batch (and name).
+    dynamics_exact_ : bool
+        Whether ė = −M e along the direction; nothing here needs it.
 
     See Also
     --------
@@ -236,22 +241,27 @@ class JacobianBlockDiagnostic(CallbackSupportMixin, SnapshotTransformerMixin, Ba
         Warns
         -----
         GateWarning
-            If ``derivative="exact"`` and the model uses activations with kinks.
+            If ``derivative="exact"`` and the model uses activations with kinks; the statuses in
+            ``trajectory_`` say ``gates held`` as well.
         """
         snapshots = as_snapshots(X)
         check_block_parameters(self)
+        self._seed = probe_seed(self.random_state)
+        self._config, self._null = block_config(self, self._seed), null_settings(self, self._seed)
         with FitTasks(self, snapshots).running() as tasks:
             measures = self._measure(snapshots, on_done=tasks.one_done)
         check_same_blocks(measures, measures[0].blocks)
         self.block_names_ = list(measures[0].blocks)
         self.n_blocks_ = len(self.block_names_)
         self.coherence_ = coherence_frame(measures)
-        self.blocks_ = block_frame(measures, self.band)
+        self.blocks_ = block_frame(measures, self._null.band)
         self.windows_ = window_frame(measures, self.window_blocks)
-        self.null_ = null_frames(measures, null_settings(self))
+        self.null_ = null_frames(measures, self._null)
         self.profile_ = profile_frame(measures)
         self.trajectory_ = trajectory_frame(measures)
         self.suprema_ = suprema_frame(self.trajectory_)
+        self.dynamics_exact_ = all(m.dynamics_exact for m in measures)
+        warn_of_held_gates([m.status for m in measures], stacklevel=3)
         return self
 
     def transform(self, X: Sequence[Any]) -> pd.DataFrame:
@@ -273,7 +283,7 @@ class JacobianBlockDiagnostic(CallbackSupportMixin, SnapshotTransformerMixin, Ba
             ``toeplitz_residual``, and three p-values. NaN where there is nothing to observe: no
             decay with fewer than three blocks, no share of a change that is zero.
         """
-        return scalar_frame(self._measure_fitted(X), null_settings(self))
+        return scalar_frame(self._measure_fitted(X), self._null)
 
     def coherence_frame(self, X: Sequence[Any]) -> pd.DataFrame:
         """Return the coherence of all pairs of blocks of new snapshots.
@@ -305,7 +315,7 @@ class JacobianBlockDiagnostic(CallbackSupportMixin, SnapshotTransformerMixin, Ba
             (‖J_l‖), ``trace_share`` (of tr M), ``coherence_sum`` (Σ_m ‖J_l* J_m‖), ``change``
             (‖dM_l/dt‖_F), ``explained`` (NaN where nothing changes) and ``status``.
         """
-        return block_frame(self._measure_fitted(X), self.band)
+        return block_frame(self._measure_fitted(X), self._null.band)
 
     def score(self, X: Sequence[Any], y: Any = None, sample_weight: Any = None) -> float:
         """How well distance predicts the coherence of held-out snapshots, against a constant.
@@ -359,10 +369,10 @@ class JacobianBlockDiagnostic(CallbackSupportMixin, SnapshotTransformerMixin, Ba
     ) -> list[BlockMeasure]:
         return measure_each(
             snapshots,
-            block_config(self),
+            self._config,
             measure_blocks,
             memory=resolve_memory(self.memory),
-            probe_seed=probe_seed(self.random_state),
+            probe_seed=self._seed,
             n_jobs=self.n_jobs,
             verbose=self.verbose,
             on_done=on_done,
@@ -370,7 +380,6 @@ class JacobianBlockDiagnostic(CallbackSupportMixin, SnapshotTransformerMixin, Ba
 
     def _measure_fitted(self, X: Sequence[Any]) -> list[BlockMeasure]:
         check_is_fitted(self)
-        check_block_parameters(self)
         measures = self._measure(as_snapshots(X))
         check_same_blocks(measures, tuple(self.block_names_))
         return measures

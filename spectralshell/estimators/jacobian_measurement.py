@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -13,13 +12,20 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from spectralshell.estimators.coupling_measurement import motion_for
+from spectralshell.estimators.direction_parameter import (
+    PER_TAU,
+    settle_direction,
+    unit_of,
+    unit_status,
+)
+from spectralshell.estimators.gate_statuses import gate_status, unwarned_gates
 from spectralshell.estimators.jacobian_grouping import Blocks, Grouping, group_parameters
 from spectralshell.krylov import EigenPairs, dense_pairs, lanczos, ritz_pairs
 from spectralshell.operators import Direction, KernelDerivative, KernelMotion
 from spectralshell.operators.exact_plan import ROOM, ExactPlan, fits, plan_exact
 from spectralshell.operators.memory_budget import format_bytes, resolve_max_memory
+from spectralshell.shells.measure import join_statuses
 from spectralshell.snapshots import Snapshot
-from spectralshell.warning_categories import GateWarning
 
 Floats = NDArray[np.float64]
 
@@ -93,6 +99,9 @@ class BlockMeasure:
     derivative : str
     n_outputs, n_rows, n_parameters : int
     dynamics_exact : bool
+        Whether ė = −M e along the direction.
+    unit : str
+        What rates are per: ``"per tau"`` or ``"as given"``.
     tau, batch, name
         Labels of the snapshot.
     status : str
@@ -115,6 +124,7 @@ class BlockMeasure:
     n_rows: int
     n_parameters: int
     dynamics_exact: bool
+    unit: str = PER_TAU
     tau: float = 0.0
     batch: int | str = 0
     name: str | None = None
@@ -155,11 +165,14 @@ def measure_blocks(
         plan = _plan(motion, config, len(grouping.labels))
         spectra = _spectra(motion, plan, grouping)
         direction = _direction(snapshot, motion, config)
-        rate, step, phrases = _jacobian_rate(motion, direction, config, spectra)
-        gram = _gram(motion, direction, grouping, replace(config, step=step))
+        with unwarned_gates():
+            rate, step, phrases = _jacobian_rate(motion, direction, config, spectra)
+            gram = _gram(motion, direction, grouping, replace(config, step=step))
         rounding = spectra.noise * spectra.norm * (rate + (spectra.norm / step if step else 0.0))
         gram[np.sqrt(np.einsum("lmm->l", gram)) <= _ROUNDINGS * rounding] = 0.0
-        phrases = [spectra.status, *phrases, *_phrases(grouping, spectra, gram)]
+        unit = unit_of(direction)
+        phrases = [spectra.status, *phrases, *_phrases(grouping, spectra, gram), unit_status(unit)]
+        phrases.append(gate_status(motion, direction, config.derivative))
         return BlockMeasure(
             blocks=grouping.labels,
             block_sizes=_sizes(motion, grouping),
@@ -176,11 +189,12 @@ def measure_blocks(
             n_outputs=motion.n,
             n_rows=motion.n_rows,
             n_parameters=motion.n_parameters,
-            dynamics_exact=motion.dynamics_exact,
+            dynamics_exact=motion.dynamics_exact and direction.name == "gradient-flow",
+            unit=unit,
             tau=snapshot.tau,
             batch=snapshot.batch,
             name=snapshot.name,
-            status="; ".join(dict.fromkeys(p for p in phrases if p != "ok")) or "ok",
+            status=join_statuses(phrases),
         )
 
 
@@ -258,7 +272,7 @@ def _largest(matrix: Tensor) -> float:
 def _direction(snapshot: Snapshot, motion: KernelMotion, config: BlockConfig) -> Direction:
     spec = config.direction
     if callable(spec):
-        spec = spec(snapshot)
+        spec = settle_direction(spec, snapshot)
     return motion.direction(spec, generator=torch.Generator().manual_seed(config.random_seed))
 
 
@@ -322,13 +336,7 @@ def _restricted(
     tangents = dict(zip(motion.parameter_names, direction.tangents, strict=True))
     for label in grouping.labels:
         part: Mapping[str, Tensor] = {name: tangents[name] for name in grouping.members[label]}
-        with warnings.catch_warnings():
-            # The whole direction has warned already.
-            warnings.simplefilter("ignore", GateWarning)
-            derivative = motion.derivative(
-                motion.direction(part), method=config.derivative, step=config.step
-            )
-        yield derivative
+        yield motion.derivative(motion.direction(part), method=config.derivative, step=config.step)
 
 
 def _packed(matrix: Tensor) -> Tensor:

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from spectralshell.estimators.coupling_parameters import check_motion_parameters, may_be_random
+from spectralshell.estimators.coupling_parameters import check_motion_parameters
+from spectralshell.estimators.direction_parameter import may_be_random
 from spectralshell.estimators.jacobian_frames import NullSettings
 from spectralshell.estimators.jacobian_grouping import check_blocks
 from spectralshell.estimators.jacobian_measurement import BlockConfig, BlockMeasure
 from spectralshell.estimators.measurement_parameters import (
     check_kernel_parameters,
-    probe_seed,
     resolve_dtype,
 )
 from spectralshell.parameter_checks import check_integer
@@ -33,8 +33,11 @@ def check_block_parameters(estimator: Any) -> None:
     check_integer("n_null", estimator.n_null, low=0)
 
 
-def block_config(estimator: Any) -> BlockConfig:
-    """Gather what the blocks of an estimator depend on, with checked parameters."""
+def block_config(estimator: Any, seed: int) -> BlockConfig:
+    """Gather what the blocks of an estimator depend on, with checked parameters.
+
+    ``seed`` is that of a random direction.
+    """
     drawn = may_be_random(estimator.direction)
     return BlockConfig(
         residual=estimator.residual,
@@ -47,13 +50,13 @@ def block_config(estimator: Any) -> BlockConfig:
         device=str(estimator.device),
         dtype=resolve_dtype(estimator.dtype),
         max_memory=estimator.max_memory,
-        random_seed=probe_seed(estimator.random_state) if drawn else 0,
+        random_seed=seed if drawn else 0,
     )
 
 
-def null_settings(estimator: Any) -> NullSettings:
-    """Gather how an estimator compares with random orders of the blocks."""
-    return NullSettings(estimator.band, estimator.n_null, probe_seed(estimator.random_state))
+def null_settings(estimator: Any, seed: int) -> NullSettings:
+    """Gather how an estimator compares with random orders of the blocks, drawn from a seed."""
+    return NullSettings(estimator.band, estimator.n_null, seed)
 
 
 def check_same_blocks(measures: Sequence[BlockMeasure], expected: tuple[str, ...]) -> None:

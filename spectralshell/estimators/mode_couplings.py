@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from spectralshell.estimators.direction_parameter import PER_TAU
 
 Floats = NDArray[np.float64]
 
@@ -51,6 +54,12 @@ class ModeCouplings:
         Entries of e, rows N, and parameters that move.
     dynamics_exact : bool
         Whether ė = −M e along the direction.
+    unit : str
+        What rates are per: ``"per tau"``, for gradient flows, random directions of their length and
+        the way between snapshots of different times, or ``"as given"``.
+    rate_noise : float
+        2-norm of the rounding error of dM/dt. No coupling is wrong by more, and in the root mean
+        square by no more than that over the root of ``n_outputs``.
     tau, batch, name
         Labels of the snapshot.
     status : str
@@ -78,16 +87,24 @@ class ModeCouplings:
     n_rows: int
     n_parameters: int
     dynamics_exact: bool
+    unit: str = PER_TAU
+    rate_noise: float = 0.0
     tau: float = 0.0
     batch: int | str = 0
     name: str | None = None
     status: str = "ok"
 
-    @property
+    @cached_property
     def resolved(self) -> NDArray[np.bool_]:
-        """Converged modes at or above the floor, with λ > 0: those that a statistic may use."""
+        """Modes that a statistic may use: converged, with λ > 0 at or above the floor, and known.
+
+        See :func:`known_couplings` for the last.
+        """
         above = (self.eigenvalues >= self.floor) & (self.eigenvalues > 0.0)
-        return np.asarray(self.converged & above, dtype=np.bool_)
+        # ‖error‖_F ≤ √n ‖error‖: the root mean square of an entry.
+        noise = self.rate_noise / self.n_outputs**0.5 if self.rate_noise else 0.0
+        known = known_couplings(self.couplings, self.eigenvalues, noise)
+        return np.asarray(self.converged & above & known, dtype=np.bool_)
 
     @property
     def frozen(self) -> bool:
@@ -100,4 +117,40 @@ class ModeCouplings:
         return replace(self, **labels)
 
 
-__all__ = ["ModeCouplings"]
+def known_couplings(couplings: Floats, eigenvalues: Floats, noise: float) -> NDArray[np.bool_]:
+    """Tell which modes have couplings that are more than rounding.
+
+    Parameters
+    ----------
+    couplings : ndarray of shape (k, k)
+        V.
+    eigenvalues : ndarray of shape (k,)
+    noise : float
+        Root mean square of the error of an entry of V.
+
+    Returns
+    -------
+    ndarray of bool, shape (k,)
+        From the largest λ down, as long as the noise of V_uu, over λ_u, is less than the root mean
+        square of V_uv/√(λ_u λ_v) over the modes above. All of them where V is zero.
+
+    Examples
+    --------
+    >>> known_couplings(np.diag([0.5, 8.0, 16.0]), np.array([1.0, 8.0, 16.0]), 1.0).tolist()
+    [False, True, True]
+    """
+    known = np.full(eigenvalues.shape, True)
+    if noise <= 0.0 or not couplings.any():
+        return known
+    order = np.argsort(-eigenvalues, kind="stable")
+    order = order[eigenvalues[order] > 0.0]
+    rates = eigenvalues[order]
+    squares = couplings[np.ix_(order, order)] ** 2 / (rates[:, None] * rates)
+    sums = np.diagonal(squares.cumsum(axis=0).cumsum(axis=1))
+    sizes = np.sqrt(sums) / np.arange(1, rates.size + 1)
+    above = np.append(sizes[:1], sizes[:-1])
+    known[order] = np.logical_and.accumulate(noise <= rates * above)
+    return known
+
+
+__all__ = ["ModeCouplings", "known_couplings"]

@@ -9,6 +9,7 @@ from typing import Any
 from joblib import Memory, Parallel, delayed, effective_n_jobs
 from tqdm.auto import tqdm
 
+from spectralshell.estimators.direction_parameter import settle_direction
 from spectralshell.estimators.snapshot_digest import configuration_digest, snapshot_digest
 from spectralshell.snapshots import Snapshot
 
@@ -35,7 +36,7 @@ def measure_each(
         ``config``.
     config : dataclass
         How to measure: all that a result depends on beside its snapshot. A callable ``direction``
-        is asked here, once for each snapshot, and what it answers counts.
+        is asked here, once for each snapshot, and what it answers is checked and counts.
     measure : callable
         ``measure(snapshot, config, probe_seed, verbose)``, a function of a module, so that workers
         find it. Its result has ``relabel(tau=, batch=, name=)``.
@@ -93,7 +94,9 @@ def measure_each(
 def _settled(config: Any, snapshot: Snapshot) -> Any:
     """Return the configuration with the direction that a callable gives for the snapshot."""
     direction = getattr(config, "direction", None)
-    return replace(config, direction=direction(snapshot)) if callable(direction) else config
+    if not callable(direction):
+        return config
+    return replace(config, direction=settle_direction(direction, snapshot))
 
 
 def _keys(snapshots: Sequence[Snapshot], config: Any, configs: Sequence[Any]) -> list[str]:

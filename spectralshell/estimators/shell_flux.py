@@ -17,6 +17,7 @@ from spectralshell.estimators.callback_support import (
     FitTasks,
     with_callbacks,
 )
+from spectralshell.estimators.gate_statuses import warn_of_held_gates
 from spectralshell.estimators.shell_density import ShellDensity
 from spectralshell.estimators.shell_flux_frames import BalancedSnapshot, flux_name, wide_fluxes
 from spectralshell.estimators.shell_flux_measurement import (
@@ -61,7 +62,7 @@ class ShellFluxEstimator(
         Which error and which Jacobian, as for :class:`ShellEnergyEstimator`.
     solver : {"auto", "lanczos", "exact"}, default="auto"
         ``"exact"`` takes all modes and the couplings between them. ``"lanczos"`` takes the
-        difference of the energies of the frozen error in two displaced kernels, by Lanczos: for
+        difference of the energies of the frozen error in displaced kernels, by Lanczos: for
         large n; the parts of a flux are then unknown. ``"auto"`` takes the exact solver unless it
         does not fit in memory or needs over ten times the operations.
     n_steps : int, default=100
@@ -69,12 +70,14 @@ class ShellFluxEstimator(
     direction : str, Snapshot, mapping or callable, default="gradient-flow"
         What the parameters do: ``"gradient-flow"`` of the residual's own loss, ``"cross-entropy"``,
         ``"random"`` (of the norm of gradient flow), the way to another snapshot, tensors by
-        parameter name, or a callable that gives one of these for a snapshot.
+        parameter name, or a callable that gives one of these for a snapshot. Rates are per unit of
+        it: per τ, but for tensors and snapshots of equal times, of which ``status`` says so.
     derivative : {"exact", "difference"}, default="exact"
         How the exact solver differentiates M.
     step : float, optional
-        Step of a difference in units of τ; by default it displaces the parameters by eps^(1/3) of
-        their norm.
+        Step of a difference, of either solver, in units of the direction; by default J changes by
+        about eps^(1/3) of itself, and the parameters by no more than that. Lanczos tries half of
+        it as well, and an edge whose flux changes by 5 % of the largest is not resolved.
     floor : "auto" or float, default="auto"
         Resolution floor, 1/τ, as for :class:`ShellEnergyEstimator`.
     window : (float, float), optional
@@ -132,9 +135,9 @@ class ShellFluxEstimator(
     -----
     The exact solver costs one exact kernel, an eigenproblem, 2 n products with the kernel's rate
     (or two more kernels with ``derivative="difference"``), and a few n × n matrices, of which a
-    snapshot remembers one; Lanczos three runs of ``n_steps`` products. A Lanczos flux is resolved
-    above the resolution floor where the last third of the steps changed it, and those above it, by
-    less than 5 % of the largest.
+    snapshot remembers one; Lanczos five runs of ``n_steps`` products. A Lanczos flux is resolved
+    above the resolution floor where the last third of the steps, and half the difference, changed
+    it, and those above it, by less than 5 % of the largest.
 
     Unstructured couplings, in proportion to √(λ_u λ_v), give b near 1: a slope of 1 is no evidence
     of structure. |v| ≪ λ compares figures of different units; the dimensionless comparison of
@@ -230,15 +233,18 @@ class ShellFluxEstimator(
             If batches have several times and ė = −M e does not hold for gradient flow on the
             residual's loss, which the energies under a frozen kernel need.
         GateWarning
-            If M is differentiated exactly and the model has activations with kinks.
+            If M is differentiated exactly and the model has activations with kinks; ``status``
+            says ``gates held`` as well.
         """
         snapshots = as_snapshots(X)
         self._check_parameters()
+        self._config = flux_config(self)
         with FitTasks(self, snapshots).running() as tasks:
             measurements = self._measure(snapshots, on_done=tasks.one_done)
             self._place_shells(measurements)
             self._training = self._balance(measurements)
         self._summarise(measurements)
+        warn_of_held_gates([m.measure.status for m in measurements], stacklevel=3)
         return self
 
     def transform(self, X: Sequence[Any]) -> pd.DataFrame:
@@ -280,7 +286,6 @@ class ShellFluxEstimator(
             Larger is better; NaN if the snapshots have no energy inside the window.
         """
         check_is_fitted(self)
-        self._check_parameters()
         measures = [m.measure for m in self._measure(as_snapshots(X))]
         return self._density.score(measures, sample_weight)
 
@@ -316,7 +321,7 @@ class ShellFluxEstimator(
     ) -> list[FluxMeasurement]:
         return measure_fluxes(
             snapshots,
-            flux_config(self),
+            self._config,
             memory=resolve_memory(self.memory),
             n_jobs=self.n_jobs,
             verbose=self.verbose,
@@ -353,7 +358,6 @@ class ShellFluxEstimator(
 
     def _balanced(self, X: Sequence[Any]) -> list[BalancedSnapshot]:
         check_is_fitted(self)
-        self._check_parameters()
         return self._balance(self._measure(as_snapshots(X)))
 
     def _fitted_shells(self) -> SoftShells:

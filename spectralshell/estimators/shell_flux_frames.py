@@ -17,8 +17,6 @@ from spectralshell.shells.frames import label_index
 from spectralshell.shells.measure import join_statuses
 
 FLUX = "flux_down"
-_BELOW_FLOOR = "below the resolution floor"
-_NOT_CONVERGED = "not converged in the steps taken"
 _NO_MODE = "no mode near the edge"
 _NO_ENERGY = "no energy in the shell"
 
@@ -33,13 +31,18 @@ class BalancedSnapshot:
         Independent of the shells.
     balance : EdgeBalance
         In the shells.
-    resolved : ndarray of bool, shape (n_edges,)
-        Edges whose flux is resolved.
+    faults : ndarray of str, shape (n_edges,)
+        What keeps the flux through an edge from being resolved, ``"ok"`` if nothing.
     """
 
     measurement: FluxMeasurement
     balance: EdgeBalance
-    resolved: np.ndarray
+    faults: np.ndarray
+
+    @property
+    def resolved(self) -> np.ndarray:
+        """Edges whose flux is resolved, bool of shape (n_edges,)."""
+        return np.asarray(self.faults == "ok", dtype=bool)
 
     @property
     def measure(self) -> SpectralMeasure:
@@ -167,21 +170,15 @@ def _edge_columns(snapshot: BalancedSnapshot, edges: np.ndarray) -> dict[str, np
         "flux_to_dissipation": balance.flux_to_dissipation,
         "n_near": balance.n_near,
         "resolved": snapshot.resolved,
-        "status": _edge_statuses(snapshot, edges),
+        "status": _edge_statuses(snapshot),
     }
 
 
-def _edge_statuses(snapshot: BalancedSnapshot, edges: np.ndarray) -> np.ndarray:
+def _edge_statuses(snapshot: BalancedSnapshot) -> np.ndarray:
     statuses = []
-    for k, edge in enumerate(edges):
-        phrases = [snapshot.measure.status]
-        if edge < snapshot.measure.floor:
-            phrases.append(_BELOW_FLOOR)
-        elif not snapshot.resolved[k]:
-            phrases.append(_NOT_CONVERGED)
-        if snapshot.balance.n_near[k] == 0:
-            phrases.append(_NO_MODE)
-        statuses.append(join_statuses(phrases))
+    for fault, n_near in zip(snapshot.faults, snapshot.balance.n_near, strict=True):
+        empty = _NO_MODE if n_near == 0 else "ok"
+        statuses.append(join_statuses([snapshot.measure.status, fault, empty]))
     return np.array(statuses, dtype=object)
 
 

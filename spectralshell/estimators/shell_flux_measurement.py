@@ -17,9 +17,14 @@ from spectralshell.estimators.coupling_measurement import couple_motion, motion_
 from spectralshell.estimators.coupling_parameters import (
     CouplingConfig,
     check_motion_parameters,
-    may_be_random,
 )
 from spectralshell.estimators.coupling_plan import CouplingPlan, plan_couplings
+from spectralshell.estimators.direction_parameter import (
+    may_be_random,
+    settle_direction,
+    unit_of,
+    unit_status,
+)
 from spectralshell.estimators.measurement_parameters import (
     check_measurement_parameters,
     measurement_config,
@@ -32,12 +37,18 @@ from spectralshell.operators import KernelMotion
 from spectralshell.operators.exact_plan import fits
 from spectralshell.operators.memory_budget import resolve_max_memory
 from spectralshell.shells import EdgeBalance, SoftShells, SpectralMeasure, shell_balance
+from spectralshell.shells.measure import join_statuses
 from spectralshell.snapshots import Snapshot
 
-Resolved = NDArray[np.bool_]
+Faults = NDArray[np.object_]
+
+_BELOW_FLOOR = "below the resolution floor"
 
 _WORTH = 10.0
 """Times the cost of Lanczos that ``"auto"`` pays for all modes: only they give the flux's parts."""
+
+_HALVED = 5.0 / 3.0
+"""Runs with the difference of half the step, beside those without."""
 
 
 @dataclass(frozen=True)
@@ -115,6 +126,8 @@ class FluxMeasurement:
         Name of the direction.
     direction_norm : float
         ‖θ̇‖.
+    unit : str
+        What rates are per: ``"per tau"`` or ``"as given"``.
     n_matvecs : int
         Products with M.
     """
@@ -125,6 +138,7 @@ class FluxMeasurement:
     total_rate: float
     direction: str
     direction_norm: float
+    unit: str
     n_matvecs: int
 
     def relabel(self, *, tau: float, batch: int | str, name: str | None) -> FluxMeasurement:
@@ -132,8 +146,8 @@ class FluxMeasurement:
         labelled = self.measure.relabel(tau=tau, batch=batch)
         return replace(self, measure=replace(labelled, name=name))
 
-    def balance(self, shells: SoftShells) -> tuple[EdgeBalance, Resolved]:
-        """Return the balance of soft shells, and which of its edges are resolved.
+    def balance(self, shells: SoftShells) -> tuple[EdgeBalance, Faults]:
+        """Return the balance of soft shells, and what keeps fluxes from being resolved.
 
         Parameters
         ----------
@@ -144,9 +158,14 @@ class FluxMeasurement:
         -------
         balance : EdgeBalance
             A `ShellBalance` from the exact solver.
-        resolved : ndarray of bool, shape (n_edges,)
+        faults : ndarray of str, shape (n_edges,)
+            ``"ok"`` at the edges that are resolved.
         """
-        above = shells.edges >= self.measure.floor
+        balance, faults = self._balance(shells)
+        below = shells.edges < self.measure.floor
+        return balance, np.where(below, _BELOW_FLOOR, np.array(faults, dtype=object))
+
+    def _balance(self, shells: SoftShells) -> tuple[EdgeBalance, list[str]]:
         modes = self.couplings
         if modes is not None:
             balance = shell_balance(
@@ -158,11 +177,10 @@ class FluxMeasurement:
                 total=modes.total,
                 total_rate=modes.total_rate,
             )
-            return balance, above
+            return balance, ["ok"] * shells.edges.size
         if self.runs is None:
             raise TypeError("couplings and runs are both None, expected one of them.")
-        measured, converged = self.runs.balance(shells, self.total_rate)
-        return measured, above & converged
+        return self.runs.balance(shells, self.total_rate)
 
 
 def measure_fluxes(
@@ -198,7 +216,7 @@ def measure_fluxes(
 
     Notes
     -----
-    The exact solver costs what couplings of all modes cost, Lanczos three runs of ``n_steps``
+    The exact solver costs what couplings of all modes cost, Lanczos five runs of ``n_steps``
     products.
     """
     found: list[FluxMeasurement] = measure_each(
@@ -246,7 +264,7 @@ def measure_flux(
 
 def _plan(motion: KernelMotion, config: FluxConfig) -> CouplingPlan:
     max_bytes = resolve_max_memory(config.max_memory, motion.device)
-    # One run here and two for the difference: as many products as for a space of n_steps modes.
+    # One run here and two for a difference: as many products as for a space of n_steps modes.
     plan = plan_couplings(
         motion.survey.footprint,
         max_bytes,
@@ -257,6 +275,7 @@ def _plan(motion: KernelMotion, config: FluxConfig) -> CouplingPlan:
         derivative=config.derivative,
         chunk_size=motion.survey.evaluation.chunk_size,
     )
+    plan = replace(plan, lanczos_cost=_HALVED * plan.lanczos_cost)
     affordable = plan.exact_cost <= _WORTH * plan.lanczos_cost and fits(plan.exact_bytes, max_bytes)
     return replace(plan, solver="exact") if config.solver == "auto" and affordable else plan
 
@@ -283,6 +302,7 @@ def _from_couplings(snapshot: Snapshot, modes: ModeCouplings) -> FluxMeasurement
         total_rate=modes.total_rate,
         direction=modes.direction,
         direction_norm=modes.direction_norm,
+        unit=modes.unit,
         n_matvecs=modes.n_matvecs,
     )
 
@@ -290,19 +310,27 @@ def _from_couplings(snapshot: Snapshot, modes: ModeCouplings) -> FluxMeasurement
 def _from_runs(
     snapshot: Snapshot, motion: KernelMotion, plan: CouplingPlan, config: FluxConfig
 ) -> FluxMeasurement:
-    spec = config.direction(snapshot) if callable(config.direction) else config.direction
+    spec = config.direction
+    if callable(spec):
+        spec = settle_direction(spec, snapshot)
     draws = torch.Generator().manual_seed(config.random_seed)
     direction = motion.direction(spec, generator=draws)
-    chunk = plan.lanczos.chunk_size
+    unit, chunk = unit_of(direction), plan.lanczos.chunk_size
     measure, runs = run_displaced(motion, direction, config.n_steps, config.step, chunk)
-    exact = measure.dynamics_exact and direction.name == "gradient-flow"
+    measure = replace(
+        measure,
+        dynamics_exact=measure.dynamics_exact and direction.name == "gradient-flow",
+        status=join_statuses([measure.status, unit_status(unit)]),
+        **_labels(snapshot),
+    )
     return FluxMeasurement(
-        measure=replace(measure, dynamics_exact=exact, **_labels(snapshot)),
+        measure=measure,
         couplings=None,
         runs=runs,
         total_rate=runs.total_rate,
         direction=direction.name,
         direction_norm=direction.norm,
+        unit=unit,
         n_matvecs=runs.n_matvecs,
     )
 

@@ -14,6 +14,7 @@ from spectralshell.shells.measure import join_statuses
 
 _STIFF = "the edge decays within the interval"
 _OTHER = "the parameters took another direction"
+_LONG = "the interval is too long to tell what the parameters did"
 _EXPLAINED = 0.1  # part of the dissipation that may be missing from the change of energy
 _UNRESOLVED = "not resolved at both ends"
 
@@ -44,7 +45,9 @@ def trajectory_frame(snapshots: Sequence[BalancedSnapshot], shells: SoftShells) 
     an interval in which the modes at the edge decay, 2 λ Δτ > 1; its status says so.
     ``mismatch`` is the same balance for the whole energy, ΔE/Δτ + D. It is 0 if the parameters
     went the direction that the estimator was given, as far as D is known, and is part of
-    ``measured`` otherwise: batches that training did not see do not follow their own gradient.
+    ``measured`` otherwise: batches that training did not see do not follow their own gradient. The
+    status speaks of another direction if −ΔE/Δτ lies outside the dissipation at the two ends, by
+    over 10 %; of an interval too long to tell if it lies between them, over 10 % off their mean.
     """
     pairs = consecutive(snapshots)
     if not pairs:
@@ -97,17 +100,15 @@ def _interval_columns(
     elapsed = end.tau - start.tau
     first, last = start.balance, end.balance
     dissipation = _logarithmic_mean(first.dissipation_below, last.dissipation_below)
-    losses = (np.array([balance.dissipation.sum()]) for balance in (first, last))
-    lost = float(_logarithmic_mean(*losses)[0])
-    mismatch = float(last.energy.sum() - first.energy.sum()) / elapsed + lost
-    other = abs(mismatch) > _EXPLAINED * abs(lost)
+    losses = [float(balance.dissipation.sum()) for balance in (first, last)]
+    lost = float(_logarithmic_mean(*(np.array([loss]) for loss in losses))[0])
+    gained = float(last.energy.sum() - first.energy.sum()) / elapsed
+    of_all = _mismatch_status(-gained, losses, lost)
     resolved = start.resolved & end.resolved
     stiff = 2.0 * edges * elapsed > 1.0
     status = [
         join_statuses(
-            phrase
-            for phrase, holds in ((_UNRESOLVED, not r), (_STIFF, s), (_OTHER, other))
-            if holds
+            [of_all, *(phrase for phrase, holds in ((_UNRESOLVED, not r), (_STIFF, s)) if holds)]
         )
         for r, s in zip(resolved, stiff, strict=True)
     ]
@@ -120,10 +121,23 @@ def _interval_columns(
         "predicted_start": first.flux_down,
         "predicted_end": last.flux_down,
         "predicted": 0.5 * (first.flux_down + last.flux_down),
-        "mismatch": np.full(edges.shape, mismatch),
+        "mismatch": np.full(edges.shape, gained + lost),
         "resolved": resolved,
         "status": np.array(status, dtype=object),
     }
+
+
+def _mismatch_status(found: float, losses: Sequence[float], mean: float) -> str:
+    """Say whether a loss of energy is explained by the dissipation at the ends and their mean.
+
+    Between them anything may be: one mode loses at the logarithmic mean, and several of which the
+    fast ones are soon gone at little more than the smaller end.
+    """
+    slack = _EXPLAINED * abs(mean)
+    if abs(found - mean) <= slack:
+        return "ok"
+    between = min(losses) - slack <= found <= max(losses) + slack
+    return _LONG if between else _OTHER
 
 
 def _logarithmic_mean(a: np.ndarray, b: np.ndarray) -> np.ndarray:

@@ -17,7 +17,6 @@ from spectralshell.estimators.coupling_parameters import (
 )
 from spectralshell.operators import build_kernel_derivative
 from spectralshell.snapshots import Snapshot
-from spectralshell.warning_categories import GateWarning
 
 # Two float64 routes to one matrix.
 TOLERANCE = 1e-10
@@ -134,10 +133,9 @@ def test_direction_may_follow_from_the_snapshot(snapshot, exact):
     assert not np.allclose(given.couplings, exact.couplings)
 
 
-def test_gates_are_warned_of_once_whatever_the_number_of_directions():
-    with pytest.warns(GateWarning) as caught:
-        couple_snapshot(classifier(activation=nn.ReLU), replace(BRIER, n_random=3))
-    assert len(caught) == 1
+def test_gates_are_in_the_status_whatever_the_number_of_directions():
+    held = couple_snapshot(classifier(activation=nn.ReLU), replace(BRIER, n_random=3))
+    assert held.status == "gates held: relu"
 
 
 def test_couplings_are_remembered_by_configuration(snapshot, tmp_path):

@@ -1,5 +1,7 @@
 """JacobianBlockDiagnostic: the contract, its frames, and what it accepts."""
 
+from dataclasses import replace
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -7,6 +9,7 @@ import torch
 from torch import nn
 
 from spectralshell import JacobianBlockDiagnostic, Snapshot
+from spectralshell.estimators import jacobian_blocks
 from tests.estimators.contract import SnapshotEstimatorContract
 
 FOUR = {"^0.weight": "in", "^0.bias": "shift", "^2.weight": "out", "^2.bias": "level"}
@@ -76,14 +79,47 @@ def test_band_and_null_cost_no_measurement(measured_trajectory, monkeypatch):
     assert len(other.windows_) == 3 * len(measured_trajectory)
 
 
-def test_score_rewards_what_distance_predicts(measured_trajectory):
+def test_score_rewards_what_distance_predicts(measured_trajectory, monkeypatch):
+    """Coherence planted by distance is predicted, and misleads where it rises instead."""
+    apart = np.abs(np.subtract.outer(np.arange(4), np.arange(4)))
+    planted = {0: np.exp(-0.5 * apart), 1: np.exp(-0.55 * apart), 2: np.exp(0.5 * apart - 2.0)}
+    measure = jacobian_blocks.measure_blocks
+
+    def plant(snapshot, *settings):
+        coherence = planted[snapshot.batch] * 4.0
+        np.fill_diagonal(coherence, 4.0)
+        found = measure(snapshot, *settings)
+        return replace(found, coherence=coherence, norms=np.full(4, 2.0))
+
+    monkeypatch.setattr(jacobian_blocks, "measure_blocks", plant)
+    first, near, other = [fresh_copy(s) for s in measured_trajectory[:3]]
+    diagnostic = JacobianBlockDiagnostic(blocks=FOUR, n_null=0).fit([first])
+    assert diagnostic.score([first]) == pytest.approx(1.0)
+    assert 0.9 < diagnostic.score([near]) < 1.0
+    assert diagnostic.score([other]) < 0.0
+
+
+def fresh_copy(snapshot):
+    """The snapshot without what it remembers."""
+    labels = {"tau": snapshot.tau, "batch": snapshot.batch, "state": snapshot.load_state()}
+    return Snapshot(snapshot.model, snapshot.inputs, snapshot.targets, **labels)
+
+
+def test_one_pair_of_blocks_has_no_profile_to_learn(measured_trajectory):
     by_batch = [s for s in measured_trajectory if s.batch == 0]
     held_out = [s for s in measured_trajectory if s.batch == 1]
-    diagnostic = JacobianBlockDiagnostic(blocks=FOUR, n_null=0).fit(by_batch)
-    assert diagnostic.score(held_out) <= 1.0
     two = JacobianBlockDiagnostic(blocks={"^0": "a", "": "b"}, n_null=0).fit(by_batch)
-    # With a single pair the mean at its distance is the mean of all.
+    # The mean at its distance is the mean of all.
     assert two.score(held_out) == 0.0
+
+
+def test_a_random_state_instance_gives_one_null(measured_trajectory):
+    X = measured_trajectory[:2]
+    state = np.random.RandomState(3)
+    diagnostic = JacobianBlockDiagnostic(blocks=FOUR, n_null=9, random_state=state).fit(X)
+    frame = diagnostic.transform(X)
+    for name, rows in diagnostic.null_.groupby("statistic"):
+        np.testing.assert_array_equal(frame[f"{name}_p_value"], rows["p_value"])
 
 
 def linear_snapshots():

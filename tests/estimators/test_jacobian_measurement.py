@@ -1,6 +1,5 @@
 """Blocks of small networks against dense Jacobians, and the cases without structure."""
 
-import warnings
 from dataclasses import replace
 
 import numpy as np
@@ -12,7 +11,7 @@ from torch.func import functional_call, jacrev, jvp
 from spectralshell.estimators.jacobian_measurement import BlockConfig, measure_blocks
 from spectralshell.estimators.jacobian_statistics import explained_shares, normalized_coherence
 from spectralshell.snapshots import Snapshot
-from spectralshell.warning_categories import GateWarning
+from tests.estimators.sharp import Sharp
 
 # Coherence goes with the square root of the kernels' rounding.
 COHERENCE = 1e-7
@@ -203,14 +202,17 @@ def test_zero_error_does_not_move():
     assert not measure.gram.any()
 
 
-def test_gates_warn_once_and_only_where_they_are_missed():
-    snapshot = snapshot_of(lambda: perceptron(nn.ReLU))
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        measure_blocks(snapshot, BlockConfig())
-        measure_blocks(snapshot, BlockConfig(derivative="difference"))
-        measure_blocks(snapshot_of(perceptron), BlockConfig())
-    assert [w.category for w in caught] == [GateWarning]
+@pytest.mark.parametrize(
+    ("activation", "derivative", "status"),
+    [
+        (nn.ReLU, "exact", "gates held: relu"),
+        (nn.ReLU, "difference", "ok"),
+        (nn.Tanh, "exact", "ok"),
+    ],
+)
+def test_gates_are_named_only_where_their_jumps_are_missed(activation, derivative, status):
+    snapshot = snapshot_of(lambda: perceptron(activation))
+    assert measure_blocks(snapshot, BlockConfig(derivative=derivative)).status == status
 
 
 def test_directions():
@@ -242,18 +244,6 @@ def test_float32_agrees_to_its_rounding():
     error = np.abs(single.coherence - double.coherence)
     assert (error <= single.uncertainty + 1e-5 * double.coherence).all()
     np.testing.assert_allclose(single.gram, double.gram, atol=1e-4 * double.gram.max())
-
-
-class Sharp(nn.Module):
-    """Turns quickly along one of its many parameters."""
-
-    def __init__(self):
-        super().__init__()
-        self.turn = nn.Linear(3, 2)
-        self.scale = nn.Parameter(torch.full((400,), 5.0))
-
-    def forward(self, x):
-        return torch.sin(30.0 * self.turn(x)) + 1e-3 * self.scale.mean()
 
 
 def test_step_of_a_difference_follows_the_jacobian():

@@ -15,6 +15,7 @@ from spectralshell.operators import survey_motion
 from spectralshell.shells import SoftShells
 from spectralshell.warning_categories import DynamicsWarning
 from tests.estimators.contract import ShellEstimatorContract
+from tests.estimators.sharp import Sharp
 
 # Finite differences of energies in float64, extrapolated once.
 RATE_ATOL = 1e-7
@@ -172,6 +173,31 @@ def test_matrix_free_fluxes_against_exact_ones(measured_trajectory, dtype):
     assert found["drift"].isna().all()
 
 
+def test_step_of_a_matrix_free_difference_follows_the_jacobian():
+    """In proportion to 400 idle parameters it would go over many turns of the sine."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = Sharp()
+    x = torch.randn(6, 3, generator=generator)
+    snapshot = Snapshot(model, x, torch.randn(6, 2, generator=generator))
+    settings = {"q": 4.0, "floor": 1e-2}
+    exact = ShellFluxEstimator(solver="exact", **settings).fit([snapshot]).fluxes_["flux_down"]
+
+    def fluxes(**changes):
+        return ShellFluxEstimator(solver="lanczos", **settings, **changes).fit([snapshot]).fluxes_
+
+    found = fluxes()
+    assert found["resolved"].all()
+    error = (found["flux_down"] - exact).abs() / exact.abs().max()
+    assert error.max() < MATRIX_FREE
+    far = fluxes(step=0.05)
+    error = (far["flux_down"] - exact).abs() / exact.abs().max()
+    assert error.max() > 1.0
+    assert not far["resolved"].any()
+    assert far["status"].str.contains("changes with the step of the difference").all()
+
+
 def test_matrix_free_dissipation_is_that_of_the_modes():
     """Along a random direction ė is far from −M e, and outside the Krylov space."""
     snapshot = Snapshot(small_model(), *batch())
@@ -216,6 +242,28 @@ def test_measured_fluxes_of_gradient_descent_are_the_predicted_ones():
     ratios = estimator.integrability_
     assert (ratios["ratio"].dropna() > 0).all()
     assert len(ratios) == estimator.n_shells_
+
+
+def decaying_modes(times):
+    """Snapshots of exact gradient flow with M = diag(1, 100), which stays, and g = (1, 1)."""
+    rates = torch.tensor([1.0, 100.0], dtype=torch.float64)
+    inputs = torch.diag((2.0 * rates).sqrt())
+    targets = torch.full((2, 1), 2.0**0.5, dtype=torch.float64)
+    model = torch.nn.Linear(2, 1, bias=False).double()
+    snapshots = []
+    for tau in times:
+        weight = (1.0 - torch.exp(-rates * tau)) / rates.sqrt()
+        state = {"weight": weight[None]}
+        snapshots.append(Snapshot(model, inputs, targets, tau=tau, state=state))
+    return snapshots
+
+
+@pytest.mark.parametrize(("elapsed", "long"), [(1e-4, False), (1e-3, False), (0.1, True)])
+def test_a_long_interval_is_not_taken_for_another_direction(elapsed, long):
+    """The fast mode is gone at once, and D at the ends says little of what was lost between."""
+    frame = ShellFluxEstimator(floor=0.5).fit(decaying_modes((0.0, elapsed))).trajectory_
+    assert not frame["status"].str.contains("another direction").any()
+    assert frame["status"].str.contains("too long to tell").all() == long
 
 
 def test_what_another_optimiser_did_is_found_along_its_way():
