@@ -22,6 +22,7 @@ from spectralshell.estimators.coupling_parameters import (
     check_coupling_parameters,
     coupling_config,
 )
+from spectralshell.estimators.gate_statuses import warn_of_held_gates
 from spectralshell.estimators.measurement_parameters import probe_seed
 from spectralshell.estimators.mode_couplings import ModeCouplings
 from spectralshell.estimators.snapshot_transformer import SnapshotTransformerMixin
@@ -58,11 +59,13 @@ class ToeplitzDiagnostic(CallbackSupportMixin, SnapshotTransformerMixin, BaseEst
     direction : str, Snapshot, mapping or callable, default="gradient-flow"
         What the parameters do: ``"gradient-flow"`` of the residual's own loss, ``"cross-entropy"``,
         ``"random"``, a snapshot to move to, a mapping from parameter names to tensors, or a
-        callable that gives one of these for each snapshot.
+        callable that gives one of these for each snapshot. Couplings are per unit of it: per τ, but
+        for tensors and snapshots of equal times, of which ``status_`` says so.
     derivative : {"exact", "difference"}, default="exact"
         How M is differentiated; only differences see the gates of ReLU-like activations flip.
     step : float, optional
-        Step of the difference, in units of τ.
+        Step of the difference, in units of the direction; by default J changes by about eps^(1/3)
+        of itself, and the parameters by no more than that.
     normalization : {"sqrt", "product", "raw"}, default="sqrt"
         Divide V_uv by √(λ_u λ_v), by λ_u λ_v, or by nothing. See `shells.shell_coupling` for this
         and the next two.
@@ -76,7 +79,8 @@ class ToeplitzDiagnostic(CallbackSupportMixin, SnapshotTransformerMixin, BaseEst
         Shells with fewer resolved modes are masked.
     n_null : int, default=20
         Permutations, and random directions. Each random direction costs as much as the direction
-        itself; p-values are multiples of 1 / (1 + n_null).
+        itself; p-values are multiples of 1 / (1 + n_null), so that fewer than 19 tell nothing at
+        5 %.
     parameters, chunk_size, max_memory, device, dtype, memory, n_jobs, verbose
         As in `ShellEnergyEstimator`.
     random_state : int, RandomState instance or None, default=None
@@ -93,12 +97,13 @@ class ToeplitzDiagnostic(CallbackSupportMixin, SnapshotTransformerMixin, BaseEst
         (1 + #{permuted residuals ≤ residual}) / (1 + n_null): small if permuted entries are less
         Toeplitz. The p-value against random directions is in ``statistics_``.
     statistics_ : DataFrame
-        One row per statistic: ``value, lower, upper`` (95 % jackknife over batches, NaN with one
-        batch), ``alternative`` (the side on which the papers' claim lies), and for the nulls
-        ``permutation`` and ``random`` their ``_median, _lower, _upper`` (5 % and 95 % of the
-        draws) and ``_p``. Rows: ``toeplitz_residual``; slope and R² of the diagonal
-        (``coupling_slope, coupling_r2, signed_slope, signed_r2``); ``intra_inter_ratio``;
-        ``adjacent_share``, the share of the flux between shells that joins neighbours.
+        One row per statistic: ``value, lower, upper`` (95 % jackknife over batches, NaN with one;
+        snapshots with different names are batches of their own), ``alternative`` (the side on which
+        the papers' claim lies), and for the nulls ``permutation`` and ``random`` their ``_median,
+        _lower, _upper`` (5 % and 95 % of the draws) and ``_p`` (two-sided: as far from the median).
+        Rows: ``toeplitz_residual``; slope and R² of the diagonal (``coupling_slope, coupling_r2,
+        signed_slope, signed_r2``); ``intra_inter_ratio``; ``adjacent_share``, the share of the flux
+        between shells that joins neighbours.
     null_ : DataFrame
         One row per ``null`` and ``draw``, one column per statistic.
     windows_ : DataFrame
@@ -125,6 +130,8 @@ class ToeplitzDiagnostic(CallbackSupportMixin, SnapshotTransformerMixin, BaseEst
         Largest eigenvalue of the training snapshots, and the λ below which no mode counts.
     solver_, n_matvecs_ : str, int
         The solver (``"mixed"`` if it differs between snapshots), and its products with M.
+    dynamics_exact_ : bool
+        Whether ė = −M e along the direction; nothing here needs it.
     status_ : str
         ``"ok"``, or what to know about the result.
 
@@ -137,7 +144,8 @@ class ToeplitzDiagnostic(CallbackSupportMixin, SnapshotTransformerMixin, BaseEst
     -----
     Fit it on several batches of one model state: couplings of different times differ in size, and
     in their mean the largest weigh most (``status_`` says so). `transform` gives every snapshot its
-    own row, for a trajectory.
+    own row, for a trajectory. Times of one batch are permuted alike, and where their modes are not
+    as many, permutation p-values are NaN. Where nothing couples, all p-values are.
 
     A small residual alone means nothing: it falls as shells hold more modes, also for noise. The
     permutation null keeps the modes per shell and the entries; it is exact if entries are
@@ -240,7 +248,8 @@ class ToeplitzDiagnostic(CallbackSupportMixin, SnapshotTransformerMixin, BaseEst
         Warns
         -----
         GateWarning
-            If ``derivative="exact"`` meets activations whose gates flip.
+            If ``derivative="exact"`` meets activations whose gates flip; ``status_`` says ``gates
+            held`` as well.
         """
         snapshots = as_snapshots(X)
         self._check_parameters()
@@ -258,6 +267,8 @@ class ToeplitzDiagnostic(CallbackSupportMixin, SnapshotTransformerMixin, BaseEst
         solvers = {m.solver for m in measured}
         self.solver_ = solvers.pop() if len(solvers) == 1 else "mixed"
         self.n_matvecs_ = sum(m.n_matvecs for m in measured)
+        self.dynamics_exact_ = all(m.dynamics_exact for m in measured)
+        warn_of_held_gates([m.status for m in measured], stacklevel=3)
         return self
 
     def transform(self, X: Sequence[Any]) -> pd.DataFrame:
@@ -314,7 +325,8 @@ class ToeplitzDiagnostic(CallbackSupportMixin, SnapshotTransformerMixin, BaseEst
         float
             Above 0 if the couplings are closer to Toeplitz than their entries in random places,
             which the bare residual does not tell, as it falls with coarser shells on pure noise.
-            Snapshots without a usable shell are left out; NaN if there is no other.
+            Snapshots with fewer than two usable shells or without coupling are left out; NaN if
+            there is no other, which a grid search ranks last.
         """
         shells = [self._in_shells(m) for m in self.mode_couplings(X)]
         gains = np.array([log_gain(s, int(self.n_null)) for s in shells])

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -28,6 +29,7 @@ from spectralshell.shells.toeplitz_matrix import ShellWindow, sliding_windows
 
 Floats = NDArray[np.float64]
 
+_APART = "modes of a batch differ between tau: no permutation p-value"
 _SLOPES = ("coupling_slope", "signed_slope")
 Interval = tuple[Floats, Floats]
 
@@ -67,8 +69,16 @@ class Diagnosis:
 
     @cached_property
     def permuted(self) -> ShellSummary:
-        """The mean over snapshots, each permuted on its own; one draw each."""
-        return ShellSummary.mean([s.permuted(self.n_null) for s in self.snapshots])
+        """The mean over snapshots, one draw each; NaN where they cannot be permuted together.
+
+        Snapshots of one batch and name share their permutations: their couplings are nearly the
+        same, so that permuted apart they would average out, and seem more regular than noise is.
+        """
+        drawn = ShellSummary.mean([s.permuted(self.n_null) for s in self.snapshots])
+        if self._permute_together():
+            return drawn
+        unknown = {f.name: np.full_like(getattr(drawn, f.name), np.nan) for f in fields(drawn)}
+        return ShellSummary(**unknown | {"log_lambda": drawn.log_lambda})
 
     @cached_property
     def random(self) -> ShellSummary:
@@ -87,16 +97,20 @@ class Diagnosis:
 
     @cached_property
     def statistics(self) -> pd.DataFrame:
-        """One row per statistic: value, interval over batches, both nulls with p-values."""
+        """One row per statistic: value, interval over batches, both nulls with p-values.
+
+        Where nothing couples there is nothing to compare, and p-values are NaN.
+        """
         values = self.observed.statistics()
         rows = []
         for name, alternative in ALTERNATIVES.items():
             value = np.atleast_1d(values[name])
+            tested = np.where(self.observed.is_zero(), np.nan, value)
             lower, upper = self._interval(name)
             row = {"value": value[0], "lower": float(lower), "upper": float(upper)}
             row |= {"alternative": alternative}
             for kind, draws in self._null_statistics.items():
-                found = null_columns(kind, value, draws[name][:, None], alternative)
+                found = null_columns(kind, tested, draws[name][:, None], alternative)
                 row |= {column: cells[0] for column, cells in found.items()}
             rows.append(row)
         return pd.DataFrame(rows, index=pd.Index(list(ALTERNATIVES), name="statistic"))
@@ -144,10 +158,10 @@ class Diagnosis:
         """Coupling by shell offset, with its spread, interval and nulls."""
         frame = offset_kernel(self.observed.coupling)
         frame["lower"], frame["upper"] = self._interval("kernel")
+        tested = frame["coupling"].replace(0.0, np.nan).to_numpy()
         for kind, summary in self._nulls.items():
             draws = np.array([offset_kernel(K)["coupling"] for K in summary.coupling])
-            columns = null_columns(kind, frame["coupling"].to_numpy(), draws, "two-sided")
-            frame = frame.assign(**columns)
+            frame = frame.assign(**null_columns(kind, tested, draws, "two-sided"))
         return frame[frame["n_pairs"] > 0].reset_index(drop=True)
 
     @property
@@ -164,11 +178,10 @@ class Diagnosis:
                 "upper": upper[1:],
             }
         )
+        tested = np.where(flux.any(), frame["share"], np.nan)
         for kind, summary in self._nulls.items():
-            columns = null_columns(
-                kind, frame["share"].to_numpy(), shares(summary.flux)[:, 1:], "two-sided"
-            )
-            frame = frame.assign(**columns)
+            draws = shares(summary.flux)[:, 1:]
+            frame = frame.assign(**null_columns(kind, tested, draws, "two-sided"))
         return frame
 
     @property
@@ -202,15 +215,16 @@ class Diagnosis:
                 "upper": upper,
             }
         )
-        observed = frame["residual"].to_numpy(dtype=float)
+        moving = np.array([self._moves(window) for window in self.windows], dtype=bool)
+        tested = np.where(moving, frame["residual"], np.nan)
         permuted = [self.permuted_window(window) for window in self.windows]
         draws = {
             "permutation": np.reshape(permuted, (len(self.windows), self.n_null)).T,
             "random": self._window_residuals(self.random.coupling).T,
         }
         for kind, values in draws.items():
-            frame = frame.assign(**null_columns(kind, observed, values, "less"))
-        frame["status"] = np.where(frame["n_shells"] > 1, "ok", "fewer than two shells")
+            frame = frame.assign(**null_columns(kind, tested, values, "less"))
+        frame["status"] = [self._window_status(window) for window in self.windows]
         return frame
 
     @property
@@ -228,14 +242,34 @@ class Diagnosis:
             phrases.append("zero coupling")
         if self._intervals is None:
             phrases.append("one batch: no interval over batches")
+        if not self._permute_together():
+            phrases.append(_APART)
         if len({s.couplings.tau for s in self.snapshots}) > 1:
             phrases.append("mean over several tau: the largest couplings weigh most")
         return join_statuses(phrases)
 
     def permuted_window(self, window: ShellWindow) -> Floats:
         """Return the residuals of the window under permutations of its own entries."""
+        if not self._permute_together(window):
+            return np.full(self.n_null, np.nan)
         drawn = [s.permuted_within(window, self.n_null) for s in self.snapshots]
         return np.asarray(toeplitz_residual(mean_known(drawn)))
+
+    def _permute_together(self, window: ShellWindow | None = None) -> bool:
+        """Tell whether snapshots that differ in tau alone have as many modes, and so one order."""
+        sizes: dict[Any, set[tuple[int, ...]]] = {}
+        for snapshot in self.snapshots:
+            sizes.setdefault(snapshot.source, set()).add(snapshot.n_permuted(window))
+        return all(len(found) == 1 for found in sizes.values())
+
+    def _moves(self, window: ShellWindow) -> bool:
+        inner = self.observed.coupling[window.shells, window.shells]
+        return bool((np.nan_to_num(inner) != 0.0).any())
+
+    def _window_status(self, window: ShellWindow) -> str:
+        if (self.counts[window.shells] > 0).sum() < 2:
+            return "fewer than two shells"
+        return "ok" if self._permute_together(window) else _APART
 
     @cached_property
     def _nulls(self) -> dict[str, ShellSummary]:
@@ -247,13 +281,17 @@ class Diagnosis:
 
     @cached_property
     def _intervals(self) -> dict[str, Interval] | None:
-        return jackknife([s.couplings.batch for s in self.snapshots], self._evaluate)
+        return jackknife([s.source for s in self.snapshots], self._evaluate)
 
     def _interval(self, name: str) -> Interval:
         if self._intervals is not None:
             return self._intervals[name]
-        unknown = np.full(np.shape(self._evaluate(range(len(self.snapshots)))[name]), np.nan)
+        unknown = np.full(np.shape(self._evaluated[name]), np.nan)
         return unknown, unknown
+
+    @cached_property
+    def _evaluated(self) -> dict[str, Floats]:
+        return self._evaluate(range(len(self.snapshots)))
 
     def _evaluate(self, chosen: Sequence[int]) -> dict[str, Floats]:
         mean = ShellSummary.mean([self.snapshots[i].observed for i in chosen])

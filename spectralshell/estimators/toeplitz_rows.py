@@ -56,14 +56,15 @@ def scalar_frame(
 
 
 def log_gain(snapshot: SnapshotShells, n_null: int) -> float:
-    """Return −ln(residual / median residual of the permutations); NaN without a usable shell.
+    """Return −ln(residual / median residual of the permutations).
 
-    0 where both vanish: a kernel that does not move, a single shell.
+    NaN where there is nothing to compare, fewer than two usable shells or no coupling: a number
+    would reward shells so wide that nothing is left.
     """
+    if snapshot.modes.usable.sum() < 2 or snapshot.observed.is_zero():
+        return float("nan")
     observed = float(toeplitz_residual(snapshot.observed.coupling))
     null = np.median(toeplitz_residual(snapshot.permuted(n_null, with_flux=False).coupling))
-    if np.isnan(observed):
-        return float("nan")
     # Equal entries leave rounding alone, on either side.
     rounding = np.finfo(np.float64).eps
     return float(np.log(max(null, rounding) / max(observed, rounding)))
@@ -71,7 +72,7 @@ def log_gain(snapshot: SnapshotShells, n_null: int) -> float:
 
 def _row(snapshot: SnapshotShells, n_null: int, window_shells: int) -> dict[str, float]:
     observed = {name: float(v) for name, v in snapshot.observed.statistics().items()}
-    residual = observed["toeplitz_residual"]
+    residual = float("nan") if snapshot.observed.is_zero() else observed["toeplitz_residual"]
     permuted = snapshot.permuted(n_null, with_flux=False).statistics()["toeplitz_residual"]
     random = snapshot.random.statistics()["toeplitz_residual"]
     return observed | {
@@ -88,14 +89,15 @@ def _row(snapshot: SnapshotShells, n_null: int, window_shells: int) -> dict[str,
 def _central(snapshot: SnapshotShells, n_null: int, window_shells: int) -> dict[str, float]:
     windows = sliding_windows(snapshot.modes.usable, window_shells)
     chosen = most_central(windows)
-    residual, null = np.nan, np.full(1, np.nan)
+    residual, tested, null = np.nan, np.nan, np.full(1, np.nan)
     if chosen is not None:
         window = windows[chosen]
         inner = snapshot.observed.coupling[window.shells, window.shells]
         residual = float(toeplitz_residual(inner))
         null = np.asarray(toeplitz_residual(snapshot.permuted_within(window, n_null)))
+        tested = residual if np.nan_to_num(inner).any() else np.nan
     return {
         "central_residual": residual,
         "central_permutation_residual": float(np.median(null)),
-        "central_permutation_p": null_p_value(residual, null, "less"),
+        "central_permutation_p": null_p_value(tested, null, "less"),
     }

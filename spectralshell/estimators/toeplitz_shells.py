@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,13 +38,28 @@ class SnapshotShells:
     rule : CouplingRule
         How couplings are made of entries.
     seed : int
-        Of the permutations; with the snapshot's labels it decides all of them.
+        Of the permutations; with the snapshot's batch and name it decides all of them. Snapshots of
+        different times share them, since successive couplings of a batch are nearly the same.
     """
 
     couplings: ModeCouplings
     partition: ShellPartition
     rule: CouplingRule
     seed: int
+
+    @property
+    def source(self) -> tuple[Any, Any]:
+        """Batch and name: what the snapshots of one trajectory share."""
+        return self.couplings.batch, self.couplings.name
+
+    def n_permuted(self, window: ShellWindow | None = None) -> tuple[int, ...]:
+        """Return how many modes have their entries permuted, for couplings and for fluxes.
+
+        In a window there are no fluxes.
+        """
+        if window is not None:
+            return (int(self.modes.counts[window.shells].sum()),)
+        return self.modes.modes.size, self._all_modes.modes.size
 
     @cached_property
     def modes(self) -> ShellModes:
@@ -112,7 +128,7 @@ class SnapshotShells:
         return np.array([np.trace(exchanged, distance) for distance in distances])
 
     def _generator(self, *stream: int) -> np.random.Generator:
-        labels = repr((self.couplings.tau, self.couplings.batch, self.couplings.name))
+        labels = repr(self.source)
         digest = hashlib.sha256(labels.encode()).digest()
         return np.random.default_rng([self.seed, int.from_bytes(digest[:8], "little"), *stream])
 

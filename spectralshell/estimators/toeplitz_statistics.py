@@ -30,6 +30,7 @@ ALTERNATIVES = {
 }
 """The statistics, and on which side of a null the papers' claims put them."""
 
+_TIE = 1e-9
 _RESIDUALS = ("toeplitz_residual", "windows")
 # Positive and skewed, so their intervals are made in logarithms.
 _LOGARITHMIC = (*_RESIDUALS, "intra_inter_ratio", "diagonal", "kernel")
@@ -105,7 +106,7 @@ def mean_known(values: Sequence[Floats]) -> Floats:
 def shares(flux: Floats) -> Floats:
     """Return sizes by distance as shares of their sum, 0 where nothing flows."""
     total = flux.sum(axis=-1, keepdims=True)
-    there = np.broadcast_to(total > 0.0, flux.shape)
+    there = np.broadcast_to(total != 0.0, flux.shape)  # unknown ones stay so
     return np.asarray(np.divide(flux, total, out=np.zeros(flux.shape), where=there))
 
 
@@ -128,20 +129,31 @@ def null_p_value(observed: float, null: Floats, alternative: str) -> float:
     Returns
     -------
     float
-        (1 + number of draws at least as extreme) / (1 + n_draws); twice the smaller side for
-        two-sided ones. NaN if the observation is NaN.
+        (1 + number of draws at least as extreme) / (1 + n_draws), extreme being small, large, or
+        far from the median of draws and observation together: if these are exchangeable, so are
+        their distances, and no p-value is below 1 / (1 + n_draws). NaN if the observation is NaN or
+        no draw is a number.
 
     Examples
     --------
     >>> null_p_value(5.0, np.arange(4.0), "greater")
     0.2
+    >>> null_p_value(-5.0, np.arange(4.0), "two-sided")
+    0.2
     """
-    if np.isnan(observed):
+    if np.isnan(observed) or np.isnan(null).all():
         return float("nan")
-    less = permutation_p_value(observed, null)
-    greater = permutation_p_value(-observed, -null)
-    two_sided = min(1.0, 2.0 * less, 2.0 * greater)
-    return {"less": less, "greater": greater, "two-sided": two_sided}[alternative]
+    if alternative == "less":
+        return permutation_p_value(observed, null)
+    if alternative == "greater":
+        return permutation_p_value(-observed, -null)
+    # Sums in another order differ by rounding, which must not decide who is farther.
+    tied = np.isclose(null, observed, rtol=_TIE, atol=0.0)
+    pooled = np.append(np.where(tied, observed, null), observed)
+    middle = np.nanmedian(pooled)
+    with np.errstate(invalid="ignore"):
+        gaps = np.where(pooled == middle, 0.0, np.abs(pooled - middle))
+    return permutation_p_value(-gaps[-1], -gaps[:-1])
 
 
 def null_columns(prefix: str, observed: Floats, null: Floats, alternative: str) -> dict[str, Any]:
@@ -175,7 +187,7 @@ def jackknife(
     Parameters
     ----------
     batches : sequence
-        Batch of each snapshot.
+        What each snapshot is resampled with: its batch and name.
     evaluate : callable
         From positions of snapshots to named arrays.
 

@@ -18,10 +18,17 @@ from sklearn.pipeline import make_pipeline
 
 # Workers run BLAS with fewer threads, which reorders sums.
 PROCESS_RTOL = 1e-9
+# The same sums with and without terms of weight zero.
+WEIGHT_RTOL = 1e-12
 
 
 def as_tuples(snapshots):
     return [(s.model, s.inputs, s.targets) for s in snapshots]
+
+
+def alternating(X):
+    """Weights that leave the odd positions."""
+    return np.arange(len(X)) % 2
 
 
 class SnapshotEstimatorContract:
@@ -95,21 +102,57 @@ class SnapshotEstimatorContract:
         together = self.make(n_jobs=2).fit(trajectory).transform(trajectory)
         pd.testing.assert_frame_equal(together, alone, rtol=PROCESS_RTOL, atol=1e-300)
 
-    @pytest.mark.parametrize("routing", [False, True])
-    def test_score_takes_sample_weight(self, measured_trajectory, routing):
+    def test_score_takes_sample_weight(self, measured_trajectory):
         X = measured_trajectory
-        weight = np.arange(len(X)) % 2
-        with config_context(enable_metadata_routing=routing):
-            estimator = self.make().fit(X)
-            kept = [s for s, w in zip(X, weight, strict=True) if w]
-            weighted = estimator.score(X, sample_weight=weight)
-        assert weighted == pytest.approx(estimator.score(kept), rel=1e-12)
+        estimator = self.make().fit(X)
+        weighted = estimator.score(X, sample_weight=alternating(X))
+        assert weighted == pytest.approx(estimator.score(X[1::2]), rel=WEIGHT_RTOL)
 
-    @pytest.mark.parametrize("routing", [False, True])
-    def test_last_step_of_a_pipeline_scores(self, measured_trajectory, routing):
-        with config_context(enable_metadata_routing=routing):
-            pipe = make_pipeline(self.make()).fit(measured_trajectory)
-            assert np.isfinite(pipe.score(measured_trajectory))
+    def test_sample_weight_is_routed_through_a_pipeline(self, measured_trajectory):
+        X = measured_trajectory
+        with config_context(enable_metadata_routing=True):
+            pipe = make_pipeline(self.make().set_score_request(sample_weight=True)).fit(X)
+            weighted = pipe.score(X, sample_weight=alternating(X))
+            plain = pipe.score(X)
+        expected = pipe[-1].score(X[1::2])
+        assert weighted == pytest.approx(expected, rel=WEIGHT_RTOL)
+        assert plain != pytest.approx(expected, rel=WEIGHT_RTOL)
+
+    def test_sample_weight_is_routed_through_cross_validation(self, measured_trajectory):
+        X = measured_trajectory
+        folds = GroupKFold(2)
+        groups, weight = [s.batch for s in X], np.linspace(0.0, 1.0, len(X))
+        with config_context(enable_metadata_routing=True):
+            found = cross_validate(
+                self.make().set_score_request(sample_weight=True),
+                X,
+                cv=folds,
+                params={"groups": groups, "sample_weight": weight},
+                error_score="raise",
+            )
+        expected = [
+            self.make()
+            .fit([X[i] for i in train])
+            .score([X[i] for i in test], sample_weight=weight[test])
+            for train, test in folds.split(X, groups=groups)
+        ]
+        np.testing.assert_allclose(found["test_score"], expected, rtol=WEIGHT_RTOL)
+
+    def test_last_step_of_a_pipeline_scores(self, measured_trajectory):
+        pipe = make_pipeline(self.make()).fit(measured_trajectory)
+        assert np.isfinite(pipe.score(measured_trajectory))
+
+    def test_a_random_state_instance_is_asked_in_fit_alone(self, measured_trajectory):
+        """And so are the other settings: what is fitted stays as it is until the next fit."""
+        X = measured_trajectory[:2]
+        estimator = self.make(random_state=np.random.RandomState(0))
+        if "direction" in estimator.get_params():
+            estimator.set_params(direction="random")
+        estimator.fit(X)
+        first, score = estimator.transform(X), estimator.score(X)
+        estimator.set_params(random_state=1)
+        pd.testing.assert_frame_equal(estimator.transform(X), first, check_exact=True)
+        assert estimator.score(X) == pytest.approx(score, rel=WEIGHT_RTOL, nan_ok=True)
 
     @pytest.mark.parametrize("n_jobs", [1, 2])
     def test_cross_validates_by_batch(self, measured_trajectory, n_jobs):

@@ -13,6 +13,7 @@ from spectralshell import (
 )
 from spectralshell.estimators import coupling_measurement as couplings
 from spectralshell.estimators import jacobian_blocks, shell_flux_measurement
+from spectralshell.warning_categories import GateWarning
 from tests.fingerprints import model_fingerprint
 
 # The same arithmetic in another order.
@@ -27,6 +28,12 @@ MEASURES = {
     "flux": (shell_flux_measurement, "measure_flux"),
     "toeplitz": (couplings, "couple_snapshot"),
     "blocks": (jacobian_blocks, "measure_blocks"),
+}
+# Derivatives that see gates flip.
+SEEN = {
+    "flux": {"solver": "lanczos"},
+    "toeplitz": {"derivative": "difference"},
+    "blocks": {"derivative": "difference"},
 }
 anything = pytest.mark.parametrize("kind", ESTIMATORS)
 
@@ -75,6 +82,66 @@ def test_a_direction_by_label_is_never_taken_from_the_cache(kind, tmp_path):
         found = snapshot(batch=batch)
         sizes.append(size_of_motion(kind, estimator.fit([found]), found))
     assert sizes[1] == pytest.approx(2.0 * sizes[0], rel=RTOL)
+
+
+@anything
+def test_arrays_that_a_callable_answers_are_never_taken_from_the_cache(kind):
+    found, scale = snapshot(), np.ones((4, 3))
+    sizes = []
+    for step in (0.0, 1e-9):  # beyond the digits of the array's text
+        scale = scale + step
+        direction = {"0.weight": scale}
+        estimator = ESTIMATORS[kind](direction=lambda _, d=direction: d).fit([found])
+        sizes.append(size_of_motion(kind, estimator, found))
+    assert sizes[1] == pytest.approx((1.0 + 1e-9) * sizes[0], rel=1e-12, abs=0.0)
+    assert len(found.measures) == 2
+
+
+@anything
+@pytest.mark.parametrize("answer", ["uphill", 3.0, {"0.weight": [1.0]}, snapshot])
+def test_what_a_callable_answers_is_checked(kind, answer):
+    with pytest.raises((ValueError, TypeError), match="direction"):
+        ESTIMATORS[kind](direction=lambda _: answer).fit([snapshot()])
+
+
+def statuses_of(kind, estimator):
+    """Return what a fitted estimator says, as a set of phrases."""
+    if kind == "toeplitz":
+        return set(estimator.status_.split("; "))
+    frame = estimator.summary_ if kind == "flux" else estimator.trajectory_
+    return {phrase for status in frame["status"] for phrase in status.split("; ")}
+
+
+@pytest.mark.parametrize(("kind", "n_jobs"), [*((kind, 1) for kind in ESTIMATORS), ("flux", 2)])
+def test_held_gates_are_warned_of_once_from_workers_and_caches_too(kind, n_jobs):
+    X = [Snapshot(network(activation=nn.ReLU), *data(), batch=batch) for batch in range(2)]
+    for _ in range(2):  # measured, and remembered
+        with pytest.warns() as caught:
+            estimator = ESTIMATORS[kind](n_jobs=n_jobs).fit(X)
+        assert [w.category for w in caught] == [GateWarning]
+        assert caught[0].filename == __file__
+        assert "relu" in str(caught[0].message)
+        assert "gates held: relu" in statuses_of(kind, estimator)
+    assert "gates held: relu" not in statuses_of(kind, ESTIMATORS[kind](**SEEN[kind]).fit(X))
+
+
+@anything
+@pytest.mark.parametrize(
+    ("direction", "said"),
+    [
+        ("gradient-flow", False),
+        ("random", False),  # as long as gradient flow
+        (snapshot(5, tau=3.0), False),
+        (snapshot(5), True),
+        ({"0.weight": torch.ones(4, 3)}, True),
+    ],
+    ids=["flow", "random", "later", "elsewhere", "mapping"],
+)
+def test_rates_that_are_not_per_tau_are_said_to_be_so(kind, direction, said):
+    estimator = ESTIMATORS[kind](direction=direction).fit([snapshot()])
+    phrase = "rates per unit of the direction as given"
+    assert (phrase in statuses_of(kind, estimator)) == said
+    assert estimator.dynamics_exact_ == (direction == "gradient-flow")
 
 
 @anything
@@ -172,23 +239,50 @@ def test_a_failing_model_is_left_alone(kind):
     assert model_fingerprint(model) == before
 
 
-@anything
-def test_poor_snapshots_have_a_status_and_no_exception(kind):
+POOR = {
+    "no error": {
+        "flux": {"zero error", "zero direction"},
+        "toeplitz": {"zero error", "zero direction", "zero coupling"},
+        "blocks": {"zero direction", "frozen kernel"},
+    },
+    "one sample": {
+        "flux": {"ok"},
+        "toeplitz": {"one batch: no interval over batches"},
+        "blocks": {"ok"},
+    },
+    "no kernel": {
+        "flux": {"zero direction"},
+        "toeplitz": {"no shell with 1 modes"},
+        "blocks": {"one block", "zero kernel of weight", "frozen kernel"},
+    },
+    "no motion": {
+        "flux": {"frozen kernel"},
+        "toeplitz": {"frozen kernel", "zero coupling"},
+        "blocks": {"one block", "frozen kernel"},
+    },
+}
+
+
+def poor_snapshot(case):
     x, y = data()
-    model = network()
-    with torch.no_grad():
-        solved = model(x)
-        none = nn.Linear(3, 2, bias=False).double()
-    cases = [
-        Snapshot(model, x, solved),  # zero error
-        Snapshot(model, x[:1], y[:1]),  # one sample
-        Snapshot(none, torch.zeros_like(x), y),  # zero kernel
-        Snapshot(none, x, y),  # frozen kernel
-    ]
-    for found in cases:
-        frame = ESTIMATORS[kind]().fit([found]).transform([found])
-        assert len(frame) == 1
-        assert not np.isinf(frame.to_numpy()).any()
+    model, linear = network(), nn.Linear(3, 2, bias=False).double()
+    return {
+        "no error": lambda: Snapshot(model, x, model(x).detach()),
+        "one sample": lambda: Snapshot(model, x[:1], y[:1]),
+        "no kernel": lambda: Snapshot(linear, torch.zeros_like(x), y),
+        "no motion": lambda: Snapshot(linear, x, y),
+    }[case]()
+
+
+@anything
+@pytest.mark.parametrize("case", POOR)
+def test_poor_snapshots_have_a_status_and_no_exception(kind, case):
+    found = poor_snapshot(case)
+    estimator = ESTIMATORS[kind]().fit([found])
+    frame = estimator.transform([found])
+    assert len(frame) == 1
+    assert not np.isinf(frame.to_numpy()).any()
+    assert POOR[case][kind] <= statuses_of(kind, estimator)
 
 
 @anything

@@ -4,13 +4,18 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from sklearn.model_selection import GridSearchCV, GroupKFold
 
 from spectralshell import Snapshot, ToeplitzDiagnostic
-from spectralshell.shells import shell_coupling, toeplitz_residual
+from spectralshell.shells import ShellPartition, shell_coupling, toeplitz_residual
 from tests.estimators.contract import ShellEstimatorContract
 
 CHEAP = {"solver": "exact", "n_null": 2}
 RTOL = 1e-12
+# A difference of states rounded in another order.
+WAY_RTOL = 1e-6
+# ln of shell couplings of modes whose own are more than rounding.
+ROUNDED = 0.03
 
 
 class TestContract(ShellEstimatorContract):
@@ -99,10 +104,33 @@ def test_a_frozen_kernel_gives_zeros_and_a_status(derivative):
     assert known.size > 0
     assert (known == 0.0).all(axis=None)
     assert diagnostic.toeplitz_residual_ == 0.0
-    assert diagnostic.p_value_ == 1.0
+    assert np.isnan(diagnostic.p_value_)
     assert {"frozen kernel", "zero coupling"} <= set(diagnostic.status_.split("; "))
-    assert diagnostic.score([snapshot]) == 0.0
-    assert diagnostic.transform([snapshot]).notna().all(axis=None)
+    assert np.isnan(diagnostic.score([snapshot]))
+    row = diagnostic.transform([snapshot]).iloc[0]
+    assert row.index[row.isna()].tolist() == ["permutation_p", "random_p", "central_permutation_p"]
+
+
+def test_no_motion_is_not_significant_beside_random_directions(measured_trajectory):
+    """The last bias does not change the Jacobian; random directions do."""
+    snapshot = measured_trajectory[:1]
+    direction = {"2.bias": torch.ones(10)}
+    diagnostic = ToeplitzDiagnostic(**CHEAP, direction=direction).fit(snapshot)
+    assert diagnostic.statistics_["random_median"]["toeplitz_residual"] > 0.0
+    for frame in (diagnostic.statistics_, diagnostic.windows_, diagnostic.kernel_):
+        assert frame[["permutation_p", "random_p"]].isna().all(axis=None)
+    assert diagnostic.locality_["random_p"].isna().all()
+    row = diagnostic.transform(snapshot).iloc[0]
+    assert row[["random_p", "permutation_p", "central_permutation_p"]].isna().all()
+
+
+def test_shells_too_wide_to_compare_never_win(one_state):
+    grid = {"q": [2.0, 1e3, 1e30]}
+    search = GridSearchCV(ToeplitzDiagnostic(**CHEAP), grid, cv=GroupKFold(2))
+    with pytest.warns(UserWarning, match="non-finite"):
+        search.fit(one_state, groups=[s.batch for s in one_state])
+    assert np.isnan(search.cv_results_["mean_test_score"][-1])
+    assert search.best_params_["q"] < 1e30
 
 
 def test_zero_error_moves_nothing():
@@ -129,11 +157,54 @@ def test_unconverged_modes_are_masked(one_state):
     assert diagnostic.shells_["n_modes"].sum() <= m.resolved.sum()
 
 
+def steep_spectrum():
+    """A smooth function of one variable: eigenvalues over more decades than float32 has."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Linear(1, 24), torch.nn.Tanh(), torch.nn.Linear(24, 4))
+    with torch.no_grad():
+        model[0].weight.mul_(3.0)
+    x = torch.linspace(-2.0, 2.0, 24)[:, None]
+    return Snapshot(model, x, torch.sin(x * torch.arange(1.0, 5.0)))
+
+
+def test_couplings_lost_in_rounding_are_masked():
+    """A difference in float32 divides the rounding of two kernels by a short step."""
+    snapshot = [steep_spectrum()]
+    phrase = "couplings of some modes are lost in rounding"
+    narrow = ToeplitzDiagnostic(
+        **CHEAP, q=4.0, derivative="difference", dtype="float32", min_modes=1
+    ).fit(snapshot)
+    wide = ToeplitzDiagnostic(**CHEAP, q=4.0, dtype="float64").fit(snapshot)
+    assert phrase in narrow.status_
+    assert phrase not in wide.status_
+    (single,), (double,) = (d.mode_couplings(snapshot) for d in (narrow, wide))
+    above = (single.eigenvalues >= single.floor) & (single.eigenvalues > 0.0)
+    assert 20 < single.resolved.sum() < above.sum()
+
+    def error(mask):
+        partition = ShellPartition.covering(single.floor, single.lambda_max, q=4.0)
+        found, expected = (
+            shell_coupling(m.couplings, m.eigenvalues, partition, mask=mask)
+            for m in (single, double)
+        )
+        return np.nanmax(np.abs(np.log(found / expected)))
+
+    assert error(single.resolved) < ROUNDED < error(above)
+
+
 def test_direction_may_be_the_next_snapshot(one_state, measured_trajectory):
     following = {s.batch: s for s in measured_trajectory[8:]}
-    diagnostic = ToeplitzDiagnostic(**CHEAP, direction=lambda s: following[s.batch])
-    moved = diagnostic.fit(one_state)
-    assert 0.0 < moved.toeplitz_residual_ < 1.0
+    here, there = one_state[0], following[one_state[0].batch]
+    start, end = here.load_state(), there.load_state()
+    way = {name: (end[name] - start[name]) / (there.tau - here.tau) for name in start}
+    moved, mapped = (
+        ToeplitzDiagnostic(**CHEAP, direction=direction).fit(one_state)
+        for direction in (lambda s: following[s.batch], way)
+    )
+    pd.testing.assert_frame_equal(moved.coupling_, mapped.coupling_, rtol=WAY_RTOL)
+    flow = ToeplitzDiagnostic(**CHEAP).fit(one_state)
+    assert not np.allclose(moved.coupling_, flow.coupling_, rtol=0.1, equal_nan=True)
 
 
 def test_several_tau_are_said_to_be_mixed(measured_trajectory):

@@ -165,7 +165,7 @@ def test_offset_kernel_falls_as_planted(four_batches):
     kernel = four_batches.kernel
     decay = np.diff(np.log(kernel["coupling"]))
     np.testing.assert_allclose(decay, -2.0, atol=0.5)
-    assert kernel["permutation_p"][0] == pytest.approx(2 / (1 + N_NULL))
+    assert kernel["permutation_p"][0] == 1 / (1 + N_NULL)
     assert (kernel["lower"][:-1] < kernel["coupling"][:-1]).all()
 
 
@@ -176,8 +176,9 @@ def test_nulls_depend_on_labels_and_seed_alone():
     np.testing.assert_array_equal(together, alone)
     other_seed = in_shells(measured, seed=1)[0].permuted(4).coupling
     assert not np.array_equal(other_seed, together[0])
-    relabelled = in_shells([replace(measured[0], batch=1)])[0].permuted(4).coupling
-    assert not np.array_equal(relabelled, together[0])
+    for labels in ({"batch": 1}, {"name": "seed 1"}):
+        relabelled = in_shells([replace(measured[0], **labels)])[0].permuted(4).coupling
+        assert not np.array_equal(relabelled, together[0])
 
 
 def test_unconverged_modes_and_modes_below_the_floor_do_not_enter():
@@ -203,14 +204,16 @@ def test_zero_coupling_gives_zeros(diagonal):
     diagnosis = Diagnosis(snapshots, N_NULL, 6)
     assert (diagnosis.coupling == 0.0).all(axis=None)
     assert (diagnosis.statistics["value"] == 0.0).all()
-    assert (diagnosis.statistics[["permutation_p", "random_p"]] == 1.0).all(axis=None)
+    assert diagnosis.statistics[["permutation_p", "random_p"]].isna().all(axis=None)
+    assert diagnosis.window_frame[["permutation_p", "random_p"]].isna().all(axis=None)
     assert (diagnosis.window_frame["residual"] == 0.0).all()
     assert (diagnosis.diagonal["slope"] == 0.0).all()
     assert (diagnosis.locality["share"] == 0.0).all()
     assert "zero coupling" in diagnosis.status
-    assert log_gain(snapshots[0], N_NULL) == 0.0
+    assert np.isnan(log_gain(snapshots[0], N_NULL))
     row = scalar_frame(snapshots, N_NULL, 6).iloc[0]
-    assert row.notna().all()
+    assert row.drop(["permutation_p", "random_p", "central_permutation_p"]).notna().all()
+    assert np.isnan(row["random_p"])
     assert row["toeplitz_residual"] == 0.0
 
 
@@ -233,6 +236,7 @@ def test_few_shells(n_shells, status, residual):
     frame = scalar_frame(diagnosis.snapshots, N_NULL, 6)
     assert list(frame.columns) == list(ROW_NAMES)
     assert frame["n_shells"].tolist() == [n_shells]
+    assert np.isnan(log_gain(diagnosis.snapshots[0], N_NULL)) == (n_shells < 2)
     if n_shells == 1:
         assert diagnosis.statistics.loc["toeplitz_residual", "permutation_p"] == 1.0
 
@@ -268,6 +272,66 @@ def test_intervals_are_jackknife_over_batches_not_snapshots():
     assert singles.status == "ok"
 
 
+def test_runs_side_by_side_are_resampled_as_batches_are():
+    by_batch, by_name = (
+        [make_couplings(by_offset(RATES, seed=b), RATES, **labels(b)) for b in range(3)]
+        for labels in (lambda b: {"batch": b}, lambda b: {"batch": 0, "name": f"seed {b}"})
+    )
+    expected, found = (
+        Diagnosis(in_shells(measured), N_NULL, 6) for measured in (by_batch, by_name)
+    )
+    for column in ("value", "lower", "upper"):
+        np.testing.assert_array_equal(found.statistics[column], expected.statistics[column])
+    assert np.isfinite(found.statistics["lower"]).all()
+    assert found.status == "ok"
+
+
+def checkpoints_of_noise(rates, rng, n_times=4):
+    """Couplings of one batch that are noise, and nearly the same at successive times."""
+    scale, first = np.sqrt(rates[:, None] * rates), rng.standard_normal((rates.size, rates.size))
+    found = []
+    for tau in range(n_times):
+        V = first + 0.1 * rng.standard_normal(first.shape)
+        found.append(make_couplings(scale * (V + V.T), rates, n_random=1, tau=float(tau)))
+    return found
+
+
+def test_checkpoints_of_one_batch_are_permuted_together(monkeypatch):
+    """Noise that lasts from one time to the next is no structure, on either side of a null."""
+    # Fluxes take long and are not asked for here.
+    monkeypatch.setattr(SnapshotShells, "_flux_sizes", lambda self, V: np.ones(6))
+    rates, rng, n_null, draws = even_rates(6, 5), np.random.default_rng(0), 9, 100
+    small = dict.fromkeys(["toeplitz_residual", "intra_inter_ratio", "coupling_slope"], 0)
+    for draw in range(draws):
+        snapshots = in_shells(checkpoints_of_noise(rates, rng), seed=draw)
+        p = Diagnosis(snapshots, n_null, 6).statistics["permutation_p"]
+        for name in small:
+            small[name] += p[name] <= 1 / (1 + n_null)
+    spread = 4 * np.sqrt(0.1 * 0.9 / draws)  # four standard deviations of a proportion
+    for count in small.values():
+        assert count / draws == pytest.approx(0.1, abs=spread)
+
+
+def test_checkpoints_with_other_modes_have_no_permutation_p_value():
+    measured = [
+        make_couplings(by_offset(RATES, seed=1), RATES, tau=0.0),
+        make_couplings(by_offset(RATES[5:], seed=2), RATES[5:], tau=1.0),
+    ]
+    diagnosis = Diagnosis(in_shells(measured), N_NULL, 6)
+    phrase = "modes of a batch differ between tau: no permutation p-value"
+    assert phrase in diagnosis.status
+    for frame in (diagnosis.statistics, diagnosis.kernel, diagnosis.locality):
+        assert frame["permutation_p"].isna().all()
+        assert frame["random_p"].notna().all()
+    windows = diagnosis.window_frame.set_index("lambda_lo")
+    whole = windows.index > 1.0  # the modes that are missing are those of the first shell
+    assert (windows["status"] == np.where(whole, "ok", phrase)).all()
+    assert (windows["permutation_p"].notna() == whole).all()
+    other_batches = [replace(m, batch=b) for b, m in enumerate(measured)]
+    apart = Diagnosis(in_shells(other_batches), N_NULL, 6)
+    assert apart.statistics["permutation_p"].notna().all()
+
+
 def test_jackknife_of_a_mean_is_its_t_interval():
     from scipy import stats
 
@@ -288,10 +352,29 @@ def test_intervals_stay_in_range(name):
 
 @pytest.mark.parametrize(
     ("observed", "alternative", "expected"),
-    [(5.0, "less", 1.0), (5.0, "greater", 0.2), (5.0, "two-sided", 0.4), (np.inf, "greater", 0.2)],
+    [
+        (5.0, "less", 1.0),
+        (5.0, "greater", 0.2),
+        (5.0, "two-sided", 0.2),
+        (-9.0, "two-sided", 0.2),
+        (3.0, "two-sided", 0.8),  # one from the median 2, as the draws 1 and 3; 0 is farther
+        (np.inf, "greater", 0.2),
+        (np.inf, "two-sided", 0.2),
+        (np.nan, "two-sided", np.nan),
+    ],
 )
 def test_p_values_by_side(observed, alternative, expected):
-    assert null_p_value(observed, np.arange(4.0), alternative) == pytest.approx(expected)
+    found = null_p_value(observed, np.arange(4.0), alternative)
+    assert found == pytest.approx(expected, nan_ok=True)
+
+
+def test_two_sided_p_values_are_uniform_and_reach_their_least_value():
+    rng = np.random.default_rng(0)
+    draws = rng.lognormal(size=(2000, 21))
+    p = np.array([null_p_value(row[0], row[1:], "two-sided") for row in draws])
+    # Three standard deviations of a proportion of 1/21.
+    assert np.mean(p <= 1 / 21) == pytest.approx(1 / 21, abs=3 * np.sqrt(1 / 21 / 2000))
+    assert null_p_value(0.1 + 0.2, np.full(20, 0.3), "two-sided") == 1.0
 
 
 def test_summaries_average_what_is_known():
