@@ -93,12 +93,13 @@ def written_out_transfer(lam, g, V, shells):
 
 @settings(max_examples=30, deadline=None)
 @given(CASES)
-def test_transfers_are_sums_of_divided_differences(case):
+def test_transfers_telescope_and_answer_each_other(case):
     (lam, g, rates, V), shells = case
     balance = shell_balance(lam, g, rates, V, shells)
     scale = np.abs(balance.pair_flux).sum()
     expected, rounding = written_out_transfer(lam, g, V, shells)
     tolerance = rounding + IDENTITY * scale
+    # What a shell gains is the difference of the fluxes through its edges, with no remainder.
     np.testing.assert_allclose(balance.transfer, expected, rtol=0, atol=tolerance)
     # The pairs are summed in another way, and answer each other.
     np.testing.assert_allclose(balance.pair_flux.sum(axis=1), expected, rtol=0, atol=tolerance)
