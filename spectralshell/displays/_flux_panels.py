@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,8 @@ DRIFT_COLOUR, ROTATION_COLOUR = "#4477aa", "#ee9944"
 _LINE_STYLES = ("-", "--", ":", "-.")
 _LINEAR_PART = 1e-3  # of the largest flux: below it the signed axis is linear
 _FAR_FROM_ONE = 1e3
+_PALE = 0.35
+_POINT: dict[str, Any] = {"linestyle": "none", "markersize": 4.5}
 _DECAY_LOOK: dict[str, Any] = {"color": "0.45", "linestyle": (0, (1, 1.5)), "linewidth": 1.1}
 
 
@@ -48,9 +51,14 @@ def draw_fluxes(ax: Any, drawn: pd.DataFrame, scale: _axes.TauScale) -> list[Any
             linewidth=1.4,
             marker=marker,
             markersize=4.5,
+            markevery=curve["resolved"].to_numpy(dtype=bool),
         )
         lines.append(line)
-        _hollow(ax, curve, "flux_down", colour, marker)
+        pale = curve[~curve["resolved"].to_numpy(dtype=bool)]
+        shape = "o" if marker == "." else marker
+        ax.plot(
+            pale["edge"], pale["flux_down"], **_POINT, color=pale_of(colour), marker=shape, zorder=3
+        )
     _name_directions(ax)
     ax.set_ylabel(FLUX_LABEL)
     _set_title(ax, "flux through the edges")
@@ -95,7 +103,10 @@ def draw_parts(ax: Any, curve: pd.DataFrame, label: str) -> list[Any]:
 def draw_velocities(
     ax: Any, drawn: pd.DataFrame, scale: _axes.TauScale, fits: pd.DataFrame | None
 ) -> list[Any]:
-    """Draw |v| at every edge, filled where energy drifts down and hollow where up."""
+    """Draw |v| at every edge, filled where energy drifts down, hollow where up.
+
+    Pale where it is not resolved, in which case it may not drift at all.
+    """
     from matplotlib.lines import Line2D
 
     set_edge_view(ax, drawn)
@@ -107,17 +118,18 @@ def draw_velocities(
         marker = "o" if marker == "." else marker
         size = curve["velocity"].abs().where(curve["velocity"] != 0.0)
         ax.plot(curve["edge"], size, color=colour, linestyle=dash, linewidth=0.7, alpha=0.45)
-        for rising in (False, True):
-            chosen = (curve["velocity"] > 0) if rising else (curve["velocity"] < 0)
+        for rising, known in product((False, True), (True, False)):
+            moving = (curve["velocity"] > 0) if rising else (curve["velocity"] < 0)
+            chosen = moving & (curve["resolved"] == known)
+            shade = colour if known else pale_of(colour)
             ax.plot(
                 curve["edge"][chosen],
                 size[chosen],
-                color=colour,
-                linestyle="none",
+                color=shade,
                 marker=marker,
-                markersize=4.5,
-                markerfacecolor="white" if rising else colour,
+                markerfacecolor="white" if rising else shade,
                 zorder=3,
+                **_POINT,
             )
             up = up or (rising and bool(chosen.any()))
         _draw_fit(ax, tau, curve, fits, colour)
@@ -125,16 +137,26 @@ def draw_velocities(
     ax.plot(span, 2.0 * span**2, scalex=False, scaley=False, zorder=1, **_DECAY_LOOK)
     ax.set_ylabel(VELOCITY_LABEL)
     _set_title(ax, "drift velocity")
-    handles: list[Any] = [
-        Line2D(
-            [], [], linestyle="none", marker="o", markersize=4.5, color="0.3", label="drifts down"
-        ),
-    ]
+    handles: list[Any] = [Line2D([], [], marker="o", color="0.3", label="drifts down", **_POINT)]
     if up:
         handles.append(_marks.handle("o", "drifts up"))
     if fits is not None and fits["b"].notna().any():
         handles.append(Line2D([], [], color="0.3", linewidth=1.6, label=_fit_label(fits)))
     return [*handles, Line2D([], [], label=r"as fast as decay, $2\lambda^2$", **_DECAY_LOOK)]
+
+
+def unresolved_handle() -> Any:
+    """Return the handle of edges that are not resolved, in either panel."""
+    from matplotlib.lines import Line2D
+
+    return Line2D([], [], marker="o", color=pale_of("0.3"), label="not resolved", **_POINT)
+
+
+def pale_of(colour: Any) -> tuple[float, ...]:
+    """Return a colour mixed with white, as opaque as it is: lines end at a pale marker."""
+    from matplotlib.colors import to_rgb
+
+    return tuple(1.0 - _PALE * (1.0 - part) for part in to_rgb(colour))
 
 
 def set_edge_view(ax: Any, drawn: pd.DataFrame) -> None:
@@ -212,17 +234,3 @@ def _name_directions(ax: Any) -> None:
         ax.text(0.015, 0.97, r"$\downarrow$ to smaller $\lambda$", va="top", **look)
     if bottom < 0:
         ax.text(0.015, 0.03, r"$\uparrow$ to larger $\lambda$", va="bottom", **look)
-
-
-def _hollow(ax: Any, curve: pd.DataFrame, column: str, colour: Any, marker: str) -> None:
-    unresolved = ~curve["resolved"].to_numpy(dtype=bool)
-    if unresolved.any():
-        ax.plot(
-            curve["edge"][unresolved],
-            curve[column][unresolved],
-            linestyle="none",
-            marker="o" if marker == "." else marker,
-            markersize=4.5,
-            color=colour,
-            markerfacecolor="white",
-        )

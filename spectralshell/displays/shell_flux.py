@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from spectralshell.displays import _axes, _flux_panels, _marks
+from spectralshell.displays import _axes, _flux_panels
 from spectralshell.displays._frames import resolution_floor_of
 from spectralshell.parameter_checks import check_option
 
@@ -182,7 +182,7 @@ class ShellFluxDisplay:
         """Draw fluxes, velocities and the parts of the flux.
 
         The flux is positive where energy goes to smaller λ; its axis is linear near zero and
-        logarithmic beyond. Edges that are not resolved have hollow markers. Velocities are
+        logarithmic beyond. Edges that are not resolved have pale markers. Velocities are
         filled where energy drifts down and hollow where it drifts up, beside the velocity 2λ² at
         which drift is as fast as decay.
 
@@ -235,6 +235,8 @@ class ShellFluxDisplay:
             handles += self._draw(name, panel, drawn, scale, parts)
             _axes.shade_below_floor(panel, self.resolution_floor, None)
             panel.set_xlabel(_axes.LAMBDA_LABEL)
+        if not drawn["resolved"].all() and chosen != ["parts"]:
+            handles.append(_flux_panels.unresolved_handle())
         self.colorbar_ = scale.draw_colorbar(self.axes_) if scale.uses_colorbar else None
         self.legend_ = self._draw_legend(handles, own)
         return self
@@ -288,8 +290,6 @@ class ShellFluxDisplay:
         if (drawn["n_batches"] > 1).any():
             text = f"range over {_axes.write_counts(drawn['n_batches'])} batches"
             handles.append(Patch(color="0.5", alpha=0.3, linewidth=0, label=text))
-        if not drawn["resolved"].all():
-            handles.append(_marks.handle("o", "not resolved"))
         return handles
 
     def _draw_legend(self, handles: list[Any], own: bool) -> Any:

@@ -4,6 +4,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
+from matplotlib.colors import to_rgb
 from sklearn.pipeline import make_pipeline
 
 from spectralshell import ShellEnergyEstimator, ShellFluxEstimator
@@ -57,12 +58,25 @@ def test_one_panel_goes_on_given_axes(quantity):
     assert ax.get_xscale() == "log"
 
 
+@pytest.mark.parametrize("quantity", ["flux", "velocity"])
+def test_edges_that_are_not_resolved_are_pale(quantity):
+    ax = plt.figure().subplots()
+    display = ShellFluxDisplay.from_frame(flux_frame(taus=(0.0,))).plot(ax, quantity=quantity)
+    drawn = [line for line in ax.lines if line.get_marker() != "None" and len(line.get_xdata())]
+    full, pale = sorted(drawn, key=lambda line: sum(to_rgb(line.get_color())))
+    assert list(pale.get_xdata()) == [EDGES[0]]
+    chosen = full.get_markevery()
+    marked = np.asarray(full.get_xdata())[slice(None) if chosen is None else chosen]
+    np.testing.assert_array_equal(marked, EDGES[1:])
+    assert "not resolved" in [text.get_text() for text in display.legend_.get_texts()]
+
+
 def test_velocity_is_filled_down_and_hollow_up():
     ax = plt.figure().subplots()
     ShellFluxDisplay.from_frame(flux_frame()).plot(ax, quantity="velocity")
     points = [line for line in ax.lines if line.get_linestyle() == "None" and len(line.get_xdata())]
     hollow = [line.get_markerfacecolor() == "white" for line in points]
-    assert hollow == [False, True]
+    assert hollow == [False, False, True, True]  # resolved and pale, each down and then up
 
 
 @pytest.mark.parametrize(("taus", "names"), [((0.0,), ["a", "b"]), (tuple(range(8)), None)])
