@@ -145,6 +145,13 @@ def test_rates_that_are_not_per_tau_are_said_to_be_so(kind, direction, said):
 
 
 @anything
+def test_the_way_of_selected_parameters_is_said_to_be_a_part(kind):
+    settings = {"parameters": "weight", "direction": snapshot(5, tau=3.0)}
+    estimator = ESTIMATORS[kind](**settings).fit([snapshot()])
+    assert "rates per tau, of the selected parameters" in statuses_of(kind, estimator)
+
+
+@anything
 def test_a_callable_that_holds_the_snapshots_measures_once(kind, monkeypatch):
     X = [snapshot(seed, tau=float(seed)) for seed in range(2)]
     following = {0.0: X[1]}
