@@ -67,6 +67,17 @@ def test_wrong_second_derivatives_are_refused_where_they_start(function, chunk_s
         assert model_fingerprint(snapshot.model) == before
 
 
+def test_gates_do_not_hide_a_wrong_second_derivative():
+    snapshot = snapshot_through(lambda x: _Blind.apply(torch.relu(x)))
+    with survey_motion(snapshot) as motion:
+        direction = motion.direction("random")
+        with (
+            pytest.warns(GateWarning),
+            pytest.raises(DifferentiationError, match="differs from a difference"),
+        ):
+            motion.derivative(direction)
+
+
 def test_a_difference_needs_first_derivatives_only():
     with survey_motion(snapshot_through(_Blind.apply)) as motion:
         found = motion.derivative(motion.direction("random"), method="difference").to_dense()
