@@ -112,7 +112,8 @@ def diagonal_scaling(
     which takes them as independent. R² measures scatter against the slope, so it is small where
     the slope is near 0, as it should be after normalisation. With ``diagonal="block"`` the slope
     also holds the change of the number of modes per shell, where V_uu outweighs V_uv. Section 7.4
-    of "When Does Learning Renormalize?", where the reducer behind a slope of 1 is not named.
+    of "When Does Learning Renormalize?" expects slope 1 of K_αα, by its section 7.3 a raw mean of
+    squares; slope 1 is that of their root and of the signed mean.
 
     Examples
     --------
