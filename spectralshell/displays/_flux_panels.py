@@ -152,11 +152,12 @@ def unresolved_handle() -> Any:
     return Line2D([], [], marker="o", color=pale_of("0.3"), label="not resolved", **_POINT)
 
 
-def pale_of(colour: Any) -> tuple[float, ...]:
+def pale_of(colour: Any) -> tuple[float, float, float]:
     """Return a colour mixed with white, as opaque as it is: lines end at a pale marker."""
     from matplotlib.colors import to_rgb
 
-    return tuple(1.0 - _PALE * (1.0 - part) for part in to_rgb(colour))
+    red, green, blue = (1.0 - _PALE * (1.0 - part) for part in to_rgb(colour))
+    return red, green, blue
 
 
 def set_edge_view(ax: Any, drawn: pd.DataFrame) -> None:
