@@ -30,7 +30,7 @@ ROOM = 0.85
 
 _ALLOCATOR = 1.27
 """Most memory of the process over what is in use: blocks of many sizes come and go."""
-_IN_FLIGHT = 2.1
+_IN_FLIGHT = 2.0
 """The same for a pass or a contraction, whose blocks are made before the last ones are freed."""
 
 _PARAMETER_COPIES = 6
