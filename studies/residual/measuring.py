@@ -9,6 +9,7 @@ kernel of the Brier residual is S M S. That halves the work; the random directio
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -196,20 +197,20 @@ def measure(
     -----
     Takes 5 + 2 ``n_random`` kernels of the logits.
     """
-    probe = _Probe(_snapshot(network, state, inputs, targets))
-    here = probe.kernels()
-    change = plan.change_at_start if at_start else plan.change
-    random = [
-        probe.rates(direction, change, torch.float32)
-        for direction in probe.random_directions(plan.n_random, random_seed)
-    ]
-    found = {}
-    for residual in RESIDUALS:
-        direction = probe.gradient_flow(residual)
-        along = probe.rates(direction, change)
-        # Random directions have norm 1; θ̇ is as long as that of the flow.
-        others = [rates.matrices[residual] * direction.norm for rates in random]
-        found[residual] = _coupled(here, along, residual, others, direction.norm)
+    with closing(_Probe(_snapshot(network, state, inputs, targets))) as probe:
+        here = probe.kernels()
+        change = plan.change_at_start if at_start else plan.change
+        random = [
+            probe.rates(direction, change, torch.float32)
+            for direction in probe.random_directions(plan.n_random, random_seed)
+        ]
+        found = {}
+        for residual in RESIDUALS:
+            direction = probe.gradient_flow(residual)
+            along = probe.rates(direction, change)
+            # Random directions have norm 1; θ̇ is as long as that of the flow.
+            others = [rates.matrices[residual] * direction.norm for rates in random]
+            found[residual] = _coupled(here, along, residual, others, direction.norm)
     return found
 
 
@@ -241,20 +242,20 @@ def measure_steps(
     couplings : Coupled
         Along that direction, as ``flow``.
     """
-    probe = _Probe(_snapshot(network, state, inputs, targets))
-    here = probe.kernels()
-    (random,) = probe.random_directions(1, random_seed)
-    for change in changes:
-        for label, dtype in (("random", torch.float64), ("random, float32", torch.float32)):
-            along = probe.rates(random, change, dtype)
+    with closing(_Probe(_snapshot(network, state, inputs, targets))) as probe:
+        here = probe.kernels()
+        (random,) = probe.random_directions(1, random_seed)
+        for change in changes:
+            for label, dtype in (("random", torch.float64), ("random, float32", torch.float32)):
+                along = probe.rates(random, change, dtype)
+                for residual in RESIDUALS:
+                    labels = {"residual": residual, "direction": label, "step": change}
+                    yield labels, _coupled(here, along, residual, [], random.norm)
             for residual in RESIDUALS:
-                labels = {"residual": residual, "direction": label, "step": change}
-                yield labels, _coupled(here, along, residual, [], random.norm)
-        for residual in RESIDUALS:
-            direction = probe.gradient_flow(residual)
-            labels = {"residual": residual, "direction": "gradient flow", "step": change}
-            along = probe.rates(direction, change)
-            yield labels, _coupled(here, along, residual, [], direction.norm)
+                direction = probe.gradient_flow(residual)
+                labels = {"residual": residual, "direction": "gradient flow", "step": change}
+                along = probe.rates(direction, change)
+                yield labels, _coupled(here, along, residual, [], direction.norm)
 
 
 def _snapshot(network: Network, state: Path, inputs: Tensor, targets: Tensor) -> Snapshot:
@@ -308,6 +309,11 @@ class _Probe:
         }
         # That of the logits.
         self._motion = self._motions["cross-entropy"]
+
+    def close(self) -> None:
+        """Free the graphs that rates of the error keep."""
+        for motion in self._motions.values():
+            motion.close()
 
     def gradient_flow(self, residual: str) -> Direction:
         """Return the velocity of the residual's own loss."""

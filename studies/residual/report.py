@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 
 from studies.residual.design import Design, Folders
@@ -24,7 +23,7 @@ from studies.residual.results import (
     training_frame,
     with_excess,
 )
-from studies.residual.statistics import LIMITS
+from studies.residual.statistics import within_limits
 from studies.residual.verdict import (
     CLAIMS,
     FAILS,
@@ -132,7 +131,8 @@ def setting_table(frame: pd.DataFrame) -> pd.DataFrame:
         row = {"residual": residual, "time": when, "network": f"{architecture}, {activation}"}
         for name, heading in SHOWN.items():
             chosen = part[part["statistic"] == name]
-            row[heading] = _within_limits(name, *mean_interval(chosen["value"]))
+            interval = mean_interval(chosen["value"])
+            row[heading] = interval_text(*within_limits(name, *interval))
             nulls = [f"random {chosen[draw_columns(frame)].median(axis=1).mean():.3g}"]
             if chosen["permuted"].notna().any():
                 nulls.append(f"permuted {chosen['permuted'].mean():.3g}")
@@ -204,13 +204,6 @@ def _claim_line(claim: int, found: list[Finding]) -> str:
         f"{counts[HOLDS]} hold ({evidence} of them beyond the nulls), {counts[PARTLY]} hold in "
         f"part, {counts[OPEN]} are undecided and {counts[FAILS]} do not hold."
     )
-
-
-def _within_limits(name: str, value: float, lower: float, upper: float) -> str:
-    low, high = LIMITS.get(name, (-np.inf, np.inf))
-    if np.isfinite(lower):
-        lower, upper = max(lower, low), min(upper, high)
-    return interval_text(value, lower, upper)
 
 
 def _bullet(one: Finding) -> str:

@@ -265,6 +265,15 @@ def _interval(name: str, replicates: Floats) -> tuple[float, float, float]:
     else:
         half = float(jackknife_t(replicates, CONFIDENCE)[0])
         lower, upper = value - half, value + half
+    return within_limits(name, value, lower, upper)
+
+
+def within_limits(
+    name: str, value: float, lower: float, upper: float
+) -> tuple[float, float, float]:
+    """Return a value with its interval, which ends where the statistic does; infinite ends stay."""
+    if np.isinf([lower, upper]).any():
+        return value, lower, upper
     low, high = LIMITS.get(name, (-np.inf, np.inf))
     return value, max(lower, low), min(upper, high)
 
