@@ -8,13 +8,9 @@ import numpy as np
 from torch import Tensor
 
 from spectralshell.operators import Direction
+from spectralshell.operators.directions import AS_GIVEN, NAMED_DIRECTIONS, PER_TAU
 from spectralshell.parameter_checks import check_option
 from spectralshell.snapshots import Snapshot
-
-DIRECTIONS = ("gradient-flow", "cross-entropy", "random")
-
-PER_TAU = "per tau"
-_AS_GIVEN = "as given"
 
 
 def check_direction(direction: Any) -> None:
@@ -26,12 +22,12 @@ def check_direction(direction: Any) -> None:
         If it is none of those allowed; the message lists them.
     """
     if isinstance(direction, str):
-        check_option("direction", direction, DIRECTIONS)
+        check_option("direction", direction, NAMED_DIRECTIONS)
     elif not (callable(direction) or isinstance(direction, Snapshot) or _is_mapping(direction)):
         raise TypeError(
-            f"direction must be one of {', '.join(map(repr, DIRECTIONS))}, a Snapshot to move to, "
-            "a mapping of parameter names to tensors or arrays, or a callable that gives one of "
-            f"these for a snapshot, got {direction!r}."
+            f"direction must be one of {', '.join(map(repr, NAMED_DIRECTIONS))}, a Snapshot to "
+            "move to, a mapping of parameter names to tensors or arrays, or a callable that gives "
+            f"one of these for a snapshot, got {direction!r}."
         )
 
 
@@ -70,7 +66,7 @@ def unit_status(unit: str) -> str:
     """Return what a status says of rates in a unit, ``"ok"`` if they are simply per τ."""
     if unit == PER_TAU:
         return "ok"
-    return f"rates per unit of the direction {unit}" if unit == _AS_GIVEN else f"rates {unit}"
+    return f"rates per unit of the direction {unit}" if unit == AS_GIVEN else f"rates {unit}"
 
 
 def _is_mapping(direction: Any) -> bool:
@@ -81,8 +77,6 @@ def _is_mapping(direction: Any) -> bool:
 
 
 __all__ = [
-    "DIRECTIONS",
-    "PER_TAU",
     "check_direction",
     "may_be_random",
     "settle_direction",

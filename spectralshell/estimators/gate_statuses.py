@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 from spectralshell.operators import Direction, KernelMotion
+from spectralshell.operators.gate_checks import warn_of_gates
 from spectralshell.warning_categories import GateWarning
 
 _HELD = "gates held: "
@@ -40,15 +41,7 @@ def warn_of_held_gates(statuses: Iterable[str], *, stacklevel: int) -> None:
     phrases = (phrase for status in statuses for phrase in status.split("; "))
     held = [phrase.removeprefix(_HELD) for phrase in phrases if phrase.startswith(_HELD)]
     names = dict.fromkeys(name for phrase in held for name in phrase.split(", "))
-    if names:
-        warnings.warn(
-            f"the model uses {', '.join(names)}, whose slope jumps at a gate: the exact derivative "
-            "of the kernel holds every gate as it is and misses that gates flip along the "
-            "direction. derivative='difference' sees the flips between its two points, more of "
-            "them, and smoother, with a larger `step`; a smooth activation has none.",
-            GateWarning,
-            stacklevel=stacklevel + 1,
-        )
+    warn_of_gates(list(names), option="derivative", stacklevel=stacklevel + 1)
 
 
 __all__ = ["gate_status", "unwarned_gates", "warn_of_held_gates"]

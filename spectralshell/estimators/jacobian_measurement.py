@@ -13,7 +13,6 @@ from torch import Tensor
 
 from spectralshell.estimators.coupling_measurement import motion_for
 from spectralshell.estimators.direction_parameter import (
-    PER_TAU,
     settle_direction,
     unit_of,
     unit_status,
@@ -22,6 +21,7 @@ from spectralshell.estimators.gate_statuses import gate_status, unwarned_gates
 from spectralshell.estimators.jacobian_grouping import Blocks, Grouping, group_parameters
 from spectralshell.krylov import EigenPairs, dense_pairs, lanczos, ritz_pairs
 from spectralshell.operators import Direction, KernelDerivative, KernelMotion
+from spectralshell.operators.directions import PER_TAU
 from spectralshell.operators.exact_plan import ROOM, ExactPlan, fits, plan_exact
 from spectralshell.operators.memory_budget import format_bytes, resolve_max_memory
 from spectralshell.shells.measure import join_statuses

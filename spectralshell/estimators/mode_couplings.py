@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from spectralshell.estimators.direction_parameter import PER_TAU
+from spectralshell.operators.directions import PER_TAU
 
 Floats = NDArray[np.float64]
 

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 
 NAMED_DIRECTIONS = ("gradient-flow", "cross-entropy", "random")
 
+PER_TAU, AS_GIVEN = "per tau", "as given"
+"""Units of a direction."""
+
 
 @dataclass(frozen=True, eq=False)
 class Direction:
@@ -50,7 +53,7 @@ class Direction:
     def scaled(self, factor: float) -> Direction:
         """Return the direction times a number."""
         tangents = tuple(tangent * factor for tangent in self.tangents)
-        return Direction(self.name, tangents, self.norm * abs(factor), "as given")
+        return Direction(self.name, tangents, self.norm * abs(factor), AS_GIVEN)
 
     def with_norm(self, norm: float) -> Direction:
         """Return the direction scaled to a norm; zero stays zero, and what has no values as is."""
@@ -76,7 +79,7 @@ def gradient_flow(evaluation: Evaluation) -> Direction:
     To be called inside the model's guard.
     """
     cotangent = evaluation.problem.residual.velocity_cotangent(evaluation.residual_vector)
-    return as_direction("gradient-flow", _pulled(evaluation, cotangent), "per tau")
+    return as_direction("gradient-flow", _pulled(evaluation, cotangent), PER_TAU)
 
 
 def cross_entropy_flow(evaluation: Evaluation) -> Direction:
@@ -100,7 +103,7 @@ def cross_entropy_flow(evaluation: Evaluation) -> Direction:
     trained = replace(evaluation, problem=replace(problem, residual=loss), targets=targets)
     first = evaluation.residual_vector
     cotangent = first.new_full((targets.n_rows,), -(targets.n_rows**-0.5))
-    return as_direction("cross-entropy", _pulled(trained, cotangent), "per tau")
+    return as_direction("cross-entropy", _pulled(trained, cotangent), PER_TAU)
 
 
 def random_direction(function: ModelFunction, generator: torch.Generator) -> Direction:
@@ -115,7 +118,7 @@ def random_direction(function: ModelFunction, generator: torch.Generator) -> Dir
     tangents = tuple(
         piece.reshape(p.shape) for piece, p in zip(pieces, function.parameters, strict=True)
     )
-    return as_direction("random", tangents, "as given")
+    return as_direction("random", tangents, AS_GIVEN)
 
 
 def displacement(function: ModelFunction, snapshot: Snapshot, other: Snapshot) -> Direction:
@@ -146,9 +149,9 @@ def displacement(function: ModelFunction, snapshot: Snapshot, other: Snapshot) -
         # In float64: the difference of close checkpoints would round away.
         way = widen(there[name].detach()) - widen(here[name].detach()).to(there[name].device)
         tangents.append(cast(way / (elapsed or 1.0), function.device, function.dtype))
-    unit = "as given"
+    unit = AS_GIVEN
     if elapsed:
-        unit = "per tau"
+        unit = PER_TAU
         if _others_differ(function, here, there):
             unit += ", of the selected parameters"
     return as_direction("snapshot", tuple(tangents), unit)
@@ -189,7 +192,7 @@ def mapped_direction(function: ModelFunction, given: Mapping[str, Any]) -> Direc
                 "give it by one name."
             )
         tangents[positions[name]] = moved
-    return as_direction("mapping", tuple(tangents), "as given")
+    return as_direction("mapping", tuple(tangents), AS_GIVEN)
 
 
 def _others_differ(

@@ -45,14 +45,17 @@ def find_gates(evaluation: Evaluation) -> list[str]:
         return _record(evaluation, problem.n_samples)
 
 
-def warn_of_gates(names: list[str], *, stacklevel: int) -> None:
-    """Say what an exact derivative misses where activations have kinks."""
+def warn_of_gates(names: list[str], *, option: str = "method", stacklevel: int) -> None:
+    """Say what an exact derivative misses where activations have kinks.
+
+    ``option`` names the parameter that chooses how to differentiate.
+    """
     if not names:
         return
     warnings.warn(
         f"the model uses {', '.join(names)}, whose slope jumps at a gate: the exact derivative of "
         "the kernel holds every gate as it is and misses that gates flip along the direction. "
-        "method='difference' sees the flips between its two points, more of them, and smoother, "
+        f"{option}='difference' sees the flips between its two points, more of them, and smoother, "
         "with a larger `step`; a smooth activation has none.",
         GateWarning,
         stacklevel=stacklevel + 1,
