@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from spectralshell.operators.checkpoints import ModelState, unwrap
-from spectralshell.operators.model_function import iterate_tensors
+from spectralshell.models.function import iterate_tensors
+from spectralshell.models.state import ModelState, unwrap
 from spectralshell.parameter_checks import check_real
 
 

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from spectralshell.operators import build_kernel
-from spectralshell.operators.kernel import assemble_kernel
+from spectralshell.operators.matrix_free import assemble_kernel
 from spectralshell.snapshots import Snapshot, as_snapshots, make_snapshots
 from tests.fingerprints import model_fingerprint
 

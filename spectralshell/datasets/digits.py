@@ -14,7 +14,7 @@ from sklearn.datasets import load_digits
 from sklearn.utils import check_random_state
 from torch import nn
 
-from spectralshell.memory import resolve_memory
+from spectralshell.measurements.cache import resolve_memory
 from spectralshell.parameter_checks import check_integer, check_option, check_real
 from spectralshell.snapshots import Snapshot, make_snapshots
 

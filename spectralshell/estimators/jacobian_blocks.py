@@ -11,37 +11,94 @@ import torch
 from sklearn.base import BaseEstimator
 from sklearn.utils.validation import check_is_fitted
 
-from spectralshell.estimators.callback_support import (
+from spectralshell.estimators.base import (
     CallbackSupportMixin,
     FitTasks,
+    SnapshotTransformerMixin,
     with_callbacks,
 )
-from spectralshell.estimators.gate_statuses import warn_of_held_gates
-from spectralshell.estimators.jacobian_frames import (
+from spectralshell.estimators.jacobian_block_frames import (
     FEATURES,
+    NullSettings,
     block_frame,
     coherence_frame,
     null_frames,
     profile_frame,
+    profile_score,
     scalar_frame,
     suprema_frame,
     trajectory_frame,
     window_frame,
 )
-from spectralshell.estimators.jacobian_measurement import BlockMeasure, measure_blocks
-from spectralshell.estimators.jacobian_parameters import (
-    block_config,
-    check_block_parameters,
-    check_same_blocks,
-    null_settings,
+from spectralshell.measurements.blocks import (
+    BlockConfig,
+    BlockMeasure,
+    check_blocks,
+    measure_blocks,
 )
-from spectralshell.estimators.jacobian_statistics import profile_score
-from spectralshell.estimators.measurement_parameters import probe_seed
-from spectralshell.estimators.remembered import measure_each
-from spectralshell.estimators.snapshot_transformer import SnapshotTransformerMixin
-from spectralshell.memory import resolve_memory
-from spectralshell.parameter_checks import check_sample_weight
+from spectralshell.measurements.cache import measure_each, resolve_memory
+from spectralshell.measurements.couplings import warn_of_held_gates
+from spectralshell.measurements.settings import (
+    check_kernel_parameters,
+    check_motion_parameters,
+    may_be_random,
+    probe_seed,
+    resolve_dtype,
+)
+from spectralshell.parameter_checks import check_integer, check_sample_weight
 from spectralshell.snapshots import Snapshot, as_snapshots
+
+
+def check_block_parameters(estimator: Any) -> None:
+    """Check the parameters of :class:`~spectralshell.JacobianBlockDiagnostic`.
+
+    Raises
+    ------
+    ValueError, TypeError
+        If one is out of range; the message names it.
+    """
+    check_kernel_parameters(estimator)
+    check_blocks(estimator.blocks)
+    check_motion_parameters(estimator)
+    check_integer("band", estimator.band, low=0)
+    check_integer("window_blocks", estimator.window_blocks, low=2)
+    check_integer("n_null", estimator.n_null, low=0)
+
+
+def block_config(estimator: Any, seed: int) -> BlockConfig:
+    """Gather what the blocks of an estimator depend on, with checked parameters.
+
+    ``seed`` is that of a random direction.
+    """
+    drawn = may_be_random(estimator.direction)
+    return BlockConfig(
+        residual=estimator.residual,
+        blocks=estimator.blocks,
+        direction=estimator.direction,
+        derivative=estimator.derivative,
+        step=None if estimator.step is None else float(estimator.step),
+        parameters=estimator.parameters,
+        chunk_size=estimator.chunk_size,
+        device=str(estimator.device),
+        dtype=resolve_dtype(estimator.dtype),
+        max_memory=estimator.max_memory,
+        random_seed=seed if drawn else 0,
+    )
+
+
+def null_settings(estimator: Any, seed: int) -> NullSettings:
+    """Gather how an estimator compares with random orders of the blocks, drawn from a seed."""
+    return NullSettings(estimator.band, estimator.n_null, seed)
+
+
+def check_same_blocks(measures: Sequence[BlockMeasure], expected: tuple[str, ...]) -> None:
+    """Raise ValueError if a snapshot has other blocks than expected."""
+    for position, measure in enumerate(measures):
+        if measure.blocks != expected:
+            raise ValueError(
+                f"X[{position}] has the blocks {list(measure.blocks)}, expected {list(expected)}: "
+                "all snapshots must be of one model, or get the same labels from `blocks`."
+            )
 
 
 class JacobianBlockDiagnostic(CallbackSupportMixin, SnapshotTransformerMixin, BaseEstimator):

@@ -8,7 +8,7 @@ vector, a measure is nodes and weights. :func:`lanczos` builds the basis of one 
 :func:`dense_pairs` give the top of the spectrum with its vectors, :func:`compress` a slice in them.
 """
 
-from spectralshell.krylov.block_lanczos import (
+from spectralshell.krylov.block_recurrence import (
     BlockLanczosResult,
     BlockRecurrence,
     block_lanczos,
@@ -23,13 +23,8 @@ from spectralshell.krylov.eigenpairs import (
     dense_pairs,
     ritz_pairs,
 )
-from spectralshell.krylov.lanczos import (
-    LanczosResult,
-    Recurrence,
-    lanczos,
-    lanczos_recurrence,
-)
 from spectralshell.krylov.quadrature import gauss, radau_matrix, residual_norms
+from spectralshell.krylov.recurrence import LanczosResult, Recurrence, lanczos, lanczos_recurrence
 
 __all__ = [
     "BlockLanczosResult",

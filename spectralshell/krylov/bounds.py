@@ -7,7 +7,7 @@ with these moments the energy below x is smallest and largest for the Gauss-Rada
 at x: the weights strictly below x, and these plus the weight at x (Chebyshev, Markov, Stieltjes).
 
 *Rounding.* The computed recurrence is the exact one of an operator M̃ with ‖M̃ - M‖ <= η, whose
-spectral subspaces are turned against those of M; :mod:`spectralshell.krylov.rotation` says by how
+spectral subspaces are turned against those of M; :mod:`spectralshell.krylov.bounds` says by how
 much. An edge may give way by δ, every δ gives a valid bound, and the best of many is taken.
 
 Sources: G. H. Golub and G. Meurant, *Matrices, Moments and Quadrature with Applications* (2010),
@@ -23,24 +23,39 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from spectralshell.krylov.quadrature import gauss
-from spectralshell.krylov.rotation import rotated_down, rotated_up
+from spectralshell.krylov.quadrature import FLOAT64_NOISE, gauss
 from spectralshell.krylov.secular import RadauFamily, partial_sums, split_masses
 from spectralshell.parameter_checks import check_real
 
 Array = NDArray[np.float64]
 
-# Rounding of the float64 recurrence and of its diagonalisation, relative to the largest |λ|.
-FLOAT64_NOISE = 4e-15
 # π/2 rounded up: the constant of the sin Θ theorem in general position.
 SIN_THETA = 1.6
+
 # Candidates for δ reach from this share of the edge ...
 SMALLEST_SHIFT = 1e-6
+
 # ... to the edge itself, or to this many times η where the edge lies near the noise.
 LARGEST_SHIFT_IN_NOISE = 1e5
+
 N_SHIFTS = 24
+
 # Edges whose quadrature is remembered.
 MOST_KNOWN = 4096
+
+
+def rotated_down(below: Array, rest: Array, kappa: Array, slack: Array | float = 0.0) -> Array:
+    """Smallest share sin²θ with sin θ̃ <= sin θ + κ cos θ; ``below`` + ``rest`` = 1."""
+    cos2, sin2 = 1.0 / (1.0 + kappa**2), kappa**2 / (1.0 + kappa**2)
+    angle = np.arctan2(np.sqrt(below * cos2), np.sqrt(rest + below * sin2))
+    return np.asarray(np.sin(np.maximum(angle - np.arctan(kappa) - slack, 0.0)) ** 2)
+
+
+def rotated_up(below: Array, rest: Array, kappa: Array, slack: Array | float = 0.0) -> Array:
+    """Largest share sin²θ with cos θ̃ <= cos θ + κ sin θ; ``below`` + ``rest`` = 1."""
+    cos2, sin2 = 1.0 / (1.0 + kappa**2), kappa**2 / (1.0 + kappa**2)
+    angle = np.arctan2(np.sqrt(below + rest * sin2), np.sqrt(rest * cos2))
+    return np.asarray(np.sin(np.minimum(angle + np.arctan(kappa) + slack, np.pi / 2)) ** 2)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,6 @@ Source: B. N. Parlett, *The Symmetric Eigenvalue Problem* (1998), chapters 11 an
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -19,17 +18,14 @@ import scipy.linalg
 import torch
 from numpy.typing import NDArray
 
-from spectralshell.krylov.lanczos import LanczosResult
-from spectralshell.krylov.quadrature import residual_norms
+from spectralshell.krylov.quadrature import FLOAT64_NOISE, residual_norms
+from spectralshell.krylov.recurrence import LanczosResult, MatMat
 from spectralshell.parameter_checks import check_integer, check_real
 
 if TYPE_CHECKING:
-    from spectralshell.krylov.block_lanczos import BlockLanczosResult
+    from spectralshell.krylov.block_recurrence import BlockLanczosResult
 
-MatMat = Callable[[torch.Tensor], torch.Tensor]
 
-# Rounding of the float64 recurrence and of its diagonalisation, relative to the largest |λ|.
-FLOAT64_NOISE = 4e-15
 # A part of the spectrum this small goes to the partial solver, which computes no other vector.
 PARTIAL_SHARE = 0.25
 

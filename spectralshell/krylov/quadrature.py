@@ -15,6 +15,9 @@ from scipy.linalg import eigh_tridiagonal
 
 Array = NDArray[np.float64]
 
+# Rounding of the float64 recurrence and of its diagonalisation, relative to the largest |λ|.
+FLOAT64_NOISE = 4e-15
+
 
 def gauss(alpha: ArrayLike, beta: ArrayLike) -> tuple[Array, Array, Array]:
     """Gauss nodes and weights of a Jacobi matrix.

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
-from spectralshell.operators.kernel_base import Kernel
-from spectralshell.operators.ladder import blocks_agree, is_out_of_memory, pulls_agree
-from spectralshell.operators.linearizations import Linearization, Parameters
-from spectralshell.operators.model_function import ModelFunction, cast, widen
-from spectralshell.operators.model_guard import MODEL_LOCK, full_precision
+from spectralshell.models.function import ModelFunction, cast, widen
+from spectralshell.models.guard import MODEL_LOCK, full_precision
+from spectralshell.operators.jacobian.ladder import blocks_agree, is_out_of_memory, pulls_agree
+from spectralshell.operators.jacobian.linearizations import Linearization, Parameters
 from spectralshell.residuals import Residual
 
 _BLOCK_BYTES = 2**28
@@ -26,6 +27,45 @@ above, arithmetic does, and blocks only take memory that the system clears page 
 columns together are 1.2 times slower than one by one for a ResNet-18 and a GPT-NeoX."""
 
 _MAX_BLOCK = 64
+
+
+class Kernel(ABC):
+    """M = J Jᵀ of one snapshot, a context manager that frees what the products need."""
+
+    n: int
+    n_parameters: int
+    residual: str
+    rung: str
+    dtype: torch.dtype
+
+    @abstractmethod
+    def close(self) -> None:
+        """Free what the kernel holds beside its results."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return (
+            f"{type(self).__name__}(n={self.n}, n_parameters={self.n_parameters}, "
+            f"residual={self.residual!r}, rung={self.rung!r}, dtype={self.dtype})"
+        )
+
+    def _check_rows(self, tensor: Tensor, ndim: int) -> None:
+        if tensor.ndim != ndim or tensor.shape[0] != self.n:
+            expected = f"({self.n},)" if ndim == 1 else f"({self.n}, k)"
+            raise ValueError(
+                f"the operand has shape {tuple(tensor.shape)}, expected {expected}: one entry for "
+                "each row and output of the residual."
+            )
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""Assembling the matrix-free kernel of a problem, and testing it before it is used."""
+"""The matrix-free kernel of a problem, assembled and tested before it is used."""
 
 from __future__ import annotations
 
@@ -8,18 +8,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from spectralshell.operators.double_reference import DoubleReference
+from spectralshell.models.guard import MODEL_LOCK
+from spectralshell.operators.jacobian.faults import name_offending_module
+from spectralshell.operators.jacobian.ladder import Climb, DifferentiationError, climb
 from spectralshell.operators.kernel_operator import KernelOperator, Part
-from spectralshell.operators.kernel_problem import (
+from spectralshell.operators.noise import DoubleReference, backward_reads_model, measure_noise
+from spectralshell.operators.problem import (
     Evaluation,
     KernelProblem,
     halve_until_it_fits,
     pose_problem,
 )
-from spectralshell.operators.ladder import Climb, DifferentiationError, climb
-from spectralshell.operators.model_guard import MODEL_LOCK
-from spectralshell.operators.module_faults import name_offending_module
-from spectralshell.operators.noise import backward_reads_model, measure_noise
 
 if TYPE_CHECKING:
     from spectralshell.snapshots import Snapshot

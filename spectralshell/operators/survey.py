@@ -10,20 +10,21 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from spectralshell.operators.exact_kernel import ExactKernel, assemble_exact
-from spectralshell.operators.exact_plan import ExactPlan, fits, plan_exact
-from spectralshell.operators.footprint import Footprint, measure_footprint
-from spectralshell.operators.kernel_operator import KernelOperator
-from spectralshell.operators.kernel_problem import (
-    Evaluation,
-    halve_until_it_fits,
-    pose_problem,
+from spectralshell.models.guard import MODEL_LOCK
+from spectralshell.operators.costs import (
+    ExactPlan,
+    Footprint,
+    fits,
+    measure_footprint,
+    plan_exact,
+    product_cost,
+    resolve_max_memory,
 )
-from spectralshell.operators.lanczos_plan import product_cost
-from spectralshell.operators.layer_labels import resolve_layers
+from spectralshell.operators.exact_kernel import ExactKernel, assemble_exact
+from spectralshell.operators.kernel_operator import KernelOperator
+from spectralshell.operators.layers.units import resolve_layers
 from spectralshell.operators.matrix_free import assemble
-from spectralshell.operators.memory_budget import resolve_max_memory
-from spectralshell.operators.model_guard import MODEL_LOCK
+from spectralshell.operators.problem import Evaluation, halve_until_it_fits, pose_problem
 
 if TYPE_CHECKING:
     from spectralshell.snapshots import Snapshot

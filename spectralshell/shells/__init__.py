@@ -3,7 +3,7 @@
 from spectralshell.shells.batch_mean import mean_measure
 from spectralshell.shells.coupling import shell_coupling
 from spectralshell.shells.coupling_nulls import permutation_p_value, permuted_couplings
-from spectralshell.shells.diagonal_scaling import diagonal_scaling
+from spectralshell.shells.diagonal import diagonal_scaling
 from spectralshell.shells.flux import EdgeBalance, ShellBalance, shell_balance
 from spectralshell.shells.frames import (
     average_over_batches,

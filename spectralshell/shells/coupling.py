@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from spectralshell.parameter_checks import check_integer, check_option
-from spectralshell.shells.measure_checks import finite_vector
+from spectralshell.shells.measure import finite_vector
 from spectralshell.shells.partition import ShellPartition
 
 Floats = NDArray[np.float64]

@@ -22,8 +22,8 @@ from torch import Tensor
 from torch.nn.functional import one_hot
 
 from spectralshell import Snapshot
-from spectralshell.estimators.mode_couplings import ModeCouplings
 from spectralshell.krylov import dense_pairs
+from spectralshell.measurements.couplings import ModeCouplings
 from spectralshell.operators import Direction, build_exact_kernel, survey_motion
 from spectralshell.shells import noise_floor
 from studies.residual.files import write_atomically

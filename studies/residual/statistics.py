@@ -15,9 +15,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from spectralshell.estimators.tail_intervals import jackknife_t
-from spectralshell.estimators.toeplitz_shells import SnapshotShells, place_coupling_shells
-from spectralshell.estimators.toeplitz_statistics import ShellSummary, mean_known
+from spectralshell.estimators.intervals import jackknife_t
+from spectralshell.estimators.toeplitz_frames import (
+    ShellSummary,
+    SnapshotShells,
+    mean_known,
+    place_coupling_shells,
+)
 from spectralshell.shells import (
     ShellPartition,
     SoftShells,

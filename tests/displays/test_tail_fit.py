@@ -5,7 +5,7 @@ from matplotlib.figure import Figure
 from numpy.testing import assert_allclose, assert_array_equal
 
 from spectralshell.displays import TailFitDisplay
-from spectralshell.estimators.tail_fit import GRSDTailFitter
+from spectralshell.estimators.tail.fitter import GRSDTailFitter
 from tests.displays.frames import comparison_frame, fitted_frame, wide_frame
 
 WINDOW = (0.4, 51.2)

@@ -9,8 +9,8 @@ from sklearn.model_selection import KFold
 from sklearn.pipeline import make_pipeline
 
 from spectralshell.estimators.cross_validation import FOLD_COLUMNS, cross_validate_exponent
-from spectralshell.estimators.tail_fit import GRSDTailFitter
-from tests.estimators.tail_data import WINDOW, frame
+from spectralshell.estimators.tail.fitter import GRSDTailFitter
+from tests.estimators.tail.energies import WINDOW, frame
 
 
 class Rows(TransformerMixin, BaseEstimator):

@@ -10,7 +10,7 @@ import torch
 from sklearn.model_selection import GridSearchCV, GroupKFold
 
 from spectralshell import ShellEnergyEstimator, largest_q_within_one_se
-from spectralshell.estimators import measurement
+from spectralshell.measurements import spectrum as measurement
 from spectralshell.operators import KernelOperator
 from spectralshell.warning_categories import ResolutionWarning
 from tests.estimators.contract import ShellEstimatorContract

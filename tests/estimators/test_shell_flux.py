@@ -9,8 +9,8 @@ import torch
 from sklearn.model_selection import GridSearchCV, GroupKFold
 
 from spectralshell import ShellEnergyEstimator, ShellFluxEstimator, Snapshot, make_snapshots
-from spectralshell.estimators import shell_flux_measurement
-from spectralshell.estimators.measurement_parameters import probe_seed
+from spectralshell.measurements import fluxes as shell_flux_measurement
+from spectralshell.measurements.settings import probe_seed
 from spectralshell.operators import survey_motion
 from spectralshell.shells import SoftShells
 from spectralshell.warning_categories import DynamicsWarning

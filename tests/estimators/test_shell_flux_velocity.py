@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from spectralshell.estimators.shell_flux_velocity import fit_velocity
+from spectralshell.estimators.shell_flux_frames import fit_velocity
 from spectralshell.shells import ShellPartition, SoftShells, shell_balance
 
 EDGES = 2.0 ** np.arange(-6, 4)

@@ -5,15 +5,16 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from spectralshell.estimators.toeplitz_frames import Diagnosis
-from spectralshell.estimators.toeplitz_rows import ROW_NAMES, log_gain, scalar_frame
-from spectralshell.estimators.toeplitz_shells import SnapshotShells, place_coupling_shells
-from spectralshell.estimators.toeplitz_statistics import (
+from spectralshell.estimators.toeplitz import ROW_NAMES, log_gain, scalar_frame
+from spectralshell.estimators.toeplitz_frames import (
     ALTERNATIVES,
+    Diagnosis,
     ShellSummary,
+    SnapshotShells,
     adjacent_share,
     jackknife,
     null_p_value,
+    place_coupling_shells,
 )
 from spectralshell.shells import (
     SoftShells,
@@ -23,7 +24,7 @@ from spectralshell.shells import (
     toeplitz_residual,
 )
 from spectralshell.shells.coupling import CouplingRule
-from tests.estimators.mode_couplings import by_offset, by_scale, even_rates, make_couplings, noise
+from tests.measurements.mode_couplings import by_offset, by_scale, even_rates, make_couplings, noise
 
 N_NULL = 20
 RATES = even_rates(10, 12)

@@ -5,9 +5,9 @@ import torch
 from torch import nn
 
 from spectralshell.operators import build_exact_kernel, build_kernel
-from spectralshell.operators.kernel_problem import pose_problem
-from spectralshell.operators.layer_assembly import contract_layers
-from spectralshell.operators.layer_units import GRADIENTS, PAIRS
+from spectralshell.operators.layers.assembly import contract_layers
+from spectralshell.operators.layers.units import GRADIENTS, PAIRS
+from spectralshell.operators.problem import pose_problem
 from spectralshell.snapshots import Snapshot
 from tests.fingerprints import model_fingerprint
 from tests.zoo import CASES, CASES_BY_NAME, RESIDUALS, dense_reference, make_snapshot

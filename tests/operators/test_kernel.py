@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from spectralshell.operators import build_kernel
-from spectralshell.operators.kernel import assemble_kernel
+from spectralshell.operators.matrix_free import assemble_kernel
 from spectralshell.snapshots import Snapshot
 from tests.zoo import (
     CASES,

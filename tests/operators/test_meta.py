@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from spectralshell.krylov.lanczos import lanczos_recurrence
-from spectralshell.operators.kernel import assemble_kernel, build_kernel
+from spectralshell.krylov.recurrence import lanczos_recurrence
+from spectralshell.operators.build import build_kernel
+from spectralshell.operators.matrix_free import assemble_kernel
 from tests.zoo import CASES, CASES_BY_NAME, RESIDUALS, make_snapshot
 
 

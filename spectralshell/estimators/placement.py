@@ -1,0 +1,294 @@
+"""Placement of the shells, the density they stand for, and what they hide."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from spectralshell.krylov import CumulativeBounds, evaluate_together
+from spectralshell.parameter_checks import check_sample_weight
+from spectralshell.shells import ShellPartition, SpectralMeasure, cumulative_energies
+from spectralshell.warning_categories import ResolutionWarning
+
+# A peak this close to the floor, with this much of its energy unresolved below, may be false.
+_SHELLS_NEAR_FLOOR = 2
+
+_HIDDEN_PER_PEAK = 0.5
+
+# Shells that hold less than half of a snapshot's energy do not show where it sits.
+_MOST = 0.5
+
+# From here over this module's functions, ``fit`` and scikit-learn's wrapper to the caller's line.
+_STACKLEVEL = 5
+
+# Share of the uniform density in the mixture: an empty shell then costs ln(100) and not infinity.
+_UNIFORM_SHARE = 0.01
+
+# Energy that rounding may leave on eigenvalues of a null space.
+_NEGLIGIBLE_SHARE = 1e-12
+
+
+def energies_below(measures: Sequence[SpectralMeasure], edges: np.ndarray) -> np.ndarray:
+    """Energy strictly below each edge, as `SpectralMeasure.estimate` gives it.
+
+    Parameters
+    ----------
+    measures : sequence of SpectralMeasure
+        At least one.
+    edges : ndarray of shape (k,)
+        Positive and non-decreasing.
+
+    Returns
+    -------
+    ndarray of shape (n_measures, k)
+        A row does not depend on the other measures. Bounds remember their edges, so that a fold
+        or a second fit evaluates nothing again.
+    """
+    evaluate_together([bounds for _, bounds in _quadratures(measures)], edges)
+    return cumulative_energies(measures, edges)
+
+
+def null_energies(measures: Sequence[SpectralMeasure]) -> np.ndarray:
+    """Energy below each measure's own noise, as `SpectralMeasure.null` gives it.
+
+    Parameters
+    ----------
+    measures : sequence of SpectralMeasure
+        At least one.
+
+    Returns
+    -------
+    ndarray of shape (n_measures,)
+    """
+    noisy = [(m.noise, bounds) for m, bounds in _quadratures(measures) if m.noise > 0.0]
+    evaluate_together([bounds for _, bounds in noisy], [[noise] for noise, _ in noisy])
+    return np.array([m.null for m in measures])
+
+
+def _quadratures(
+    measures: Sequence[SpectralMeasure],
+) -> list[tuple[SpectralMeasure, CumulativeBounds]]:
+    return [
+        (m, m.bounds) for m in measures if isinstance(m.bounds, CumulativeBounds) and not m.counted
+    ]
+
+
+def warn_of_hidden_energy(
+    measures: Sequence[SpectralMeasure], partition: ShellPartition, floor: float
+) -> None:
+    """Warn before a profile is read that the resolution does not support.
+
+    Parameters
+    ----------
+    measures : sequence of SpectralMeasure
+        Training measures.
+    partition : ShellPartition
+        The fitted shells.
+    floor : float
+        Resolution floor, 1/τ.
+
+    Warns
+    -----
+    ResolutionWarning
+        If most of a snapshot's energy is unresolved, else if the mean energy per shell is largest
+        next to the floor while energy lies unresolved below it.
+    """
+    totals = np.array([m.total for m in measures])
+    below = energies_below(measures, partition.edges[:-1])
+    # Below the noise there is nothing to resolve; without noise, null is all there is.
+    noise = np.array([m.noise for m in measures])
+    unresolved = np.where(noise > 0.0, below[:, 0] - null_energies(measures), 0.0)
+    worst = int(np.argmax(unresolved - _MOST * totals))
+    if unresolved[worst] > _MOST * totals[worst]:
+        _warn(_most_is_hidden(measures, worst, unresolved[worst] / totals[worst], floor))
+        return
+    shells = np.diff(below, append=totals[:, None]).mean(axis=0)
+    peak = int(shells.argmax())
+    if peak < _SHELLS_NEAR_FLOOR and unresolved.mean() > _HIDDEN_PER_PEAK * shells[peak]:
+        _warn(
+            f"The energy per shell is largest in {partition.names[peak]}, next to the resolution "
+            f"floor {floor:.3g}, and energy lies unresolved below it: do not call the profile "
+            "unimodal. The peak may move with n_steps; raise n_steps or use solver='exact'."
+        )
+
+
+def _most_is_hidden(
+    measures: Sequence[SpectralMeasure], worst: int, share: float, floor: float
+) -> str:
+    highest = max(measures, key=lambda m: m.floor)
+    hidden = measures[worst]
+    return (
+        f"{share:.0%} of the energy of the snapshot at tau={hidden.tau:g}, batch={hidden.batch!r} "
+        f"lies below the resolution floor {floor:.3g} and is in no shell: do not call the profile "
+        f"unimodal. The snapshot at tau={highest.tau:g}, batch={highest.batch!r} has the highest "
+        "floor; raise n_steps, use solver='exact', fit such times apart, or set floor=."
+    )
+
+
+def _warn(message: str) -> None:
+    warnings.warn(message, ResolutionWarning, stacklevel=_STACKLEVEL)
+
+
+@dataclass(frozen=True)
+class ShellDensity:
+    """Piecewise-constant density of energy per unit ln λ on a window.
+
+    Parameters
+    ----------
+    edges : ndarray of shape (n_bins + 1,)
+        Window ends and the shell edges between them, 1/τ.
+    density : ndarray of shape (n_bins,)
+        Per unit ln λ, integrating to 1.
+    """
+
+    edges: np.ndarray
+    density: np.ndarray
+
+    @classmethod
+    def from_measures(
+        cls,
+        measures: Sequence[SpectralMeasure],
+        shell_edges: np.ndarray,
+        window: tuple[float, float],
+    ) -> ShellDensity:
+        """Fit to the energies of training measures, averaged over them.
+
+        Parameters
+        ----------
+        measures : sequence of SpectralMeasure
+            Training measures.
+        shell_edges : ndarray
+            Edges of the partition; those outside the window do not matter.
+        window : (float, float)
+            Rates that count, both ends included.
+
+        Returns
+        -------
+        ShellDensity
+            Uniform if the measures have no energy in the window. Without bins, so that every score
+            is NaN, if the window is a single rate: nothing was resolved below it.
+        """
+        lo, hi = window
+        if not lo < hi:
+            return cls(edges=np.array([lo]), density=np.empty(0))
+        inside = shell_edges[(shell_edges > lo) & (shell_edges < hi)]
+        edges = np.concatenate([[lo], inside, [np.nextafter(hi, np.inf)]])
+        widths = np.diff(np.log(edges))
+        energies = np.diff(energies_below(measures, edges)).mean(axis=0)
+        total = energies.sum()
+        uniform = 1.0 / widths.sum()
+        shares = energies / total if total > 0.0 else widths * uniform
+        density = (1.0 - _UNIFORM_SHARE) * shares / widths + _UNIFORM_SHARE * uniform
+        return cls(edges=edges, density=density)
+
+    def score(self, measures: Sequence[SpectralMeasure], sample_weight: Any = None) -> float:
+        """Energy-weighted mean log-density of the nodes inside the window.
+
+        Parameters
+        ----------
+        measures : sequence of SpectralMeasure
+            Held-out measures.
+        sample_weight : array-like of shape (n_measures,), optional
+            Weight of each measure.
+
+        Returns
+        -------
+        float
+            In nats; NaN where no node inside the window has energy.
+        """
+        weights = check_sample_weight(sample_weight, len(measures))
+        log_density = np.log(self.density)
+        total = gain = 0.0
+        for measure, weight in zip(measures, weights, strict=True):
+            inside = (measure.nodes >= self.edges[0]) & (measure.nodes < self.edges[-1])
+            energy = weight * measure.weights[inside]
+            shell = np.searchsorted(self.edges, measure.nodes[inside], side="right") - 1
+            total += energy.sum()
+            gain += energy @ log_density[shell]
+        return float(gain / total) if total > 0.0 else float("nan")
+
+
+@dataclass(frozen=True)
+class PlacedShells:
+    """A partition and what it was placed by.
+
+    Parameters
+    ----------
+    partition : ShellPartition
+        From the lowest occupied shell above the floor to the one that holds ``lambda_max``.
+    floor : float
+        Resolution floor, 1/τ.
+    lambda_max : float
+        Largest eigenvalue of the measures, 1/τ.
+    range : tuple of float
+        From the floor to the largest eigenvalue; both ``lambda_0`` where M is zero.
+    """
+
+    partition: ShellPartition
+    floor: float
+    lambda_max: float
+    range: tuple[float, float]
+
+
+def place_shells(
+    measures: Sequence[SpectralMeasure], *, q: float, lambda_0: float, floor: str | float
+) -> PlacedShells:
+    """Place shells between the resolution floor and the largest eigenvalue.
+
+    Parameters
+    ----------
+    measures : sequence of SpectralMeasure
+        Training measures.
+    q, lambda_0 : float
+        Ratio and anchor of the shells.
+    floor : "auto" or float
+        The highest floor of the measures, or a given one.
+
+    Returns
+    -------
+    PlacedShells
+        The first edge is at or above the floor. Empty shells at the start are dropped.
+
+    Raises
+    ------
+    ValueError
+        If a given floor is not below the largest eigenvalue.
+    """
+    lambda_max = max(m.lambda_max for m in measures)
+    lowest = max(m.floor for m in measures) if isinstance(floor, str) else float(floor)
+    if not isinstance(floor, str) and 0.0 < lambda_max <= lowest:
+        raise ValueError(
+            f"floor must lie below the largest eigenvalue, {lambda_max:.6g}, got {floor!r}; "
+            "lower it or leave floor='auto'."
+        )
+    # A kernel that is zero has no rates to place shells by; one shell at lambda_0 is legal.
+    top = lambda_max if lambda_max > 0.0 else lambda_0
+    bottom = min(lowest, top) if lowest > 0.0 else top
+    partition = ShellPartition.covering(bottom, top, q=q, lambda_0=lambda_0)
+    return PlacedShells(
+        _without_empty_start(partition, measures), lowest, lambda_max, (bottom, top)
+    )
+
+
+def _without_empty_start(
+    partition: ShellPartition, measures: Sequence[SpectralMeasure]
+) -> ShellPartition:
+    lowest = np.inf
+    for measure in measures:
+        lowest = _lowest_rate(measure, partition.edges[0], lowest)
+        if lowest < partition.edges[1]:  # nothing is dropped, whatever the others hold
+            break
+    first = int(partition.index(lowest)) if np.isfinite(lowest) else 0
+    return replace(partition, first=partition.first + first, n_shells=partition.n_shells - first)
+
+
+def _lowest_rate(measure: SpectralMeasure, start: float, end: float) -> float:
+    """Return the lowest node in [start, end) at which energy has gathered, or else ``end``."""
+    first, last = measure.nodes.searchsorted([start, end])
+    gathered = measure.weights[first:last].cumsum() > _NEGLIGIBLE_SHARE * measure.total
+    found = gathered.argmax() if gathered.size else 0
+    return float(measure.nodes[first + found]) if gathered.any() else end

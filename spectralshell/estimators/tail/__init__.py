@@ -1,0 +1,1 @@
+"""The tail fit: data, models, solving, evidence, fitted rows, and the estimator."""

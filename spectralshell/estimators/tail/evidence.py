@@ -1,0 +1,295 @@
+"""Evidence about the tail: the test of no cutoff, competing densities, the power of the cutoff."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+from scipy import stats
+
+from spectralshell.estimators.intervals import jackknife_t
+from spectralshell.estimators.tail.data import (
+    ROUNDING,
+    BatchedEnergies,
+    TailProblem,
+    relative_deviations,
+)
+from spectralshell.estimators.tail.models import (
+    DEGENERATE,
+    EXPONENTIAL,
+    FREE_POWER,
+    LOGNORMAL,
+    POWER_LAW,
+    TEMPLATE,
+    TailModel,
+)
+from spectralshell.estimators.tail.solve import TailParameters, likelihood_interval, profile_fit
+
+# Relative accuracy of shell integrals; a cutoff that explains less explains rounding.
+QUADRATURE = 1e-6
+
+COMPARED = (POWER_LAW, TEMPLATE, EXPONENTIAL, LOGNORMAL)
+
+COMPARISON_COLUMNS = (
+    "model",
+    "slope",
+    "n_parameters",
+    "aic",
+    "delta_aic",
+    "log_likelihood",
+    "rank",
+)
+
+FALSIFIER_FIELDS = (
+    "power",
+    "lower",
+    "upper",
+    "slope",
+    "template_power",
+    "frozen_power",
+    "contains_template",
+    "contains_frozen",
+    "status",
+)
+
+# Models whose AIC differ by less are never told apart (Burnham and Anderson 2002, section 2.6).
+AIC_TIE = 2.0
+
+# Residuals this small are rounding; ln of their square would rank rounding.
+SMALLEST_SQUARE = 1e-20
+
+
+def no_cutoff_p_value(
+    data: BatchedEnergies,
+    means: np.ndarray,
+    weights: np.ndarray,
+    log_lambda: np.ndarray,
+    improvement: float,
+    sse: float,
+) -> float:
+    """P-value of κ = 0 from the improvement in weighted squares that a cutoff brings.
+
+    Batches are the subjects of a repeated-measures design, so correlations between shells and
+    between taus do no harm: the improvement is compared with the trace of the batch covariance over
+    the contrasts that a cutoff can move (curvature of each tau, differences of slope between taus),
+    with Greenhouse and Geisser's degrees of freedom [1]_. With one batch it is the F test on the
+    residuals, which takes them as independent.
+
+    Parameters
+    ----------
+    data : BatchedEnergies
+        The energies.
+    means, weights : ndarray of shape (n_taus, n_shells)
+        Mean energies and weights of the fit.
+    log_lambda : ndarray of shape (n_shells,)
+        Where the shells are.
+    improvement : float
+        Weighted squares without minus with cutoff.
+    sse : float
+        Weighted squares with cutoff.
+
+    Returns
+    -------
+    float
+
+    References
+    ----------
+    .. [1] S. W. Greenhouse and S. Geisser, "On methods in the analysis of profile data",
+       Psychometrika 24 (1959).
+    """
+    n_taus, n_points = len(means), int((weights > 0).sum())
+    if improvement <= QUADRATURE**2 * weights.sum():
+        return 1.0
+    if data.n_batches == 1:
+        freedom = n_points - 2 * n_taus - 1
+        if freedom < 1 or sse <= 0:
+            return 0.0 if sse <= 0 < improvement and freedom >= 1 else 1.0
+        return float(stats.f.sf(improvement / n_taus / (sse / freedom), n_taus, freedom))
+    contrasts = _cutoff_contrasts(np.sqrt(weights), log_lambda)
+    counts = data.present.sum(axis=1)
+    # Each batch's part in ln of the mean; n/(n−1) makes its sum of squares an unbiased variance.
+    parts = relative_deviations(data, means) / counts[:, None, None]
+    parts = parts * np.sqrt(counts / np.maximum(counts - 1.0, 1.0))[:, None, None]
+    parts = (parts * np.sqrt(weights)[:, None]).transpose(1, 0, 2).reshape(data.n_batches, -1)
+    covariance = (parts @ contrasts).T @ (parts @ contrasts)
+    trace = np.trace(covariance)
+    if trace <= ROUNDING**2 * weights.sum():
+        return 0.0
+    freedom = trace**2 / (covariance**2).sum()
+    return float(stats.f.sf(improvement / trace, freedom, freedom * (data.n_batches - 1)))
+
+
+def _cutoff_contrasts(root_weights: np.ndarray, log_lambda: np.ndarray) -> np.ndarray:
+    """Orthonormal columns: what a cutoff can add to a power law of one slope, to second order."""
+    n_taus, n_shells = root_weights.shape
+    x = (log_lambda - log_lambda.mean()) / max(np.ptp(log_lambda), 1e-12)
+    blocks = np.eye(n_taus)
+    null = np.concatenate([np.kron(blocks, np.ones(n_shells)), np.tile(x, n_taus)[None]])
+    full = np.concatenate([np.kron(blocks, x), np.kron(blocks, x**2)])
+    root = root_weights.ravel()
+    basis, _ = np.linalg.qr((null * root).T)
+    rest = (full * root).T
+    rest = rest - basis @ (basis.T @ rest)
+    left, values, _ = np.linalg.svd(rest - basis @ (basis.T @ rest), full_matrices=False)
+    return left[:, values > 1e-9 * values.max(initial=1e-300)]
+
+
+def compare(
+    problem: TailProblem,
+    fits: dict[TailModel, TailParameters],
+    shared: bool,
+    confidence: float,
+) -> pd.DataFrame:
+    """Rank the compared models.
+
+    Parameters
+    ----------
+    problem : TailProblem
+        The data.
+    fits : dict of TailModel to TailParameters
+        All of :data:`COMPARED`.
+    shared : bool
+        Whether κ_j = K τ_j, which has fewer parameters.
+    confidence : float
+        At which models count as different.
+
+    Returns
+    -------
+    DataFrame
+        ``model, slope, n_parameters, aic, delta_aic, log_likelihood, rank``: AIC from the weighted
+        Gaussian residuals of ln ε; the mean log-likelihood of ln ε of a batch that was left out,
+        per point (NaN with one batch). Rank by AIC; models tie with the best where their AIC differ
+        by less than 2, or than its jackknife-t interval over batches, since shells are not
+        independent points; 0 without an AIC. A lognormal has no slope (NaN).
+    """
+    n, n_taus = problem.n_points, problem.n_taus
+    rows = []
+    for model in COMPARED:
+        fit = fits[model]
+        extra = {"power": 0, "lognormal": n_taus}.get(model.kind, 1 if shared else n_taus)
+        n_parameters = n_taus + 1 + extra
+        aic = n * np.log(max(fit.sse[0] / n, SMALLEST_SQUARE)) + 2.0 * n_parameters
+        slope = np.nan if model.kind == "lognormal" else fit.theta[0]
+        rows.append((model.name, slope, n_parameters, aic, 0.0, _held_out(problem, fit), 0))
+    table = pd.DataFrame(rows, columns=list(COMPARISON_COLUMNS))
+    table["delta_aic"] = table["aic"] - table["aic"].min()
+    margin = _tie_margins(problem, [fits[model].sse for model in COMPARED], confidence)
+    tied = np.where(table["delta_aic"] < margin, 0.0, table["delta_aic"])
+    table["rank"] = pd.Series(tied).rank(method="min").fillna(0).astype(int)
+    return table
+
+
+def _tie_margins(problem: TailProblem, squares: list[np.ndarray], confidence: float) -> np.ndarray:
+    """Difference of AIC from the best below which a model ties with it."""
+    if problem.n_batches == 1:
+        return np.full(len(squares), AIC_TIE)
+    n = problem.n_points
+    logs = n * np.log(np.maximum(np.array(squares) / n, SMALLEST_SQUARE))
+    best = int(logs[:, 0].argmin())
+    half, _ = jackknife_t((logs - logs[best]).T, confidence)
+    return np.maximum(half, AIC_TIE)
+
+
+def empty_comparison() -> pd.DataFrame:
+    """Return the comparison of a fit that could not be made."""
+    rows = [(model.name, np.nan, 0, np.nan, np.nan, np.nan, 0) for model in COMPARED]
+    return pd.DataFrame(rows, columns=list(COMPARISON_COLUMNS))
+
+
+def falsify(problem: TailProblem, ratios: np.ndarray | None, confidence: float) -> pd.Series:
+    """Fit the power p of the cutoff exp(−κ λ^p) freely, with slope and cutoffs.
+
+    Parameters
+    ----------
+    problem : TailProblem
+        The data, in which a cutoff was found.
+    ratios : ndarray or None
+        The taus to which cutoffs are proportional, if they are shared.
+    confidence : float
+        Nominal coverage of the interval.
+
+    Returns
+    -------
+    Series
+        ``power, lower, upper, slope`` of that fit; ``template_power`` = slope − 1, the power that
+        the template would need at that slope; ``frozen_power`` = 1; whether the interval contains
+        either (None where nothing determines p); ``status``.
+    """
+    fit = profile_fit(FREE_POWER, problem.log_density, problem.weights, problem.grid, ratios)
+    power, slope = float(fit.theta[0]), float(fit.slope[0])
+    low, high = FREE_POWER.bounds
+    if not low + 1e-6 < power < high - 1e-6 or not (fit.coefficient[0] != 0).any():
+        return empty_falsifier("flat profile: the power of the cutoff is not determined")
+    if abs(power) < DEGENERATE:
+        return empty_falsifier("degenerate: the free cutoff is itself a power law")
+    if problem.n_batches > 1:
+        half = float(jackknife_t(fit.theta, confidence)[0])
+        lower, upper = power - half, power + half
+    else:
+        n_parameters = 2 + problem.n_taus + (1 if ratios is not None else problem.n_taus)
+        lower, upper = likelihood_interval(
+            FREE_POWER,
+            fit,
+            problem.log_density,
+            problem.weights,
+            problem.grid,
+            ratios,
+            n_parameters,
+            confidence,
+        )
+    return pd.Series(
+        dict(
+            zip(
+                FALSIFIER_FIELDS,
+                (
+                    power,
+                    lower,
+                    upper,
+                    slope,
+                    slope - 1.0,
+                    1.0,
+                    _contains_template(fit, lower, upper, confidence),
+                    bool(lower <= 1.0 <= upper),
+                    "ok",
+                ),
+                strict=True,
+            )
+        ),
+        name="falsifier",
+        dtype=object,
+    )
+
+
+def empty_falsifier(status: str) -> pd.Series:
+    """Return the falsifier of a fit that could not be made."""
+    values = (np.nan, np.nan, np.nan, np.nan, np.nan, 1.0, None, None, status)
+    return pd.Series(
+        dict(zip(FALSIFIER_FIELDS, values, strict=True)), name="falsifier", dtype=object
+    )
+
+
+def _contains_template(fit: TailParameters, lower: float, upper: float, confidence: float) -> bool:
+    """Return whether p = b − 1 is tenable: the slope is uncertain too, and correlated with p."""
+    gap = fit.theta - (fit.slope - 1.0)
+    if len(gap) > 1:
+        return bool(abs(gap[0]) <= jackknife_t(gap, confidence)[0])
+    return bool(lower <= fit.slope[0] - 1.0 <= upper)
+
+
+def _held_out(problem: TailProblem, fit: TailParameters) -> float:
+    """Mean Gaussian log-likelihood of ln ε of each batch under the fit to the others."""
+    if problem.n_batches == 1:
+        return np.nan
+    data = problem.data
+    counts = data.present.sum(axis=1)[:, None]
+    full = problem.weights[0]
+    variance = np.divide(counts, full, out=np.ones_like(full), where=full > 0)[:, None]
+    fitted = full > 0
+    width = np.where(fitted, np.log(np.where(fitted, problem.means, 1.0)), 0.0)
+    width = width - problem.log_density[0]
+    energies = data.energies
+    scored = (energies > 0) & (problem.weights[1:] > 0).transpose(1, 0, 2)
+    held_out = np.log(np.where(scored, energies, 1.0)) - width[:, None]
+    # The mean of ln lies half a variance below ln of the mean.
+    error = held_out - fit.mean[1:].transpose(1, 0, 2) + 0.5 * variance
+    value = -0.5 * (np.log(2.0 * np.pi * variance) + error**2 / variance)
+    return float(value[scored].mean()) if scored.any() else np.nan

@@ -1,0 +1,1 @@
+"""Measurements of one snapshot, made once and remembered, whatever the shells."""

@@ -1,0 +1,1 @@
+"""The user's model, called without leaving a trace: state, function, guard, trace."""

@@ -1,0 +1,275 @@
+"""A model as a pure function of its selected parameters."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import AbstractContextManager
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from spectralshell.models.guard import guarded
+from spectralshell.models.state import tied_groups, unwrap
+
+_T = TypeVar("_T")
+
+_MAX_NAMES = 8
+
+Parameters = tuple[Tensor, ...]
+
+
+class _Carrier(nn.Module):
+    """Runs any thunk while the model inside carries other tensors."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, thunk: Callable[[], _T]) -> _T:
+        return thunk()
+
+
+class ModelFunction:
+    """Outputs of a model as a function of its selected parameters, all else frozen.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        Shared and never changed: the tensors are exchanged for the time of a call.
+    state : dict of str to Tensor
+        Every parameter and buffer, tied ones once.
+    names : sequence of str
+        The parameters to differentiate with respect to.
+    device, dtype
+        Where and in which floating dtype to compute.
+
+    Attributes
+    ----------
+    parameters : tuple of Tensor
+        Values of the selected parameters, in the order of ``names``.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        state: Mapping[str, Tensor],
+        names: list[str],
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
+        self.model = unwrap(model)
+        self.names = names
+        self.device = device
+        self.dtype = dtype
+        self._carrier = _Carrier(self.model)
+        # Some models write to their weights and buffers while they run: let them have their own.
+        moved = {name: cast(t.detach(), device, dtype).clone() for name, t in state.items()}
+        self.parameters: Parameters = tuple(moved.pop(name) for name in names)
+        self._constants = moved
+        self._aliases = {group[0]: group for group, _ in tied_groups(self.model)}
+
+    @property
+    def n_parameters(self) -> int:
+        """Number of selected scalars, tied ones once."""
+        return sum(parameter.numel() for parameter in self.parameters)
+
+    def positions(self) -> dict[str, int]:
+        """Return the position of each selected parameter by name, tied ones by all their names."""
+        return {
+            alias: position
+            for position, name in enumerate(self.names)
+            for alias in self._aliases.get(name, [name])
+        }
+
+    def in_double(self) -> ModelFunction:
+        """Return the same function at the same point, computed in float64."""
+        state = dict(self._constants)
+        state.update(zip(self.names, self.parameters, strict=True))
+        return ModelFunction(self.model, state, self.names, self.device, torch.float64)
+
+    def at(self, parameters: Parameters) -> ModelFunction:
+        """Return the same function with other values of the selected parameters."""
+        state = dict(self._constants)
+        state.update(zip(self.names, parameters, strict=True))
+        return ModelFunction(self.model, state, self.names, self.device, self.dtype)
+
+    def guard(self) -> AbstractContextManager[None]:
+        """Return the context in which the model may be called."""
+        return guarded(self.model, self.device)
+
+    def installed(self, parameters: Parameters | None, thunk: Callable[[], _T]) -> _T:
+        """Run ``thunk`` while the model carries the frozen state and ``parameters``.
+
+        None installs the frozen values, requiring gradients: a backward pass that evaluates part
+        of the model anew, as under checkpointing, has to find what the forward pass found.
+        """
+        if parameters is None:
+            parameters = tuple(p.detach().requires_grad_() for p in self.parameters)
+        return self._carry(dict(zip(self.names, parameters, strict=True)) | self._constants, thunk)
+
+    def poisoned(self, thunk: Callable[[], _T]) -> _T:
+        """Run ``thunk`` while every floating tensor of the model is NaN."""
+        named = dict(zip(self.names, self.parameters, strict=True))
+        state = {name: _nan_like(tensor).requires_grad_() for name, tensor in named.items()}
+        state.update({name: _nan_like(tensor) for name, tensor in self._constants.items()})
+        return self._carry(state, thunk)
+
+    def _carry(self, state: Mapping[str, Tensor], thunk: Callable[[], _T]) -> _T:
+        everywhere = {
+            f"model.{alias}": t
+            for name, t in state.items()
+            for alias in self._aliases.get(name, [name])
+        }
+        result: _T = functional_call(self._carrier, everywhere, (thunk,))
+        return result
+
+    def outputs(self, parameters: Parameters, inputs: Any) -> Tensor:
+        """Return the model's outputs, samples first.
+
+        Raises
+        ------
+        TypeError
+            If the model returns neither a tensor nor an object with ``.logits``.
+        """
+        # A model may write to its inputs: let it write to a copy.
+        fresh = map_tensors(torch.clone, inputs)
+        returned = self.installed(parameters, lambda: _call(self.model, fresh))
+        outputs = returned if isinstance(returned, Tensor) else getattr(returned, "logits", None)
+        if not isinstance(outputs, Tensor):
+            raise TypeError(
+                f"{type(self.model).__name__} returned {type(returned).__name__}: the outputs must "
+                "be a tensor or an object with .logits; wrap the model in a module that picks one."
+            )
+        return outputs
+
+
+def select_parameters(
+    model: nn.Module, parameters: Any, trainable: Collection[str] | None = None
+) -> list[str]:
+    r"""Return the names of the trainable parameters to differentiate with respect to.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+    parameters : None, str, or callable
+        None takes all trainable ones, a regular expression those whose name it finds
+        (``re.search``), a callable those for whose name it is true. A tied parameter has its first
+        name, and any of its names selects it.
+    trainable : collection of str, optional
+        Names of the trainable parameters; by default those that require gradients now.
+
+    Returns
+    -------
+    list of str
+
+    Raises
+    ------
+    ValueError
+        If the model has no trainable parameter, the expression is malformed, or none matches.
+    TypeError
+        If ``parameters`` has another type.
+
+    Examples
+    --------
+    >>> select_parameters(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1)), r"^1\.")
+    ['1.weight', '1.bias']
+    """
+    groups = [names for names, t in tied_groups(model) if isinstance(t, nn.Parameter)]
+    if not groups:
+        raise ValueError(
+            f"model: {type(model).__name__} has no parameters, so its kernel is not defined."
+        )
+    if trainable is None:
+        named = model.named_parameters(remove_duplicate=False)
+        trainable = {name for name, parameter in named if parameter.requires_grad}
+    candidates = [names for names in groups if not set(names).isdisjoint(trainable)]
+    if not candidates:
+        raise ValueError(
+            f"model: all {len(groups)} parameters of {type(model).__name__} are frozen "
+            "(requires_grad=False); unfreeze those to measure."
+        )
+    wanted = _name_filter(parameters)
+    selected = [names[0] for names in candidates if any(wanted(name) for name in names)]
+    if not selected:
+        available = [names[0] for names in candidates]
+        more = f" and {len(available) - _MAX_NAMES} more" if len(available) > _MAX_NAMES else ""
+        raise ValueError(
+            f"parameters={parameters!r} selects none of the trainable parameters: "
+            f"{', '.join(available[:_MAX_NAMES])}{more}."
+        )
+    return selected
+
+
+def cast(tensor: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Move a tensor to a device, floating ones in ``dtype``; never an inference tensor."""
+    moved = tensor.to(device, dtype) if tensor.is_floating_point() else tensor.to(device)
+    return moved.clone() if moved.is_inference() else moved
+
+
+def widen(tensor: Tensor) -> Tensor:
+    """Return a tensor in float64, on the CPU where its device has no float64."""
+    if tensor.device.type == "mps":
+        return tensor.cpu().double()
+    return tensor.double()
+
+
+def map_tensors(function: Callable[[Tensor], Tensor], value: Any) -> Any:
+    """Apply a function to the tensors inside a tensor, tuple, list or mapping."""
+    if isinstance(value, Tensor):
+        return function(value)
+    if isinstance(value, Mapping):
+        return {key: map_tensors(function, item) for key, item in value.items()}
+    if isinstance(value, tuple):
+        return tuple(map_tensors(function, item) for item in value)
+    if isinstance(value, list):
+        return [map_tensors(function, item) for item in value]
+    return value
+
+
+def _nan_like(tensor: Tensor) -> Tensor:
+    if not tensor.is_floating_point():
+        return tensor
+    # One number seen in every place: no memory.
+    return torch.full((), torch.nan, dtype=tensor.dtype, device=tensor.device).expand(tensor.shape)
+
+
+def iterate_tensors(value: Any) -> Iterator[Tensor]:
+    """Yield the tensors inside a tensor, tuple, list or mapping."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from iterate_tensors(item)
+    elif isinstance(value, (tuple, list)):
+        for item in value:
+            yield from iterate_tensors(item)
+
+
+def _call(model: nn.Module, inputs: Any) -> Any:
+    if isinstance(inputs, Mapping):
+        return model(**inputs)
+    if isinstance(inputs, tuple):
+        return model(*inputs)
+    return model(inputs)
+
+
+def _name_filter(parameters: Any) -> Callable[[str], bool]:
+    if parameters is None:
+        return lambda name: True
+    if isinstance(parameters, str):
+        try:
+            pattern = re.compile(parameters)
+        except re.error as error:
+            raise ValueError(
+                f"parameters={parameters!r} is not a regular expression: {error}."
+            ) from error
+        return lambda name: pattern.search(name) is not None
+    if callable(parameters):
+        return lambda name: bool(parameters(name))
+    raise TypeError(
+        "parameters must be None, a regular expression, or a callable over names, got "
+        f"{type(parameters).__name__}."
+    )

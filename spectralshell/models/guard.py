@@ -1,0 +1,152 @@
+"""The user's model called without leaving a trace on it."""
+
+from __future__ import annotations
+
+import random
+import threading
+import warnings
+from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+MODEL_LOCK = threading.RLock()
+"""Held while any model is evaluated or read: its tensors and torch's global switches are exchanged,
+and another thread would see, and restore, the wrong ones."""
+
+_BACKWARD_HOOKS = ("_backward_hooks", "_backward_pre_hooks")
+
+_CONTAINERS = ("_parameters", "_buffers", "_modules")
+
+
+@contextmanager
+def guarded(model: nn.Module, device: torch.device) -> Iterator[None]:
+    """Evaluate a model inside; put modes, attributes and random states back afterwards.
+
+    Inside, every module is in eval mode, attention uses the math backend (the fused kernels have
+    no forward-mode derivative and no second derivative), the fast path of MultiheadAttention is
+    off, and gradients are enabled whatever the caller's setting. The flag ``training`` is set
+    directly: ``model.eval()`` may be overridden and merge or move weights. Backward hooks
+    of modules are off, since a gradient that they see or change is not the user's; embeddings give
+    dense gradients; an autocast of the caller does not reach inside.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+    device : torch.device
+        Where the evaluation runs; its random state is kept as well as the CPU's.
+
+    Notes
+    -----
+    Everything is put back on the way out of any exception, KeyboardInterrupt included. Attributes
+    that a forward pass rebinds (caches, effective weights of ``weight_norm``) are put back too,
+    and values of plain tensor attributes that it writes to; what it changes inside a user's own
+    list, or an object that a hook owns, is not seen. Cost: linear in the number of modules.
+    Threads take turns: :data:`MODEL_LOCK` is held throughout.
+    """
+    with MODEL_LOCK, ExitStack() as stack:
+        stack.enter_context(_random_states(device))
+        stack.enter_context(_module_attributes(model))
+        stack.enter_context(_slow_attention_path())
+        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
+        stack.enter_context(quiet_differentiation())
+        stack.enter_context(full_precision(device))
+        for module in model.modules():
+            vars(module)["training"] = False
+            vars(module).update({name: OrderedDict() for name in _BACKWARD_HOOKS})
+            if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
+                vars(module)["sparse"] = False  # sparse gradients cannot be differentiated
+        yield
+
+
+def full_precision(device: torch.device) -> AbstractContextManager[Any]:
+    """Return the context in which the caller's autocast is off."""
+    if device.type != "meta" and torch.amp.is_autocast_available(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()
+
+
+@contextmanager
+def quiet_differentiation() -> Iterator[None]:
+    """Silence what torch says about its own tracing, which a user can do nothing about."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*Attempted to insert a get_attr Node.*")
+        warnings.filterwarnings("ignore", message=".*torch.jit.script.* is deprecated.*")
+        warnings.filterwarnings("ignore", message=".*performance drop because we have not yet.*")
+        yield
+
+
+@contextmanager
+def _random_states(device: torch.device) -> Iterator[None]:
+    cpu = torch.get_rng_state()
+    python = random.getstate()
+    legacy = np.random.get_state()  # noqa: NPY002  the global state is what has to be kept
+    cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+    mps = torch.mps.get_rng_state() if device.type == "mps" else None
+    try:
+        yield
+    finally:
+        torch.set_rng_state(cpu)
+        random.setstate(python)
+        np.random.set_state(legacy)  # noqa: NPY002
+        if cuda is not None:
+            torch.cuda.set_rng_state(cuda, device)
+        if mps is not None:
+            torch.mps.set_rng_state(mps)
+
+
+@contextmanager
+def _module_attributes(model: nn.Module) -> Iterator[None]:
+    records = [_record(module) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, attributes, containers, tensors in records:
+            _restore(vars(module), attributes)
+            for name, content in containers.items():
+                _restore(vars(module)[name], content)
+            for tensor, version, values in tensors:
+                if tensor._version != version:
+                    tensor.detach().copy_(values)
+
+
+_Record = tuple[
+    nn.Module, dict[str, Any], dict[str, dict[str, Any]], list[tuple[Tensor, int, Tensor]]
+]
+
+
+def _record(module: nn.Module) -> _Record:
+    attributes = dict(vars(module))
+    containers = {name: dict(attributes[name]) for name in _CONTAINERS}
+    tensors = [
+        (value, value._version, value.detach().clone())
+        for value in attributes.values()
+        if isinstance(value, Tensor) and not value.is_inference()
+    ]
+    return module, attributes, containers, tensors
+
+
+def _restore(current: dict[str, Any], saved: dict[str, Any]) -> None:
+    same = len(current) == len(saved) and all(
+        current.get(key, saved) is value for key, value in saved.items()
+    )
+    if not same:
+        current.clear()
+        current.update(saved)
+
+
+@contextmanager
+def _slow_attention_path() -> Iterator[None]:
+    enabled = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(enabled)

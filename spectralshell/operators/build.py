@@ -1,0 +1,312 @@
+"""Kernels, matrix-free or as a matrix, and their derivatives, built from a snapshot."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from spectralshell.operators.costs import ROOM, fits, format_bytes, plan_exact, resolve_max_memory
+from spectralshell.operators.exact_kernel import ExactKernel
+from spectralshell.operators.kernel_operator import KernelOperator
+from spectralshell.operators.motion.derivative import KernelDerivative
+from spectralshell.operators.motion.kernel_motion import KernelMotion
+from spectralshell.operators.survey import survey_kernel
+
+if TYPE_CHECKING:
+    from spectralshell.snapshots import Snapshot
+
+
+def build_kernel(
+    snapshot: Snapshot,
+    *,
+    residual: str | Callable[[Tensor, Any], Tensor] = "mse",
+    parameters: Any = None,
+    chunk_size: int | None = None,
+    device: str | torch.device = "auto",
+    dtype: str | torch.dtype | None = None,
+    generator: torch.Generator | None = None,
+) -> KernelOperator:
+    """Build M = J Jᵀ of a snapshot, matrix-free, and test it before it is used.
+
+    Parameters
+    ----------
+    snapshot : Snapshot
+    residual : str or callable, default="mse"
+        Which error, and which Jacobian; see :func:`spectralshell.residuals.resolve_residual`.
+    parameters : None, str, or callable
+        All trainable parameters, or those whose name a regular expression finds or for whose name
+        a callable is true.
+    chunk_size : int, optional
+        Samples whose graph is recorded at a time. Smaller needs less memory and more time. Without
+        it, the batch is chunked when memory runs out.
+    device : str or torch.device, default="auto"
+        ``"auto"`` is where the model's parameters are.
+    dtype : {None, "float32", "float64"} or torch.dtype
+        None is the model's own; half precision is raised to float32.
+    generator : torch.Generator, optional
+        For the probes; by default one with a fixed seed. No global random state is used.
+
+    Returns
+    -------
+    KernelOperator
+
+    Raises
+    ------
+    ValueError
+        If model, data and residual do not fit, something is not finite or not repeatable, or no
+        way to differentiate the model passes its test (the message names the module).
+    TypeError
+        If an argument has a wrong type.
+
+    Notes
+    -----
+    Cost: two evaluations, and about nine products for the tests. See the design's section 5 for the
+    ladder of differentiation.
+
+    Examples
+    --------
+    A linear model's kernel is the Gram matrix of its inputs, over N:
+
+    >>> import torch
+    >>> from spectralshell.snapshots import Snapshot
+    >>> x = torch.randn(4, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    >>> model = torch.nn.Linear(3, 1, bias=False, dtype=torch.float64)
+    >>> kernel = build_kernel(Snapshot(model, x, torch.zeros(4, 1)))
+    >>> bool(torch.allclose(kernel.to_dense(), x @ x.T / 4, atol=1e-14))
+    True
+    """
+    survey = survey_kernel(
+        snapshot,
+        residual=residual,
+        parameters=parameters,
+        chunk_size=chunk_size,
+        device=device,
+        dtype=dtype,
+        generator=generator,
+    )
+    return survey.build_matrix_free(survey.evaluation.chunk_size)
+
+
+def build_exact_kernel(
+    snapshot: Snapshot,
+    *,
+    residual: str | Callable[[Tensor, Any], Tensor] = "mse",
+    parameters: Any = None,
+    layers: str | Mapping[str, str] | Callable[[str], str] | None = None,
+    max_memory: int | str | None = None,
+    chunk_size: int | None = None,
+    device: str | torch.device = "auto",
+    dtype: str | torch.dtype | None = None,
+    generator: torch.Generator | None = None,
+) -> ExactKernel:
+    """Build the kernel of a snapshot as a matrix, layer by layer, without a Jacobian.
+
+    One forward pass records where each parameter is used; one backward pass for each entry of a
+    sample gives the output gradients of every layer; then each layer's kernel is contracted from
+    its inputs and output gradients in the order that takes the fewest operations. Linear layers and
+    products with a matrix, convolutions, embeddings, normalisations, and factors and terms of every
+    sample are contracted so; any other parameter goes through the gradients of each sample. A
+    product with a random vector is compared with automatic differentiation before the kernel is
+    given out.
+
+    Parameters
+    ----------
+    snapshot : Snapshot
+    residual : str or callable, default="mse"
+        Which error, and which Jacobian; see :func:`spectralshell.residuals.resolve_residual`.
+    parameters : None, str, or callable
+        All trainable parameters, or those whose name a regular expression finds or for whose name
+        a callable is true.
+    layers : {None, "module", "parameter"}, mapping or callable
+        Whether to keep the kernels of parts of the model: one for each module that owns
+        parameters, for each parameter, for the label that a mapping gives to the regular expression
+        that finds the parameter's name, or for the label that a callable gives to the name.
+    max_memory : int or str, optional
+        Bytes of working memory, or a string such as ``"1GB"``; by default half of what is free.
+        Samples and layers are taken in turns where it does not suffice.
+    chunk_size : int, optional
+        Samples recorded at a time; by default as many as ``max_memory`` allows.
+    device : str or torch.device, default="auto"
+        ``"auto"`` is where the model's parameters are.
+    dtype : {None, "float32", "float64"} or torch.dtype
+        None is the model's own; half precision is raised to float32.
+    generator : torch.Generator, optional
+        For the probe; by default one with a fixed seed. No global random state is used.
+
+    Returns
+    -------
+    ExactKernel
+
+    Warns
+    -----
+    KernelWarning
+        If the comparison fails, naming the module where layers and automatic differentiation
+        differ; the kernel is then found in a slower way.
+
+    Raises
+    ------
+    ValueError
+        If model, data and residual do not fit, something is not finite or not repeatable, or no
+        way to differentiate the model passes its test; or if ``max_memory`` cannot hold the
+        smallest pieces (the message says what would fit).
+    TypeError
+        If an argument has a wrong type.
+    MemoryError
+        If memory runs out with a single sample.
+
+    Notes
+    -----
+    Cost, for B samples of C entries, n = B C: three evaluations, C backward passes, one product,
+    and the contractions: for each layer the cheapest of the Gram matrix of its inputs times that of
+    its output gradients, the same by pairs of samples, and the gradients of all entries with one
+    symmetric product. Memory: n² numbers and a copy while they are put in order, the recorded
+    graph, and the output gradients of the layers, n numbers for each of a sample's activations; the
+    last two are divided by chunks of samples and groups of layers. Samples must not interact; where
+    they do, the comparison fails, and the columns of M come from n products.
+
+    The structure is that of the "structured derivatives" of Novak, Sohl-Dickstein and Schoenholz,
+    "Fast Finite Width Neural Tangent Kernel" (ICML 2022, section 3.4).
+
+    Examples
+    --------
+    >>> import torch
+    >>> from spectralshell.snapshots import Snapshot
+    >>> x = torch.randn(4, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    >>> model = torch.nn.Linear(3, 1, dtype=torch.float64)
+    >>> kernel = build_exact_kernel(Snapshot(model, x, torch.zeros(4, 1)), layers="parameter")
+    >>> bool(torch.allclose(kernel.layers["weight"], x @ x.T / 4, atol=1e-14))
+    True
+    >>> bool(torch.allclose(kernel.to_dense(), (x @ x.T + 1) / 4, atol=1e-14))
+    True
+    """
+    survey = survey_kernel(
+        snapshot,
+        residual=residual,
+        parameters=parameters,
+        layers=layers,
+        chunk_size=chunk_size,
+        device=device,
+        dtype=dtype,
+        generator=generator,
+    )
+    budget = resolve_max_memory(max_memory, survey.device)
+    plan = plan_exact(survey.footprint, budget, survey.evaluation.problem.chunk_size)
+    if not fits(plan.peak_bytes, budget):
+        raise ValueError(
+            f"max_memory: the exact kernel of n = {survey.footprint.n_entries} entries needs about "
+            f"{format_bytes(plan.peak_bytes / ROOM)}, and {format_bytes(budget)} are allowed; "
+            "allow that much, take fewer samples, or use the matrix-free kernel."
+        )
+    return survey.build_exact(plan, layers)
+
+
+def survey_motion(
+    snapshot: Snapshot,
+    *,
+    residual: str | Callable[[Tensor, Any], Tensor] = "mse",
+    parameters: Any = None,
+    chunk_size: int | None = None,
+    max_memory: int | str | None = None,
+    device: str | torch.device = "auto",
+    dtype: str | torch.dtype | None = None,
+    generator: torch.Generator | None = None,
+) -> KernelMotion:
+    """Evaluate a snapshot whose kernel shall move.
+
+    Parameters
+    ----------
+    snapshot : Snapshot
+    residual, parameters, chunk_size, device, dtype
+        As for :func:`~spectralshell.operators.build_kernel`.
+    max_memory : int or str, optional
+        Bytes of working memory, or a string such as ``"1GB"``; by default half of what is free.
+    generator : torch.Generator, optional
+        For probes and random directions; by default ones with a fixed seed.
+
+    Returns
+    -------
+    KernelMotion
+
+    Raises
+    ------
+    ValueError, TypeError
+        As :func:`~spectralshell.operators.build_kernel`.
+
+    Notes
+    -----
+    Cost: that of a survey, two evaluations and a recorded one of two samples. Whatever else is
+    needed is computed when it is asked for, and shared by all directions.
+
+    Examples
+    --------
+    Of a linear network of L layers without biases, the kernel is homogeneous of degree 2 (L − 1) in
+    the parameters, so that it grows 2 (L − 1)-fold along them:
+
+    >>> import torch
+    >>> from spectralshell.snapshots import Snapshot
+    >>> x = torch.randn(4, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    >>> layers = [torch.nn.Linear(3, 3, bias=False, dtype=torch.float64) for _ in range(2)]
+    >>> model = torch.nn.Sequential(*layers)
+    >>> with survey_motion(Snapshot(model, x, torch.zeros(4, 3))) as motion:
+    ...     direction = motion.direction(dict(model.named_parameters()))
+    ...     rate = motion.derivative(direction).to_dense()
+    ...     kernel = motion.survey.build_matrix_free(None).to_dense()
+    >>> bool(torch.allclose(rate, 2 * kernel))
+    True
+    """
+    survey = survey_kernel(
+        snapshot,
+        residual=residual,
+        parameters=parameters,
+        chunk_size=chunk_size,
+        device=device,
+        dtype=dtype,
+        generator=generator,
+    )
+    budget = resolve_max_memory(max_memory, survey.device)
+    return KernelMotion(snapshot, survey, budget, generator)
+
+
+def build_kernel_derivative(
+    snapshot: Snapshot,
+    direction: str | Snapshot | Mapping[str, Any] = "gradient-flow",
+    *,
+    method: str = "exact",
+    step: float | None = None,
+    norm: float | None = None,
+    **options: Any,
+) -> KernelDerivative:
+    """Return dM/dt of a snapshot along one direction.
+
+    For several directions, :func:`survey_motion` shares what they have in common.
+
+    Parameters
+    ----------
+    snapshot : Snapshot
+    direction, norm
+        As for :meth:`KernelMotion.direction`.
+    method, step
+        As for :meth:`KernelMotion.derivative`.
+    **options
+        As for :func:`survey_motion`.
+
+    Returns
+    -------
+    KernelDerivative
+
+    Examples
+    --------
+    The kernel of a model that is linear in its parameters does not move:
+
+    >>> import torch
+    >>> from spectralshell.snapshots import Snapshot
+    >>> x = torch.ones(2, 3)
+    >>> rate = build_kernel_derivative(Snapshot(torch.nn.Linear(3, 1), x, torch.zeros(2, 1)))
+    >>> rate.to_dense().abs().max().item(), rate.status
+    (0.0, 'frozen kernel')
+    """
+    motion = survey_motion(snapshot, **options)
+    return motion.derivative(motion.direction(direction, norm=norm), method=method, step=step)

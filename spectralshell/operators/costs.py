@@ -1,0 +1,564 @@
+"""Costs of a kernel before it is built: memory and operations of either solver."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from numbers import Integral
+from typing import Any
+
+import psutil
+import torch
+from torch import Tensor
+
+from spectralshell.operators.jacobian.ladder import is_out_of_memory
+from spectralshell.operators.layers.assembly import (
+    SLICES,
+    LabelOf,
+    Recording,
+    UnitPlan,
+    entry_layout,
+    group_units,
+    plan_unit,
+    record,
+)
+from spectralshell.operators.layers.rules import Affine
+from spectralshell.operators.layers.units import GRADIENTS, GRAM, operation_counts
+from spectralshell.operators.noise import NOISE_SAMPLES
+from spectralshell.operators.problem import Chunk, Evaluation
+
+FREE_SHARE = 0.5
+"""Part of the free memory that is taken where no limit was given."""
+
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+
+_UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+
+_META_BYTES = 2**40
+
+_COUNTED_SAMPLES = 2
+"""One sample would not tell a dimension of samples from one that is broadcast over them."""
+
+# Rates of a reference machine with two cores: they weigh the parts, and are never measured, so that
+# the same problem always gets the same plan. Halved in float64.
+MODEL_RATE = 1e11
+"""Operations a second of a model's forward and backward passes."""
+
+_CONTRACTION_RATE = 1e11
+
+_MEMORY_RATE = 5e9
+
+NODE_SECONDS = 1.5e-5
+"""Overhead of an operation of the model."""
+
+_EIGEN_RATE = 6e10
+
+_EIGENPROBLEM = 9.0
+"""Operations per entry of n³ of a dense symmetric eigenproblem with vectors."""
+
+_EIGEN_COPIES = 5.6
+"""n² float64 numbers: the matrix, and the work space of its reduction and of the energies."""
+
+ROOM = 0.85
+"""Part of a memory limit that is planned with: what is predicted can be that much too low."""
+
+_ALLOCATOR = 1.27
+"""Most memory of the process over what is in use: blocks of many sizes come and go."""
+
+_IN_FLIGHT = 2.0
+"""The same for a pass or a contraction, whose blocks are made before the last ones are freed."""
+
+_EXACT_PARAMETER_COPIES = 6
+"""The model's own, a gradient with its temporaries, and those of the product along it."""
+
+_FLOAT32_BYTES = 4
+
+_NOISE_COPIES = 5
+"""Parameters in float64: their values, two gradients, and the temporaries of a product."""
+
+_NOISE_GRAPHS = 2.5
+"""Graphs of a stored double backward pass, in those of a forward pass."""
+
+_CHECK_PASSES = 10.0
+"""Evaluations that the checks of a kernel cost, in forward passes."""
+
+_LARGEST_LAYERS = 2**31
+
+_GRAPH_BYTES = 2**26
+"""Of a chunk: larger ones are not faster, and need more memory."""
+
+_FEWEST_SAMPLES = 8
+
+_PRODUCT_PASSES = 4.0
+"""A pull-back and a push-forward, each of two passes: through inputs and through weights."""
+
+_STREAMED_PASSES = 8.0
+"""A product in chunks records its graphs anew."""
+
+_SETUP_PRODUCTS = 20.0
+"""The ladder's test, and the probes of the noise."""
+
+_NODES_PER_PRODUCT = 4.0
+
+_GRAPHS = 1.25
+"""Graph and tape of a stored product, in graphs of a recorded forward pass."""
+
+_LANCZOS_PARAMETER_COPIES = 12
+"""Own copy, pulled-back gradient and its temporaries, and those of the float64 reference."""
+
+_DENSE_RATE = 2e10
+"""Operations a second of the orthogonalisation in float64."""
+
+
+def resolve_max_memory(max_memory: int | str | None, device: torch.device) -> int:
+    """Return the bytes of working memory that a measurement may take.
+
+    Parameters
+    ----------
+    max_memory : int, str or None
+        Bytes, or a number with a unit (``"1GB"``, ``"512 MiB"``); None takes half of what is free
+        on the device.
+    device : torch.device
+
+    Returns
+    -------
+    int
+
+    Raises
+    ------
+    ValueError
+        If it is not positive, or the string is not a size.
+    TypeError
+        If it has another type.
+
+    Examples
+    --------
+    >>> resolve_max_memory("1.5 GB", torch.device("cpu"))
+    1500000000
+    >>> resolve_max_memory(2**20, torch.device("cpu"))
+    1048576
+    """
+    if max_memory is None:
+        return int(FREE_SHARE * _free_bytes(device))
+    size = parse_bytes(max_memory)
+    if size <= 0:
+        raise ValueError(f"max_memory must be positive, got {max_memory!r}.")
+    return size
+
+
+def parse_bytes(size: int | str) -> int:
+    """Return a size in bytes; see :func:`resolve_max_memory`."""
+    if isinstance(size, Integral) and not isinstance(size, bool):
+        return int(size)
+    if not isinstance(size, str):
+        raise TypeError(
+            f"max_memory must be None, a number of bytes or a string such as '1GB', got "
+            f"{type(size).__name__}."
+        )
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", size)
+    unit = _UNITS.get(match[2].upper()) if match else None
+    if match is None or unit is None:
+        raise ValueError(
+            f"max_memory must be a number of bytes or a string such as '1GB' or '512 MiB', got "
+            f"{size!r}."
+        )
+    return int(float(match[1]) * unit)
+
+
+def format_bytes(size: float) -> str:
+    """Return a size for a message.
+
+    Examples
+    --------
+    >>> format_bytes(1_500_000_000), format_bytes(512)
+    ('1.5 GB', '512 B')
+    """
+    for unit in ("GB", "MB", "KB"):
+        if size >= _UNITS[unit]:
+            return f"{size / _UNITS[unit]:.3g} {unit}"
+    return f"{int(size)} B"
+
+
+def _free_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    if device.type == "meta":
+        return _META_BYTES
+    return int(psutil.virtual_memory().available)
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Sizes of a kernel problem; the same problem always has the same.
+
+    Attributes
+    ----------
+    n_samples, n_slots : int
+        Samples B, and the most entries C of one.
+    n_entries : int
+        Entries of the residual.
+    n_parameters : int
+    itemsize : int
+        Bytes of a number of the products.
+    forward_flops : float
+        Operations of one evaluation of the whole batch.
+    graph_bytes : float
+        What a recorded pass holds for each sample.
+    largest_activation : int
+        Numbers of the largest output of a layer for one sample.
+    n_nodes : int
+        Nodes of the recorded graph, each an operation with its overhead.
+    units : tuple of UnitPlan
+        Layers and their orders of contraction.
+    n_others : int
+        Numbers of the parameters that need the gradients of each sample.
+    """
+
+    n_samples: int
+    n_slots: int
+    n_entries: int
+    n_parameters: int
+    itemsize: int
+    forward_flops: float
+    graph_bytes: float
+    largest_activation: int
+    n_nodes: int
+    units: tuple[UnitPlan, ...]
+    n_others: int
+
+
+def measure_footprint(evaluation: Evaluation, label_of: LabelOf) -> Footprint:
+    """Record two samples, and scale to the batch what the record holds.
+
+    A model that does not run on two samples is recorded on the whole batch. To be called inside
+    the model's guard.
+    """
+    problem = evaluation.problem
+    n_few = min(_COUNTED_SAMPLES, problem.n_samples)
+    try:
+        recording, held, n_samples = _record_counting(
+            evaluation, evaluation.take(0, n_few), label_of
+        )
+    except Exception as error:  # whatever a model raises that was built for another batch
+        if is_out_of_memory(error):
+            raise
+        whole = evaluation.take(0, problem.n_samples)
+        recording, held, n_samples = _record_counting(evaluation, whole, label_of)
+    layout = entry_layout(evaluation)
+    function = problem.function
+    sizes = {n: p.numel() for n, p in zip(function.names, function.parameters, strict=True)}
+    outputs = [use.output_shape for found in recording.units for use in found.uses]
+    return Footprint(
+        n_samples=layout.n_samples,
+        n_slots=layout.n_slots,
+        n_entries=int(evaluation.residual_vector.numel()),
+        n_parameters=function.n_parameters,
+        itemsize=layout.itemsize,
+        forward_flops=evaluation.forward_flops,
+        graph_bytes=held / n_samples,
+        largest_activation=max(
+            (torch.Size(shape).numel() // n_samples for shape in outputs), default=0
+        ),
+        n_nodes=_count_nodes(recording.entries),
+        units=tuple(plan_unit(found.unit, layout, evaluation) for found in recording.units),
+        n_others=sum(sizes[name] for name in recording.others),
+    )
+
+
+def _record_counting(
+    evaluation: Evaluation, chunk: Chunk, label_of: LabelOf
+) -> tuple[Recording, int, int]:
+    """Return a recording, the bytes that it holds beside the parameters, and its samples."""
+    names = evaluation.problem.function.names
+    held: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        held[storage._cdata] = storage.nbytes()
+        return tensor
+
+    def unpack(tensor: Tensor) -> Tensor:
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        recording = record(evaluation, chunk, names, label_of)
+    for parameter in evaluation.problem.function.parameters:
+        held.pop(parameter.untyped_storage()._cdata, None)
+    factors = {
+        id(use.geometry.factor): use.geometry.factor.untyped_storage().nbytes()
+        for found in recording.units
+        for use in found.uses
+        if isinstance(use.geometry, Affine)
+    }
+    n_samples = chunk.samples.stop - chunk.samples.start
+    return recording, sum(held.values()) + sum(factors.values()), int(n_samples)
+
+
+def _count_nodes(output: Tensor) -> int:
+    pending: list[Any] = [output.grad_fn]
+    seen: Counter[Any] = Counter()
+    while pending:
+        node = pending.pop()
+        if node is None or node in seen:
+            continue
+        seen[node] += 1
+        pending += [following for following, _ in node.next_functions]
+    return len(seen)
+
+
+@dataclass(frozen=True)
+class ExactPlan:
+    """How an exact kernel is built.
+
+    Attributes
+    ----------
+    chunk_size : int or None
+        Samples recorded at a time; None takes all.
+    layer_bytes : int
+        What the layers may hold until they are contracted.
+    n_groups : int
+        Groups of layers, for each of which the passes are repeated.
+    peak_bytes : int
+        Predicted most memory at a time, the eigenproblem included.
+    kernel_cost : float
+        Predicted seconds of the reference machine for the kernel.
+    cost : float
+        The same with the eigenproblem.
+    """
+
+    chunk_size: int | None
+    layer_bytes: int
+    n_groups: int
+    peak_bytes: int
+    kernel_cost: float
+    cost: float
+
+
+def plan_exact(footprint: Footprint, max_bytes: int, chunk_size: int | None = None) -> ExactPlan:
+    """Choose chunks of samples and groups of layers: the cheapest that fit.
+
+    Parameters
+    ----------
+    footprint : Footprint
+    max_bytes : int
+        Working memory.
+    chunk_size : int, optional
+        Fixes the samples recorded at a time.
+
+    Returns
+    -------
+    ExactPlan
+        If nothing fits, the plan that takes the least memory: :func:`fits` is then false.
+    """
+    sizes = [chunk_size] if chunk_size is not None else _chunk_sizes(footprint)
+    room = int(ROOM * max_bytes)
+    plans = [_plan_chunks(footprint, room, size) for size in sizes]
+    fitting = [plan for plan in plans if plan.peak_bytes <= room]
+    if fitting:
+        return min(fitting, key=lambda plan: plan.cost)
+    return min(plans, key=lambda plan: plan.peak_bytes)
+
+
+def fits(peak_bytes: int, max_bytes: int) -> bool:
+    """Tell whether a predicted peak stays within a limit, with room for what it is too low."""
+    return peak_bytes <= int(ROOM * max_bytes)
+
+
+def eigen_cost(n: int) -> float:
+    """Return the reference seconds of a dense symmetric eigenproblem in float64."""
+    return _EIGENPROBLEM * float(n) ** 3 / _EIGEN_RATE
+
+
+def _plan_chunks(footprint: Footprint, max_bytes: int, size: int) -> ExactPlan:
+    whole = size >= footprint.n_samples
+    fixed = _fixed_bytes(footprint)
+    passing = min(size, footprint.n_samples) * _passing_bytes(footprint)
+    sums = _sum_bytes(footprint)
+    held = sum(plan.held_bytes for plan in footprint.units)
+    largest = max((plan.held_bytes for plan in footprint.units), default=0)
+    left = int(max_bytes - fixed - sums - _IN_FLIGHT * passing)
+    # Beside a layer's own store, its contraction makes tables of a part of this.
+    layer_bytes = max(largest, min(left * SLICES // (SLICES + 2), _LARGEST_LAYERS), 1)
+    groups = list(group_units(footprint.units, layer_bytes))
+    stored = max((_held(footprint.units[group]) for group in groups), default=0)
+    tables = max(
+        (_table_bytes(footprint, plan, layer_bytes) for plan in footprint.units), default=0
+    )
+    eigen = _EIGEN_COPIES * 8 * footprint.n_entries**2
+    noise = _noise_bytes(footprint) if footprint.itemsize == _FLOAT32_BYTES else 0
+    building = fixed + sums + min(stored, held) + _IN_FLIGHT * max(passing, tables)
+    peak = max(building, _ALLOCATOR * max(fixed + 2 * sums, noise), eigen)
+    n_chunks = -(-footprint.n_samples // size)
+    cost = _exact_cost(footprint, len(groups), n_chunks)
+    return ExactPlan(
+        chunk_size=None if whole else size,
+        layer_bytes=layer_bytes,
+        n_groups=len(groups),
+        peak_bytes=int(peak),
+        kernel_cost=cost,
+        cost=cost + eigen_cost(footprint.n_entries),
+    )
+
+
+def _exact_cost(footprint: Footprint, n_groups: int, n_chunks: int) -> float:
+    n, slots = footprint.n_samples * footprint.n_slots, footprint.n_slots
+    slower = footprint.itemsize / 4
+    passes = n_groups * (1 + slots) + _CHECK_PASSES
+    samples = footprint.n_samples * (1 + slots) if footprint.n_others else 0
+    model = (passes + (1 + slots if samples else 0)) * footprint.forward_flops
+    contraction = sum(_operations(plan, footprint) for plan in footprint.units)
+    contraction += float(n) ** 2 * footprint.n_others
+    additions = 2.0 * footprint.itemsize * n**2 * len(footprint.units) / 2
+    return (
+        slower * model / MODEL_RATE
+        + slower * contraction / _CONTRACTION_RATE
+        + additions / _MEMORY_RATE
+        + NODE_SECONDS * footprint.n_nodes * (n_chunks * passes + samples)
+    )
+
+
+def _operations(plan: UnitPlan, footprint: Footprint) -> float:
+    """Return the floating-point operations of a contraction, two for a multiplication."""
+    slots, samples = footprint.n_slots, footprint.n_samples
+    matrix = plan.unit.matrix
+    if matrix is None:
+        return float(samples * slots) ** 2 * plan.n_numbers
+    return 2.0 * operation_counts(matrix, plan.unit.merged, samples, slots)[plan.order]
+
+
+def _fixed_bytes(footprint: Footprint) -> int:
+    """Bytes of the model's own copy, and of the gradient and product that M is compared with."""
+    return _EXACT_PARAMETER_COPIES * footprint.n_parameters * footprint.itemsize
+
+
+def _passing_bytes(footprint: Footprint) -> float:
+    """Bytes that a recorded sample takes: its graph, and output gradients on their way."""
+    waiting = sum(plan.passing_numbers for plan in footprint.units) * footprint.n_slots
+    return footprint.graph_bytes + footprint.itemsize * (4 * footprint.largest_activation + waiting)
+
+
+def _noise_bytes(footprint: Footprint) -> float:
+    """Bytes of the float64 products of a few samples that tell the rounding error."""
+    graphs = 2 * _NOISE_GRAPHS * footprint.graph_bytes * NOISE_SAMPLES
+    return _NOISE_COPIES * 8 * footprint.n_parameters + graphs
+
+
+def _sum_bytes(footprint: Footprint) -> int:
+    """Bytes of the matrices that layer kernels are added to."""
+    orders = {plan.order for plan in footprint.units}
+    by_slot = GRAM in orders
+    by_sample = bool(orders - {GRAM}) or footprint.n_others > 0
+    n = footprint.n_samples * footprint.n_slots
+    return max(1, by_slot + by_sample) * footprint.itemsize * n**2
+
+
+def _table_bytes(footprint: Footprint, plan: UnitPlan, layer_bytes: int) -> int:
+    """Bytes of the tables that a contraction makes beside the store."""
+    matrix, itemsize = plan.unit.matrix, footprint.itemsize
+    if matrix is None or plan.order == GRAM:
+        return 0
+    limit = layer_bytes // SLICES
+    n = footprint.n_samples * footprint.n_slots
+    unfolded = matrix.n_groups * matrix.fan_in * matrix.n_positions * itemsize
+    if plan.order == GRADIENTS:
+        table = n * matrix.fan_in * matrix.fan_out * itemsize
+        return min(table, limit) + 2 * min(footprint.n_samples * unfolded, limit // 4)
+    products = n * matrix.fan_out * matrix.n_positions * itemsize
+    gram = (footprint.n_samples * matrix.n_positions) ** 2 * itemsize
+    return 2 * footprint.n_samples * unfolded + min(gram, limit // 2) + min(products, limit // 2)
+
+
+def _held(plans: Sequence[UnitPlan]) -> int:
+    return sum(plan.held_bytes for plan in plans)
+
+
+def _chunk_sizes(footprint: Footprint) -> list[int]:
+    """Return the sizes to choose from: halvings, the first with graphs that stay near the cores."""
+    size = footprint.n_samples
+    while size > _FEWEST_SAMPLES and size * footprint.graph_bytes > _GRAPH_BYTES:
+        size = (size + 1) // 2
+    sizes = [size]
+    while sizes[-1] > 1:
+        sizes.append((sizes[-1] + 1) // 2)
+    return sizes
+
+
+@dataclass(frozen=True)
+class LanczosPlan:
+    """How a Lanczos run is done.
+
+    Attributes
+    ----------
+    chunk_size : int or None
+        Samples whose graph is recorded at a time; None keeps the graph of all.
+    peak_bytes : int
+        Predicted most memory at a time.
+    cost : float
+        Predicted seconds of the reference machine.
+    """
+
+    chunk_size: int | None
+    peak_bytes: int
+    cost: float
+
+
+def plan_lanczos(
+    footprint: Footprint, n_steps: int, max_bytes: int, chunk_size: int | None = None
+) -> LanczosPlan:
+    """Choose the largest chunks that fit.
+
+    Parameters
+    ----------
+    footprint : Footprint
+    n_steps : int
+        Lanczos steps.
+    max_bytes : int
+        Working memory.
+    chunk_size : int, optional
+        Fixes the samples of a chunk.
+
+    Returns
+    -------
+    LanczosPlan
+        If nothing fits, the plan for single samples.
+    """
+    size = footprint.n_samples if chunk_size is None else chunk_size
+    while (
+        chunk_size is None
+        and size > 1
+        and not fits(_peak_bytes(footprint, n_steps, size), max_bytes)
+    ):
+        size = (size + 1) // 2
+    whole = size >= footprint.n_samples
+    return LanczosPlan(
+        chunk_size=None if whole else size,
+        peak_bytes=_peak_bytes(footprint, n_steps, size),
+        cost=_lanczos_cost(footprint, n_steps, size),
+    )
+
+
+def _peak_bytes(footprint: Footprint, n_steps: int, size: int) -> int:
+    samples = min(size, footprint.n_samples)
+    graphs = _GRAPHS * footprint.graph_bytes * samples
+    parameters = _LANCZOS_PARAMETER_COPIES * footprint.n_parameters * footprint.itemsize
+    basis = 8.0 * footprint.n_entries * (min(n_steps, footprint.n_entries) + 2)
+    return int(graphs + parameters + basis)
+
+
+def product_cost(footprint: Footprint, chunk_size: int | None) -> float:
+    """Return the reference seconds of one product, its graphs stored or recorded in chunks."""
+    n_chunks = 1 if chunk_size is None else -(-footprint.n_samples // chunk_size)
+    passes = _PRODUCT_PASSES if n_chunks == 1 else _STREAMED_PASSES
+    return (
+        passes * footprint.forward_flops * footprint.itemsize / 4 / MODEL_RATE
+        + _NODES_PER_PRODUCT * footprint.n_nodes * n_chunks * NODE_SECONDS
+    )
+
+
+def _lanczos_cost(footprint: Footprint, n_steps: int, size: int) -> float:
+    steps = min(n_steps, footprint.n_entries)
+    product = product_cost(footprint, None if size >= footprint.n_samples else size)
+    dense = 4.0 * footprint.n_entries * float(steps) ** 2 / _DENSE_RATE
+    return (steps + _SETUP_PRODUCTS) * product + dense

@@ -1,0 +1,1 @@
+"""Linearisations of a model, and the ladder that chooses one."""

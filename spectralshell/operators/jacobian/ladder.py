@@ -1,0 +1,207 @@
+"""The ladder: the first rung that differentiates a model correctly."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from spectralshell.models.function import widen
+from spectralshell.operators.jacobian.linearizations import (
+    RUNGS,
+    STREAMED_RUNGS,
+    Linearization,
+    Parameters,
+    PullBack,
+    Streamed,
+    VectorFunction,
+)
+
+GATE_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
+"""Largest |⟨u, M v⟩ − ⟨Jᵀu, Jᵀv⟩| / (‖Jᵀu‖ ‖Jᵀv‖): a hundred times the rounding of deep models."""
+
+BLOCK_TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4}
+"""Largest relative difference of a block product from single ones."""
+
+
+class DifferentiationError(ValueError):
+    """No rung of the ladder multiplies by the Jacobian correctly."""
+
+
+@dataclass(frozen=True)
+class Climb:
+    """The rung that passed, and why those before it did not."""
+
+    linearization: Linearization
+    rung: str
+    refused: dict[str, str]
+    n_probes: int
+
+
+def climb(
+    function: VectorFunction,
+    parameters: Parameters,
+    names: list[str],
+    draw: Callable[[int], Tensor],
+    *,
+    streamed: bool = False,
+    rungs: Sequence[str] | None = None,
+) -> Climb:
+    """Try the rungs in order; return the first that agrees with plain reverse mode.
+
+    A rung can be wrong without an exception: double reverse mode through a function that is
+    differentiable once only is, and symmetrically so. Each is therefore tested by
+    ⟨u, M v⟩ = ⟨Jᵀu, Jᵀv⟩, the right side by plain reverse mode, on random u and v, and again after
+    further products, which must not change it.
+
+    Parameters
+    ----------
+    function : callable
+        Maps parameter tensors to a vector.
+    parameters : tuple of Tensor
+    names : list of str
+        Names of the parameters, for messages.
+    draw : callable
+        ``draw(n)`` gives a random vector in the working dtype on the device.
+    streamed : bool
+        Whether graphs may not be kept.
+    rungs : sequence of str, optional
+        Names of the rungs to try; by default all.
+
+    Raises
+    ------
+    DifferentiationError
+        If none passes; ``args[0]`` lists the reasons.
+    ValueError
+        If the output does not depend on the parameters.
+
+    Notes
+    -----
+    Cost: two reverse passes and three products for each rung tried. On the meta device there are no
+    values to compare, and the first rung that runs is taken.
+    """
+    plain = PullBack(function, parameters)
+    check_depends(plain.output)
+    u, v = draw(plain.output.numel()), draw(plain.output.numel())
+    pulled_u, pulled_v = plain.pull(u), plain.pull(v)
+    check_finite_gradient(names, pulled_u)
+    del plain
+    refused: dict[str, str] = {}
+    for name in rungs if rungs is not None else (STREAMED_RUNGS if streamed else tuple(RUNGS)):
+        rung = RUNGS[name]
+        try:
+            candidate = (
+                Streamed(rung, function, parameters) if streamed else rung(function, parameters)
+            )
+            defect = _gate_defect(candidate, u, v, pulled_u, pulled_v)
+        except Exception as error:  # any failure inside torch sends us to the next rung
+            if is_out_of_memory(error):
+                raise
+            refused[name] = f"{type(error).__name__}: {first_line(error)}"
+            continue
+        if defect is None or defect <= GATE_TOLERANCE[u.dtype]:
+            return Climb(candidate, name, refused, n_probes=3 * (len(refused) + 1))
+        refused[name] = f"its products are wrong (relative defect {defect:.1e})"
+    raise DifferentiationError("; ".join(f"{name}: {why}" for name, why in refused.items()))
+
+
+def blocks_agree(linearization: Linearization, block: Tensor) -> bool:
+    """Tell whether products of a block (k, n) run and equal products of its rows."""
+    try:
+        together = linearization.push_block(linearization.pull_block(block))
+    except Exception as error:  # vmap has no rule for some operation: fall back on a loop
+        if is_out_of_memory(error):
+            raise
+        return False
+    apart = torch.stack([linearization.push(linearization.pull(row)) for row in block])
+    if together.shape != apart.shape:
+        return False
+    if together.is_meta:
+        return True
+    difference = float(widen(together - apart).norm())
+    return difference <= BLOCK_TOLERANCE[block.dtype] * float(widen(apart).norm())
+
+
+def pulls_agree(linearization: PullBack, block: Tensor) -> bool:
+    """Tell whether the pull-back of a block (k, n) runs and equals those of its rows."""
+    try:
+        together = linearization.pull_block(block)
+    except Exception as error:  # vmap has no rule for some operation: fall back on a loop
+        if is_out_of_memory(error):
+            raise
+        return False
+    singles = zip(*(linearization.pull(row) for row in block), strict=True)
+    apart = tuple(torch.stack(parts) for parts in singles)
+    if any(a.shape != b.shape for a, b in zip(together, apart, strict=True)):
+        return False
+    if block.is_meta:
+        return True
+    difference = tuple(a - b for a, b in zip(together, apart, strict=True))
+    scale = float(_inner(apart, apart).sqrt())
+    return float(_inner(difference, difference).sqrt()) <= BLOCK_TOLERANCE[block.dtype] * scale
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Tell whether an exception means that the device or the host ran out of memory."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    text = str(error).lower()
+    return isinstance(error, RuntimeError) and (
+        "not enough memory" in text or "out of memory" in text
+    )
+
+
+class IndependenceError(ValueError):
+    """The residual does not depend on the parameters."""
+
+
+def check_depends(output: Tensor) -> None:
+    """Raise ValueError if a vector does not depend on any parameter."""
+    if not output.requires_grad:
+        raise IndependenceError(
+            "the residual does not depend on the selected parameters: the model's forward detaches "
+            "its outputs or runs under no_grad, or `parameters=` selects unused ones."
+        )
+
+
+def check_finite_gradient(names: list[str], gradient: Parameters) -> None:
+    """Raise ValueError naming the first parameter whose derivative is NaN or infinite."""
+    for name, part in zip(names, gradient, strict=True):
+        if not part.is_meta and not bool(torch.isfinite(part).all()):
+            raise ValueError(
+                f"model: the derivative with respect to {name!r} is NaN or infinite although the "
+                "outputs are finite, for example from a root or a norm at 0; change the data or "
+                "the model there."
+            )
+
+
+def _gate_defect(
+    candidate: Linearization, u: Tensor, v: Tensor, pulled_u: Parameters, pulled_v: Parameters
+) -> float | None:
+    # A map may change with use, by writing to its own constants: the first pair is asked for again
+    # at the end, from a pull-back of the candidate's own. All rungs share the plain one.
+    products = [(u, candidate.push(pulled_v)), (v, candidate.push(pulled_u))]
+    products.append((u, candidate.push(candidate.pull(v))))
+    for a, product in products:
+        if product.shape != a.shape:
+            raise ValueError(f"the product has shape {tuple(product.shape)}, not {tuple(a.shape)}")
+    if u.is_meta:
+        return None
+    scale = float((_inner(pulled_u, pulled_u) * _inner(pulled_v, pulled_v)).sqrt())
+    expected = _inner(pulled_u, pulled_v)
+    defects = [abs(float(widen(a) @ widen(product) - expected)) for a, product in products]
+    worst = max(defects) if all(d < float("inf") for d in defects) else float("inf")
+    return worst / scale if scale > 0.0 else worst
+
+
+def _inner(a: Parameters, b: Parameters) -> Tensor:
+    terms = [(widen(x) * widen(y)).sum() for x, y in zip(a, b, strict=True)]
+    return torch.stack(terms).sum()
+
+
+def first_line(error: BaseException) -> str:
+    """Return the beginning of an exception's text."""
+    text = str(error).strip()
+    return text.splitlines()[0][:200] if text else "no message"

@@ -1,0 +1,1 @@
+"""The exact kernel contracted layer by layer: rules, recording, units, stores, assembly."""

@@ -1,0 +1,308 @@
+"""Units of parameters whose kernels are contracted together, and the labels they are kept under."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter, defaultdict
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+
+from spectralshell.operators.layers.recording import ParameterUse
+from spectralshell.operators.layers.rules import Convolution, Matrix, Positions, Translation
+
+LAYER_OPTIONS = ("module", "parameter")
+
+WHOLE = ""
+"""Label of everything where no layers are asked for."""
+
+GRAM, PAIRS, GRADIENTS = "gram", "pairs", "gradients"
+"""Orders of contraction; see :func:`choose_order`."""
+
+# The pairs' products are many and narrow: measured at half the rate of the large ones.
+_PAIRS_PENALTY = 2.0
+
+
+def resolve_layers(
+    layers: str | Mapping[str, str] | Callable[[str], str] | None, names: Sequence[str]
+) -> Callable[[str], str]:
+    r"""Return the function from a parameter's name to its label.
+
+    Parameters
+    ----------
+    layers : {None, "module", "parameter"}, mapping or callable
+        A mapping takes regular expressions to labels; the first that finds the name counts.
+    names : sequence of str
+        The parameters that count.
+
+    Raises
+    ------
+    ValueError
+        If the option is unknown, an expression is malformed, or a mapping leaves a name out.
+    TypeError
+        If ``layers`` has another type, or a label is not a string.
+
+    Examples
+    --------
+    >>> names = ["conv.weight", "head.weight", "head.bias"]
+    >>> list(map(resolve_layers("module", names), names))
+    ['conv', 'head', 'head']
+    >>> list(map(resolve_layers({r"^conv": "body", "": "rest"}, names), names))
+    ['body', 'rest', 'rest']
+    """
+    if layers is None:
+        return _constantly(WHOLE)
+    if isinstance(layers, str):
+        if layers not in LAYER_OPTIONS:
+            raise ValueError(
+                f"layers must be None, 'module', 'parameter', a mapping or a callable, got "
+                f"{layers!r}."
+            )
+        return _module_of if layers == "module" else _itself
+    if isinstance(layers, Mapping):
+        labels = {name: _first_match(layers, name) for name in names}
+    elif callable(layers):
+        labels = {name: layers(name) for name in names}
+    else:
+        raise TypeError(
+            "layers must be None, 'module', 'parameter', a mapping or a callable, got "
+            f"{type(layers).__name__}."
+        )
+    for name, label in labels.items():
+        if not isinstance(label, str):
+            raise TypeError(
+                f"layers gave the label {label!r} of type {type(label).__name__} to {name!r}; a "
+                "label is a string."
+            )
+    return labels.__getitem__
+
+
+def _first_match(layers: Mapping[str, str], name: str) -> str:
+    for expression, label in layers.items():
+        try:
+            found = re.search(expression, name)
+        except re.error as error:
+            raise ValueError(
+                f"layers: {expression!r} is not a regular expression: {error}."
+            ) from error
+        if found:
+            return label
+    raise ValueError(
+        f"layers: no expression finds the parameter {name!r}; add one, such as '' for the rest."
+    )
+
+
+def _constantly(label: str) -> Callable[[str], str]:
+    return lambda name: label
+
+
+def _module_of(name: str) -> str:
+    return name.rpartition(".")[0]
+
+
+def _itself(name: str) -> str:
+    return name
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Parameters whose kernels are found in one contraction.
+
+    Attributes
+    ----------
+    names : tuple of str
+        A parameter, or a weight and the bias merged into it.
+    label : str
+        Of the kernel that the unit adds to.
+    merged : bool
+        Whether the bias is in: it is the weight of an input that is 1.
+    matrix : MatrixForm or None
+        Sizes, where every use applies a matrix of the same form at positions.
+    """
+
+    names: tuple[str, ...]
+    label: str
+    merged: bool
+    matrix: MatrixForm | None
+
+
+@dataclass(frozen=True)
+class MatrixForm:
+    """A matrix applied at positions, in blocks for groups.
+
+    Attributes
+    ----------
+    n_groups, fan_in, fan_out : int
+        Blocks, and inputs and outputs of one; the bias's 1 is not counted.
+    n_positions : int
+        Positions at which it is applied to one sample, over all uses.
+    unfolds : bool
+        Whether the inputs at positions take more memory than the input, as patches do.
+    """
+
+    n_groups: int
+    fan_in: int
+    fan_out: int
+    n_positions: int
+    unfolds: bool
+
+
+@dataclass(frozen=True)
+class RecordedUnit:
+    """A unit with its uses in one recorded pass, whose graph they keep alive."""
+
+    unit: Unit
+    uses: tuple[ParameterUse, ...]
+
+
+def find_units(
+    uses: Sequence[ParameterUse],
+    graph_uses: Counter[str],
+    names: Collection[str],
+    label_of: Callable[[str], str],
+    refused: Collection[str] = (),
+) -> tuple[list[RecordedUnit], list[str]]:
+    """Sort parameters into units, and those that only per-sample gradients can answer for.
+
+    Parameters
+    ----------
+    uses : sequence of ParameterUse
+        As recorded.
+    graph_uses : Counter of str
+        Number of places in the graph that lead to each parameter.
+    names : collection of str
+        The parameters that count.
+    label_of : callable
+        Label of a parameter; weight and bias are merged where they share it.
+    refused : collection of str
+        Parameters that may not be contracted by layers.
+
+    Returns
+    -------
+    units : list of RecordedUnit
+        In the order of the forward pass.
+    others : list of str
+        Names without a unit, for which the graph has a place.
+    """
+    seen: dict[str, list[ParameterUse]] = defaultdict(list)
+    for use in uses:
+        seen[use.name].append(use)
+    known = {
+        name: found
+        for name, found in seen.items()
+        if name in names
+        and name not in refused
+        and len(found) == graph_uses[name]
+        and all(use.intact and use.by_samples for use in found)
+    }
+    biases = _biases_by_calls(known)
+    units: list[RecordedUnit] = []
+    merged: set[str] = set()
+    for name, found in known.items():
+        matrix = _matrix_form(found)
+        bias = biases.get(tuple(use.call for use in found))
+        if matrix is None or bias is None or label_of(bias) != label_of(name):
+            continue
+        if not all(_is_one_per_output(use, matrix) for use in known[bias]):
+            continue
+        unit = Unit((name, bias), label_of(name), True, matrix)
+        units.append(RecordedUnit(unit, tuple(found)))
+        merged |= {name, bias}
+    for name, found in known.items():
+        if name not in merged:
+            matrix = _matrix_form(found)
+            unit = Unit((name,), label_of(name), False, matrix)
+            units.append(RecordedUnit(unit, tuple(found)))
+    units.sort(key=lambda recorded: recorded.uses[0].call)
+    # A refused one may be in use in other chunks.
+    others = [n for n in names if n not in known and (graph_uses[n] or n in refused)]
+    return units, others
+
+
+def choose_order(unit: Unit, n_samples: int, n_slots: int) -> str:
+    """Choose the order of contraction with the fewest operations.
+
+    With n = B C entries, P positions, D inputs and O outputs:
+
+    - ``"gram"`` (one position): the Gram matrix of the inputs times that of the output gradients,
+      entry by entry; B² D / 2 + n² O / 2.
+    - ``"pairs"``: for each pair of samples, the Gram matrix of their inputs (P × P) between their
+      output gradients; B² (P² D + C O P² + C² O P) / 2.
+    - ``"gradients"``: the gradients of all entries, and one symmetric product;
+      n P O D + n² O D / 2.
+
+    Parameters
+    ----------
+    unit : Unit
+    n_samples, n_slots : int
+        Samples B of the batch, and entries C of a sample.
+
+    Returns
+    -------
+    str
+    """
+    if unit.matrix is None:
+        return GRADIENTS
+    costs = operation_counts(unit.matrix, unit.merged, n_samples, n_slots)
+    return min(costs, key=costs.__getitem__)
+
+
+def operation_counts(
+    matrix: MatrixForm, merged: bool, n_samples: int, n_slots: int
+) -> dict[str, float]:
+    """Return the multiplications of each order that can be used for a matrix."""
+    groups, fan_in, fan_out = matrix.n_groups, matrix.fan_in + merged, matrix.fan_out
+    positions, n = matrix.n_positions, float(n_samples * n_slots)
+    sample_pairs = n_samples * (n_samples + 1) / 2.0
+    entry_pairs = n * (n + 1) / 2.0
+    columns = groups * fan_in * fan_out
+    counts = {GRADIENTS: n * positions * columns + entry_pairs * columns}
+    counts[PAIRS] = (
+        _PAIRS_PENALTY
+        * groups
+        * sample_pairs
+        * (positions**2 * (fan_in + n_slots * fan_out) + n_slots**2 * fan_out * positions)
+    )
+    if positions == 1 and groups == 1:
+        counts[GRAM] = sample_pairs * fan_in + entry_pairs * fan_out
+    return counts
+
+
+def _biases_by_calls(known: dict[str, list[ParameterUse]]) -> dict[tuple[int, ...], str]:
+    return {
+        tuple(use.call for use in found): name
+        for name, found in known.items()
+        if all(isinstance(use.geometry, Translation) for use in found)
+    }
+
+
+def _is_one_per_output(use: ParameterUse, matrix: MatrixForm) -> bool:
+    """Tell whether a term has a number for each output, and is not one number for several."""
+    shape = use.geometry.shape if isinstance(use.geometry, Translation) else ()
+    return prod(shape) == matrix.n_groups * matrix.fan_out
+
+
+def _matrix_form(uses: Sequence[ParameterUse]) -> MatrixForm | None:
+    """Return the form that all uses share, or None."""
+    forms = {_form_of_one(use) for use in uses}
+    form = forms.pop()
+    if forms or form is None:
+        return None
+    groups, fan_in, fan_out, _ = form
+    return MatrixForm(
+        groups,
+        fan_in,
+        fan_out,
+        n_positions=sum(use.n_positions for use in uses),
+        unfolds=any(
+            isinstance(use.geometry, Convolution) and prod(use.geometry.kernel) > 1 for use in uses
+        ),
+    )
+
+
+def _form_of_one(use: ParameterUse) -> tuple[int, int, int, bool] | None:
+    geometry = use.geometry
+    if not isinstance(geometry, Positions):
+        return None
+    transposed = isinstance(geometry, Matrix) and geometry.transposed
+    return geometry.n_groups, geometry.fan_in, use.fan_out, transposed

@@ -1,0 +1,609 @@
+"""A snapshot made ready for its kernel: checked, moved, evaluated."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from spectralshell.models.function import (
+    ModelFunction,
+    Parameters,
+    cast,
+    iterate_tensors,
+    map_tensors,
+    select_parameters,
+    widen,
+)
+from spectralshell.models.trace import first_nonfinite_module, first_random_module
+from spectralshell.operators.jacobian.ladder import is_out_of_memory
+from spectralshell.operators.jacobian.linearizations import VectorFunction
+from spectralshell.parameter_checks import check_integer
+from spectralshell.residuals import Residual, Targets, resolve_residual
+
+if TYPE_CHECKING:
+    from spectralshell.snapshots import Snapshot
+
+
+_DTYPES = {"float32": torch.float32, "float64": torch.float64}
+
+_FLOAT32_BYTES = 4
+
+REPEAT_TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
+"""Relative difference of two evaluations: above what unordered sums on a GPU give."""
+
+COUPLING_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
+"""Relative difference of a sample's output alone and in company: above that of other kernels."""
+
+_CHUNK_TOLERANCE = 1e-10
+"""Relative difference of float64 errors from the same outputs: far above rounding."""
+
+
+def resolve_device(device: str | torch.device, model: nn.Module) -> torch.device:
+    """Return the device to compute on; ``"auto"`` is where the model's parameters are.
+
+    Raises
+    ------
+    ValueError
+        If the device is unknown or not available, or the model's parameters lie on several.
+    TypeError
+        If ``device`` is neither a string nor a torch.device.
+    """
+    if isinstance(device, torch.device):
+        return _available(device)
+    if not isinstance(device, str):
+        raise TypeError(
+            f"device must be 'auto', a device string or a torch.device, got {device!r}."
+        )
+    if device != "auto":
+        try:
+            named = torch.device(device)
+        except RuntimeError as error:
+            raise ValueError(
+                f"device={device!r} is not a torch device such as 'cpu' or 'cuda:0'."
+            ) from error
+        return _available(named)
+    devices = {parameter.device for parameter in model.parameters()}
+    if len(devices) != 1:
+        listed = ", ".join(sorted(str(d) for d in devices)) or "none"
+        raise ValueError(
+            f"device='auto' needs all parameters on one device, got {listed}; name the device."
+        )
+    return devices.pop()
+
+
+def _available(device: torch.device) -> torch.device:
+    try:
+        torch.empty(0, device=device)
+    except (AssertionError, RuntimeError) as error:
+        raise ValueError(
+            f"device={str(device)!r} is not available here ({error}); use 'auto' or 'cpu'."
+        ) from error
+    return device
+
+
+def resolve_dtype(
+    dtype: Any, state: Mapping[str, Tensor], device: torch.device
+) -> tuple[torch.dtype, list[str]]:
+    """Return the dtype of products, and what the status should say about it.
+
+    None takes the widest floating dtype in the state, at least float32.
+
+    Raises
+    ------
+    ValueError
+        If ``dtype`` is another than float32 and float64, or float64 is missing on the device.
+    TypeError
+        If the state holds complex numbers.
+    """
+    complex_names = [name for name, tensor in state.items() if tensor.is_complex()]
+    if complex_names:
+        raise TypeError(
+            f"model: {complex_names[0]!r} is complex; kernels are defined for real parameters."
+        )
+    own = {tensor.dtype for tensor in state.values() if tensor.is_floating_point()}
+    if dtype is not None:
+        chosen = _DTYPES.get(str(dtype).removeprefix("torch."))
+        if chosen is None:
+            raise ValueError(f"dtype must be None, 'float32' or 'float64', got {dtype!r}.")
+        if chosen is torch.float64 and device.type == "mps":
+            raise ValueError("dtype='float64' does not exist on this device; use 'float32'.")
+        return chosen, _precision_notes(own, chosen)
+    if torch.float64 in own and device.type != "mps":
+        return torch.float64, []
+    return torch.float32, _precision_notes(own, torch.float32)
+
+
+def _precision_notes(own: set[torch.dtype], chosen: torch.dtype) -> list[str]:
+    half = sorted(_short(d) for d in own & {torch.float16, torch.bfloat16})
+    return [f"{', '.join(half)} model measured in {_short(chosen)}"] if half else []
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def check_finite_state(state: Mapping[str, Tensor], parameters: set[str]) -> None:
+    """Raise ValueError naming the first tensor of a state with NaN (or, a parameter, infinity).
+
+    Buffers may be infinite: attention masks are.
+    """
+    for name, tensor in state.items():
+        if tensor.is_meta or not tensor.is_floating_point():
+            continue
+        bad = ~torch.isfinite(tensor) if name in parameters else torch.isnan(tensor)
+        if bool(bad.any()):
+            raise ValueError(
+                f"model: {name!r} holds NaN or infinite values ({int(bad.sum())} of "
+                f"{tensor.numel()}); measure a state from before the run diverged."
+            )
+
+
+def check_finite_inputs(inputs: Any) -> None:
+    """Raise ValueError if a floating input holds NaN."""
+
+    def check(tensor: Tensor) -> Tensor:
+        if tensor.is_floating_point() and not tensor.is_meta and bool(torch.isnan(tensor).any()):
+            raise ValueError("inputs hold NaN; remove those samples.")
+        return tensor
+
+    map_tensors(check, inputs)
+
+
+def evaluate(
+    function: ModelFunction, inputs: Any, n_samples: int, size: int | None
+) -> tuple[Tensor, float]:
+    """Evaluate a model twice, by chunks, and check what comes back.
+
+    The second time the chunks begin elsewhere, so that every sample has other company.
+
+    Parameters
+    ----------
+    function : ModelFunction
+    inputs : object
+        Of the whole batch, on the device.
+    n_samples : int
+    size : int or None
+        Samples per chunk; None takes all at once.
+
+    Returns
+    -------
+    outputs : Tensor
+        Samples first.
+    forward_flops : float
+        Operations that matrix products and convolutions of one evaluation take, by shape.
+
+    Raises
+    ------
+    ValueError
+        If the model fails, its outputs are not finite, have no sample dimension, differ between
+        two evaluations (the message names the module where that starts), or depend on the other
+        samples of a chunk.
+    """
+    bounds = chunk_bounds(n_samples, size)
+    with FlopCounterMode(display=False) as counter:
+        outputs = evaluate_chunks(function, inputs, bounds)
+    flops = float(counter.get_total_flops())
+    if not outputs.is_floating_point():
+        raise ValueError(
+            f"model: the outputs have dtype {outputs.dtype}; a kernel needs floating ones."
+        )
+    if function.dtype.itemsize > outputs.dtype.itemsize and outputs.dtype.itemsize < _FLOAT32_BYTES:
+        raise ValueError(
+            f"model: the outputs have dtype {outputs.dtype} although weights and inputs are "
+            f"{function.dtype}: the model lowers the precision inside, by autocast or a cast of "
+            "its own; switch that off to measure it."
+        )
+    if outputs.is_meta:
+        return outputs, flops
+    if not bool(torch.isfinite(outputs).all()):
+        parts = [take_samples(inputs, slice(*bound), n_samples) for bound in bounds]
+        where = first_nonfinite_module(function, parts)
+        raise ValueError(
+            f"model: the outputs hold NaN or infinite values, first in {where}; check inputs and "
+            "weights."
+        )
+    if size is not None and _differ(
+        outputs,
+        evaluate_chunks(function, inputs, _shifted_bounds(n_samples, size)),
+        COUPLING_TOLERANCE[function.dtype],
+    ):
+        _check_repeatable(function, inputs, outputs, bounds)
+        raise ValueError(
+            "chunk_size: the outputs of a sample depend on the other samples of its batch, for "
+            "example through batch statistics, so the kernel cannot be computed in chunks; use "
+            "chunk_size=None with a batch that fits in memory, or remove the coupling."
+        )
+    if size is None:
+        _check_repeatable(function, inputs, outputs, bounds)
+    return outputs, flops
+
+
+def _check_repeatable(
+    function: ModelFunction, inputs: Any, outputs: Tensor, bounds: list[tuple[int, int]]
+) -> None:
+    again = evaluate_chunks(function, inputs, bounds)
+    if _differ(outputs, again, REPEAT_TOLERANCE[function.dtype]):
+        n_samples = bounds[-1][1]
+        parts = [take_samples(inputs, slice(*bound), n_samples) for bound in bounds]
+        where = first_random_module(function, parts)
+        difference, scale = float((outputs - again).abs().max()), float(outputs.abs().max())
+        raise ValueError(
+            "model: two evaluations in eval mode differ by "
+            f"{difference:.1e} (largest output {scale:.1e}), first in {where}: randomness such as "
+            "dropout stays on in eval mode, or the model changes its own state; switch it off."
+        )
+
+
+def _differ(outputs: Tensor, again: Tensor, tolerance: float) -> bool:
+    if outputs.shape != again.shape:
+        return True
+    return not float((outputs - again).abs().max()) <= tolerance * float(outputs.abs().max())
+
+
+def chunk_bounds(n_samples: int, size: int | None) -> list[tuple[int, int]]:
+    """Return (start, stop) of each chunk."""
+    step = size or n_samples
+    return [(start, min(start + step, n_samples)) for start in range(0, n_samples, step)]
+
+
+def _shifted_bounds(n_samples: int, size: int) -> list[tuple[int, int]]:
+    """Chunks that begin in the middle of those of :func:`chunk_bounds`; single samples in pairs."""
+    if size == 1:
+        return chunk_bounds(n_samples, 2)
+    first = size // 2
+    later = chunk_bounds(n_samples - first, size)
+    return [(0, first), *((start + first, stop + first) for start, stop in later)]
+
+
+def take_samples(inputs: Any, positions: slice, n_samples: int) -> Any:
+    """Take samples from every tensor whose first dimension counts samples."""
+
+    def take(tensor: Tensor) -> Tensor:
+        if tensor.ndim == 0 or tensor.shape[0] != n_samples:
+            return tensor
+        return tensor[positions]
+
+    return map_tensors(take, inputs)
+
+
+def evaluate_chunks(function: ModelFunction, inputs: Any, bounds: list[tuple[int, int]]) -> Tensor:
+    """Evaluate a model once, by the ranges of :func:`chunk_bounds`, without a graph."""
+    n_samples = bounds[-1][1]
+    with torch.no_grad():
+        return torch.cat(
+            [
+                _evaluate_part(
+                    function, take_samples(inputs, slice(start, stop), n_samples), stop - start
+                )
+                for start, stop in bounds
+            ]
+        )
+
+
+def _evaluate_part(function: ModelFunction, inputs: Any, n_samples: int) -> Tensor:
+    try:
+        outputs = function.outputs(function.parameters, inputs)
+    except (RuntimeError, ValueError, IndexError, AttributeError, KeyError) as error:
+        if is_out_of_memory(error):
+            raise
+        shapes = [tuple(tensor.shape) for tensor in iterate_tensors(inputs)]
+        raise ValueError(
+            f"model: {type(function.model).__name__} failed on the inputs of shape "
+            f"{', '.join(map(str, shapes))}: {error}"
+        ) from error
+    if outputs.ndim == 0 or outputs.shape[0] != n_samples:
+        raise ValueError(
+            f"model: the outputs have shape {tuple(outputs.shape)} for {n_samples} samples; the "
+            "first dimension must be the sample dimension, not a mean or a sum over samples."
+        )
+    return outputs
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Some samples: inputs and targets on the device, and the model's outputs.
+
+    Attributes
+    ----------
+    samples : slice
+        Which ones.
+    """
+
+    samples: slice
+    inputs: Any
+    targets: Targets
+    outputs: Tensor
+
+
+@dataclass(frozen=True)
+class KernelProblem:
+    """What a kernel is built from, whichever way; made by :func:`pose_problem`.
+
+    Attributes
+    ----------
+    function : ModelFunction
+    residual : Residual
+    inputs : object
+        Of the whole batch, on the device.
+    targets : Any
+        As the user gave them.
+    n_samples : int
+    chunk_size : int or None
+        As asked for; None where one chunk holds all samples.
+    draw : callable
+        ``draw(n)`` gives a random vector in the working dtype on the device.
+    notes : list of str
+        What the status should say.
+    """
+
+    function: ModelFunction
+    residual: Residual
+    inputs: Any
+    targets: Any
+    n_samples: int
+    chunk_size: int | None
+    draw: Callable[[int], Tensor]
+    notes: list[str] = field(default_factory=list)
+
+    def evaluate(self, size: int | None) -> Evaluation:
+        """Evaluate the model in chunks of ``size`` samples, twice, and check what comes back.
+
+        Raises
+        ------
+        ValueError
+            If model, data and residual do not fit, something is not finite or not repeatable, or
+            samples depend on each other and cannot be taken in chunks.
+        """
+        function, residual = self.function, self.residual
+        with function.guard():
+            outputs, flops = evaluate(function, self.inputs, self.n_samples, size)
+            targets = residual.prepare(self.targets, outputs)
+            error, values = _error_and_values(residual, outputs, targets)
+            evaluation = Evaluation(self, size, outputs, targets, error, values, flops)
+            if size is not None:
+                _check_chunks(evaluation)
+        return evaluation
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A problem with the model's outputs on the whole batch.
+
+    Attributes
+    ----------
+    problem : KernelProblem
+    chunk_size : int or None
+        Samples of a chunk; None takes all at once.
+    outputs : Tensor
+        Samples first.
+    targets : Targets
+    residual_vector : Tensor of float64, shape (n,)
+        e / √N.
+    values : Tensor
+        What J differentiates, without 1/√N.
+    flops : float
+        Operations of matrix products and convolutions in one evaluation.
+    """
+
+    problem: KernelProblem
+    chunk_size: int | None
+    outputs: Tensor
+    targets: Targets
+    residual_vector: Tensor
+    values: Tensor
+    flops: float
+
+    @property
+    def scale(self) -> float:
+        """1/√N."""
+        return float(self.targets.n_rows**-0.5)
+
+    @property
+    def forward_flops(self) -> float:
+        """Operations of one evaluation, at least two for each parameter and sample."""
+        return max(self.flops, 2.0 * self.problem.n_samples * self.problem.function.n_parameters)
+
+    def chunks(self, size: int | None = None) -> list[Chunk]:
+        """Return all samples in chunks of ``size``, by default those of the evaluation."""
+        bounds = chunk_bounds(self.problem.n_samples, size or self.chunk_size)
+        return [self.take(start, stop) for start, stop in bounds]
+
+    def take(self, start: int, stop: int) -> Chunk:
+        """Return some samples as a chunk."""
+        problem, function = self.problem, self.problem.function
+        inputs = take_samples(problem.inputs, slice(start, stop), problem.n_samples)
+        rows_per_sample = self.outputs.shape[1:-1].numel()
+        # Taken before the move to the device, which may hold no values to select by.
+        part = self.targets.samples(start, stop, problem.n_samples, rows_per_sample)
+        targets = part.to(function.device, function.dtype)
+        return Chunk(slice(start, stop), inputs, targets, self.outputs[start:stop])
+
+    def moved(self, parameters: Parameters) -> Evaluation:
+        """Evaluate the problem at other values of the parameters, once: its checks were made here.
+
+        Raises
+        ------
+        ValueError
+            If the outputs there are not finite.
+        """
+        problem = replace(self.problem, function=self.problem.function.at(parameters))
+        function, bounds = problem.function, chunk_bounds(problem.n_samples, self.chunk_size)
+        with function.guard():
+            outputs = evaluate_chunks(function, problem.inputs, bounds)
+        if not outputs.is_meta and not bool(torch.isfinite(outputs).all()):
+            raise ValueError(
+                "model: the outputs hold NaN or infinite values where the parameters were "
+                "displaced to; take a smaller step."
+            )
+        error, values = _error_and_values(problem.residual, outputs, self.targets)
+        return replace(self, problem=problem, outputs=outputs, residual_vector=error, values=values)
+
+    def count_entries(self, chunk: Chunk) -> int:
+        """Return the number of the chunk's entries in the residual."""
+        return self.problem.residual.jacobian_of(chunk.outputs, chunk.targets).numel()
+
+    def vector_function(
+        self, chunk: Chunk, function: ModelFunction | None = None
+    ) -> VectorFunction:
+        """Return what J differentiates, over √N, as a vector function of the parameters.
+
+        Parameters
+        ----------
+        chunk : Chunk
+        function : ModelFunction, optional
+            The model in another dtype; by default the problem's.
+        """
+        model = function or self.problem.function
+        residual, scale = self.problem.residual, self.scale
+        inputs = map_tensors(lambda t: cast(t, model.device, model.dtype), chunk.inputs)
+        targets = chunk.targets.to(model.device, model.dtype)
+
+        def vector(*parameters: Tensor) -> Tensor:
+            values = residual.jacobian_of(model.outputs(parameters, inputs), targets)
+            scaled: Tensor = values.reshape(-1) * scale
+            return scaled
+
+        return vector
+
+
+def pose_problem(
+    snapshot: Snapshot,
+    *,
+    residual: str | Callable[[Tensor, Any], Tensor] = "mse",
+    parameters: Any = None,
+    chunk_size: int | None = None,
+    device: str | torch.device = "auto",
+    dtype: str | torch.dtype | None = None,
+    generator: torch.Generator | None = None,
+) -> KernelProblem:
+    """Check the arguments of a kernel and move the snapshot to the device.
+
+    To be called under :data:`~spectralshell.models.guard.MODEL_LOCK`, outside inference
+    mode. The parameters are those of :func:`~spectralshell.operators.build_kernel`.
+
+    Raises
+    ------
+    ValueError, TypeError
+        If an argument is not usable, the snapshot has changed, or its state is not finite.
+    """
+    resolved = resolve_residual(residual)
+    if chunk_size is not None:
+        chunk_size = check_integer("chunk_size", chunk_size, low=1)
+    snapshot.check_unchanged()
+    names = select_parameters(snapshot.model, parameters, snapshot.state.trainable)
+    where = resolve_device(device, snapshot.model)
+    state = snapshot.load_state()
+    trainable = {name for name, _ in snapshot.model.named_parameters()}
+    check_finite_state(state, trainable)
+    check_finite_inputs(snapshot.inputs)
+    working, notes = resolve_dtype(dtype, state, where)
+    function = ModelFunction(snapshot.model, state, names, where, working)
+    inputs = map_tensors(lambda t: cast(t.detach(), where, working), snapshot.inputs)
+    whole = chunk_size is None or chunk_size >= snapshot.n_samples
+    return KernelProblem(
+        function=function,
+        residual=resolved,
+        inputs=inputs,
+        targets=snapshot.targets,
+        n_samples=snapshot.n_samples,
+        chunk_size=None if whole else chunk_size,
+        draw=_drawing(generator, where, working),
+        notes=notes,
+    )
+
+
+def halve_until_it_fits(
+    problem: KernelProblem, size: int | None, build: Callable[[int | None], Any]
+) -> tuple[Any, int | None]:
+    """Call ``build(size)`` with smaller and smaller chunks until memory suffices.
+
+    Returns
+    -------
+    built : object
+    size : int or None
+        Samples of a chunk in the end.
+
+    Raises
+    ------
+    MemoryError
+        If a single sample does not fit.
+    """
+    while True:
+        try:
+            return build(size), size
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            size = _halved(size or problem.n_samples, error)
+
+
+def _halved(size: int, error: Exception) -> int:
+    if size == 1:
+        raise MemoryError(
+            "memory ran out with a single sample; use a smaller model, dtype float32, or another "
+            "device."
+        ) from error
+    return (size + 1) // 2
+
+
+def _error_and_values(
+    residual: Residual, outputs: Tensor, targets: Targets
+) -> tuple[Tensor, Tensor]:
+    wide = widen(outputs.detach())
+    exact = targets.to(wide.device, wide.dtype)
+    error = residual.error(wide, exact).detach().double().reshape(-1) * targets.n_rows**-0.5
+    if error.numel() == 0:
+        raise ValueError("residual: the error vector is empty; return one entry per sample.")
+    if not error.is_meta and not bool(torch.isfinite(error).all()):
+        raise ValueError(
+            f"residual {residual.name!r} holds NaN or infinite values although the outputs are "
+            "finite; check the targets and the residual."
+        )
+    return error, residual.jacobian_of(wide, exact).detach()
+
+
+def _check_chunks(evaluation: Evaluation) -> None:
+    """Raise ValueError if a residual gives other errors for chunks than for the whole batch."""
+    whole, residual = evaluation.residual_vector, evaluation.problem.residual
+    if whole.is_meta:
+        return
+    try:
+        errors = [
+            residual.error(
+                widen(chunk.outputs), chunk.targets.to(whole.device, whole.dtype)
+            ).reshape(-1)
+            for chunk in evaluation.chunks()
+        ]
+        joined = torch.cat(errors).detach().double() * evaluation.scale
+        same = joined.shape == whole.shape and torch.allclose(
+            joined, whole, rtol=_CHUNK_TOLERANCE, atol=_CHUNK_TOLERANCE * float(whole.abs().max())
+        )
+    except (RuntimeError, ValueError, IndexError) as error:
+        if is_out_of_memory(error):
+            raise
+        raise ValueError(f"residual {residual.name!r} fails in chunks: {error}") from error
+    if not same:
+        raise ValueError(
+            f"residual {residual.name!r} gives other errors in chunks than for the whole batch: it "
+            "couples samples, or `targets` hold a tensor whose first dimension is the number of "
+            "samples but does not count them. Use chunk_size=None, or one target row per sample."
+        )
+
+
+def _drawing(
+    generator: torch.Generator | None, device: torch.device, dtype: torch.dtype
+) -> Callable[[int], Tensor]:
+    source = generator if generator is not None else torch.Generator().manual_seed(0)
+
+    def draw(n: int) -> Tensor:
+        if device.type == "meta":
+            return torch.empty(n, dtype=dtype, device=device)
+        numbers = torch.randn(n, generator=source, device=source.device, dtype=torch.float32)
+        return numbers.to(device, dtype)
+
+    return draw
