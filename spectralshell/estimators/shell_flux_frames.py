@@ -16,7 +16,7 @@ from spectralshell.estimators.intervals import jackknife_t
 from spectralshell.measurements.fluxes import FluxMeasurement
 from spectralshell.shells import EdgeBalance, ShellBalance, SoftShells, SpectralMeasure
 from spectralshell.shells.frames import label_index
-from spectralshell.shells.measure import join_statuses
+from spectralshell.statuses import join_statuses
 
 FLUX = "flux_down"
 

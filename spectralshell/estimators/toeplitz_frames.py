@@ -24,12 +24,18 @@ from spectralshell.shells import (
     permutation_p_value,
     toeplitz_residual,
 )
-from spectralshell.shells.coupling import CouplingRule, ShellModes, assign_modes, couple_shells
-from spectralshell.shells.coupling_nulls import PairEntries, permuted_matrix
+from spectralshell.shells.coupling import (
+    CouplingRule,
+    PairEntries,
+    ShellModes,
+    assign_modes,
+    couple_shells,
+    permuted_matrix,
+)
 from spectralshell.shells.diagonal import DIAGONAL_ROWS, fit_line, log_sizes, scaling_frame
 from spectralshell.shells.flux import PairTerms
-from spectralshell.shells.measure import join_statuses
 from spectralshell.shells.toeplitz_matrix import ShellWindow, sliding_windows
+from spectralshell.statuses import join_statuses
 
 Floats = NDArray[np.float64]
 

@@ -26,8 +26,8 @@ from spectralshell.operators.costs import (
 )
 from spectralshell.operators.layers.units import LAYER_OPTIONS, resolve_layers
 from spectralshell.operators.motion.directions import PER_TAU
-from spectralshell.shells.measure import join_statuses
 from spectralshell.snapshots import Snapshot
+from spectralshell.statuses import join_statuses
 
 AUTO = "auto"
 

@@ -35,8 +35,8 @@ from spectralshell.operators.costs import resolve_max_memory
 from spectralshell.operators.motion.directions import PER_TAU
 from spectralshell.operators.motion.gates import warn_of_gates
 from spectralshell.shells import noise_floor
-from spectralshell.shells.measure import join_statuses
 from spectralshell.snapshots import Snapshot
+from spectralshell.statuses import join_statuses
 from spectralshell.warning_categories import GateWarning
 
 _HELD = "gates held: "

@@ -35,8 +35,8 @@ from spectralshell.operators.costs import fits, resolve_max_memory
 from spectralshell.operators.survey import KernelSurvey
 from spectralshell.shells import EdgeBalance, SoftShells, SpectralMeasure, shell_balance
 from spectralshell.shells.flux import ErrorRule, difference_balance, flux_by_difference
-from spectralshell.shells.measure import join_statuses
 from spectralshell.snapshots import Snapshot
+from spectralshell.statuses import join_statuses
 
 Floats = NDArray[np.float64]
 

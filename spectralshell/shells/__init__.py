@@ -1,8 +1,7 @@
 """Logarithmic shells: partitions, spectral measures, and the frames made of them."""
 
 from spectralshell.shells.batch_mean import mean_measure
-from spectralshell.shells.coupling import shell_coupling
-from spectralshell.shells.coupling_nulls import permutation_p_value, permuted_couplings
+from spectralshell.shells.coupling import permutation_p_value, permuted_couplings, shell_coupling
 from spectralshell.shells.diagonal import diagonal_scaling
 from spectralshell.shells.flux import EdgeBalance, ShellBalance, shell_balance
 from spectralshell.shells.frames import (
@@ -12,14 +11,18 @@ from spectralshell.shells.frames import (
     shell_frame,
     write_frame,
 )
-from spectralshell.shells.measure import SpectralMeasure, cumulative_energies
+from spectralshell.shells.measure import (
+    SpectralMeasure,
+    cumulative_energies,
+    noise_floor,
+    quadrature_floor,
+)
 from spectralshell.shells.partition import (
     ShellPartition,
     edges_from_names,
     parse_shell_name,
     shell_name,
 )
-from spectralshell.shells.resolution import noise_floor, quadrature_floor
 from spectralshell.shells.soft_shells import SoftShells
 from spectralshell.shells.toeplitz_matrix import (
     intra_inter_ratio,

@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from spectralshell.shells.measure import Floats, SpectralMeasure, join_statuses
+from spectralshell.shells.measure import Floats, SpectralMeasure
+from spectralshell.statuses import join_statuses
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,9 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 import pandas as pd
 
-from spectralshell.shells.measure import Floats, SpectralMeasure, join_statuses
+from spectralshell.shells.measure import Floats, SpectralMeasure
 from spectralshell.shells.partition import NULL, ShellPartition
+from spectralshell.statuses import join_statuses
 
 UNRESOLVED = "unresolved"
 

@@ -11,8 +11,7 @@ from spectralshell.shells import (
     shell_coupling,
     toeplitz_residual,
 )
-from spectralshell.shells.coupling import CouplingRule, assign_modes
-from spectralshell.shells.coupling_nulls import PairEntries
+from spectralshell.shells.coupling import CouplingRule, PairEntries, assign_modes
 
 SUM_RTOL = 1e-12
 N_DRAWS, N_NULL = 500, 20

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from spectralshell.shells import ShellPartition, SpectralMeasure, mean_measure
-from spectralshell.shells.measure import join_statuses
+from spectralshell.statuses import join_statuses
 from spectralshell.warning_categories import DynamicsWarning
 
 CLOSURE = 1e-12  # the contract: rows sum to half the squared norm

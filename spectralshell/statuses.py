@@ -1,0 +1,20 @@
+"""Status phrases, each once, and how several are joined."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+OK = "ok"
+"""Nothing to be said."""
+
+
+def join_statuses(statuses: Iterable[str]) -> str:
+    """Return the distinct phrases joined by ``"; "``, without ``"ok"`` unless it is the only one.
+
+    Examples
+    --------
+    >>> join_statuses(["ok", "a; b", "a"])
+    'a; b'
+    """
+    phrases = dict.fromkeys(phrase for status in statuses for phrase in status.split("; "))
+    return "; ".join(phrase for phrase in phrases if phrase not in ("", "ok")) or "ok"
