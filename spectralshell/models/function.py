@@ -4,32 +4,18 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import AbstractContextManager
-from typing import Any, TypeVar
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from spectralshell.models.guard import guarded
 from spectralshell.models.state import tied_groups, unwrap
 
-_T = TypeVar("_T")
-
 _MAX_NAMES = 8
 
 Parameters = tuple[Tensor, ...]
-
-
-class _Carrier(nn.Module):
-    """Runs any thunk while the model inside carries other tensors."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, thunk: Callable[[], _T]) -> _T:
-        return thunk()
 
 
 class ModelFunction:
@@ -64,7 +50,6 @@ class ModelFunction:
         self.names = names
         self.device = device
         self.dtype = dtype
-        self._carrier = _Carrier(self.model)
         # Some models write to their weights and buffers while they run: let them have their own.
         moved = {name: cast(t.detach(), device, dtype).clone() for name, t in state.items()}
         self.parameters: Parameters = tuple(moved.pop(name) for name in names)
@@ -100,31 +85,44 @@ class ModelFunction:
         """Return the context in which the model may be called."""
         return guarded(self.model, self.device)
 
-    def installed(self, parameters: Parameters | None, thunk: Callable[[], _T]) -> _T:
-        """Run ``thunk`` while the model carries the frozen state and ``parameters``.
+    def installed(self, parameters: Parameters | None = None) -> AbstractContextManager[None]:
+        """Return the context in which the model carries the frozen state and ``parameters``.
 
         None installs the frozen values, requiring gradients: a backward pass that evaluates part
         of the model anew, as under checkpointing, has to find what the forward pass found.
         """
         if parameters is None:
             parameters = tuple(p.detach().requires_grad_() for p in self.parameters)
-        return self._carry(dict(zip(self.names, parameters, strict=True)) | self._constants, thunk)
+        return self._carrying(dict(zip(self.names, parameters, strict=True)) | self._constants)
 
-    def poisoned(self, thunk: Callable[[], _T]) -> _T:
-        """Run ``thunk`` while every floating tensor of the model is NaN."""
+    def poisoned(self) -> AbstractContextManager[None]:
+        """Return the context in which every floating tensor of the model is NaN."""
         named = dict(zip(self.names, self.parameters, strict=True))
         state = {name: _nan_like(tensor).requires_grad_() for name, tensor in named.items()}
         state.update({name: _nan_like(tensor) for name, tensor in self._constants.items()})
-        return self._carry(state, thunk)
+        return self._carrying(state)
 
-    def _carry(self, state: Mapping[str, Tensor], thunk: Callable[[], _T]) -> _T:
-        everywhere = {
-            f"model.{alias}": t
-            for name, t in state.items()
-            for alias in self._aliases.get(name, [name])
-        }
-        result: _T = functional_call(self._carrier, everywhere, (thunk,))
-        return result
+    @contextmanager
+    def _carrying(self, state: Mapping[str, Tensor]) -> Iterator[None]:
+        """Exchange the model's tensors, under all their names, for those of a state."""
+        modules = dict(self.model.named_modules(remove_duplicate=False))
+        exchanged: list[tuple[nn.Module, dict[str, Any], str, Tensor, Any]] = []
+        for first, tensor in state.items():
+            for alias in self._aliases.get(first, [first]):
+                path, _, name = alias.rpartition(".")
+                module = modules[path]
+                home: dict[str, Any] = module._parameters
+                if name not in home:
+                    home = module._buffers
+                exchanged.append((module, home, name, tensor, home[name]))
+        try:
+            for _, home, name, tensor, _ in exchanged:
+                home[name] = tensor
+            yield
+        finally:
+            for module, home, name, _, own in exchanged:
+                vars(module).pop(name, None)  # a forward pass may have put another in front
+                home[name] = own
 
     def outputs(self, parameters: Parameters, inputs: Any) -> Tensor:
         """Return the model's outputs, samples first.
@@ -136,7 +134,8 @@ class ModelFunction:
         """
         # A model may write to its inputs: let it write to a copy.
         fresh = map_tensors(torch.clone, inputs)
-        returned = self.installed(parameters, lambda: _call(self.model, fresh))
+        with self.installed(parameters):
+            returned = _call(self.model, fresh)
         outputs = returned if isinstance(returned, Tensor) else getattr(returned, "logits", None)
         if not isinstance(outputs, Tensor):
             raise TypeError(

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-MODEL_LOCK = threading.RLock()
+_MODEL_LOCK = threading.RLock()
 """Held while any model is evaluated or read: its tensors and torch's global switches are exchanged,
 and another thread would see, and restore, the wrong ones."""
 
@@ -25,15 +25,25 @@ _CONTAINERS = ("_parameters", "_buffers", "_modules")
 
 
 @contextmanager
+def exclusive() -> Iterator[None]:
+    """Let a model be touched: no other thread does, and what is made can be differentiated.
+
+    Tensors made under the inference mode of a caller could not.
+    """
+    with _MODEL_LOCK, torch.inference_mode(False):
+        yield
+
+
+@contextmanager
 def guarded(model: nn.Module, device: torch.device) -> Iterator[None]:
     """Evaluate a model inside; put modes, attributes and random states back afterwards.
 
-    Inside, every module is in eval mode, attention uses the math backend (the fused kernels have
-    no forward-mode derivative and no second derivative), the fast path of MultiheadAttention is
-    off, and gradients are enabled whatever the caller's setting. The flag ``training`` is set
-    directly: ``model.eval()`` may be overridden and merge or move weights. Backward hooks
-    of modules are off, since a gradient that they see or change is not the user's; embeddings give
-    dense gradients; an autocast of the caller does not reach inside.
+    Inside, no other thread touches a model, every module is in eval mode, attention uses the math
+    backend (the fused kernels have no forward-mode derivative and no second derivative), the fast
+    path of MultiheadAttention is off, and gradients are enabled whatever the caller's setting. The
+    flag ``training`` is set directly: ``model.eval()`` may be overridden and merge or move weights.
+    Backward hooks of modules are off, since a gradient that they see or change is not the user's;
+    embeddings give dense gradients; an autocast of the caller does not reach inside.
 
     Parameters
     ----------
@@ -47,14 +57,12 @@ def guarded(model: nn.Module, device: torch.device) -> Iterator[None]:
     that a forward pass rebinds (caches, effective weights of ``weight_norm``) are put back too,
     and values of plain tensor attributes that it writes to; what it changes inside a user's own
     list, or an object that a hook owns, is not seen. Cost: linear in the number of modules.
-    Threads take turns: :data:`MODEL_LOCK` is held throughout.
     """
-    with MODEL_LOCK, ExitStack() as stack:
+    with exclusive(), ExitStack() as stack:
         stack.enter_context(_random_states(device))
         stack.enter_context(_module_attributes(model))
         stack.enter_context(_slow_attention_path())
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-        stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
         stack.enter_context(quiet_differentiation())
         stack.enter_context(full_precision(device))

@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from spectralshell.models.guard import MODEL_LOCK
+from spectralshell.models.guard import exclusive
 
 _MAX_NAMES = 5
 
@@ -191,7 +191,7 @@ class ModelState:
         """Build from the ``state`` argument of a snapshot: None, a mapping, or a path."""
         if isinstance(state, ModelState):
             return state
-        with MODEL_LOCK:
+        with exclusive():
             return cls._read(model, state)
 
     @classmethod
@@ -227,7 +227,7 @@ class ModelState:
                 f"state: the checkpoint {path!r} was changed after the snapshot was made; make the "
                 "snapshot again."
             )
-        with MODEL_LOCK:
+        with exclusive():
             return match_state(model, content, f"the checkpoint {path!r}") | self.unsaved
 
 

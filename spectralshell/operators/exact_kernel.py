@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from spectralshell.models.function import cast, widen
-from spectralshell.models.guard import MODEL_LOCK, full_precision, quiet_differentiation
+from spectralshell.models.guard import exclusive, full_precision, quiet_differentiation
 from spectralshell.operators.costs import ExactPlan
 from spectralshell.operators.jacobian.ladder import (
     IndependenceError,
@@ -376,7 +376,7 @@ class ExactKernel(Kernel):
             return self._noise
         if self._evaluation is None:
             raise ValueError("this ExactKernel was closed before its noise was read.")
-        with MODEL_LOCK, torch.inference_mode(False):
+        with exclusive():
             return measure_exact_noise(self._evaluation, self.matrix)
 
     def matvec(self, vector: Tensor) -> Tensor:
@@ -419,12 +419,9 @@ def assemble_exact(
     problem = evaluation.problem
 
     def build(size: int | None) -> ExactKernel:
-        with problem.function.guard():
-            found: LayerKernels = problem.function.installed(
-                None,
-                lambda: verified_kernels(
-                    evaluation, label_of=label_of, max_bytes=plan.layer_bytes, record_size=size
-                ),
+        with problem.function.guard(), problem.function.installed():
+            found = verified_kernels(
+                evaluation, label_of=label_of, max_bytes=plan.layer_bytes, record_size=size
             )
         return ExactKernel(evaluation, found, size, keep_layers=keep_layers)
 

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import partial
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
 import torch
 from torch import Tensor
 
 from spectralshell.models.function import ModelFunction, cast, widen
-from spectralshell.models.guard import MODEL_LOCK, full_precision
+from spectralshell.models.guard import exclusive, full_precision
 from spectralshell.operators.jacobian.ladder import blocks_agree, is_out_of_memory, pulls_agree
 from spectralshell.operators.jacobian.linearizations import Linearization, Parameters
 from spectralshell.residuals import Residual
@@ -198,8 +198,8 @@ class KernelOperator(Kernel):
     def rmatvec(self, vector: Tensor) -> Parameters:
         """Return Jᵀu as tensors in the shapes of the parameters, in ``dtype``."""
         self._check_rows(vector, 1)
-        pulled: Parameters = self._run(lambda: self.pull(self._narrow(vector)))
-        return pulled
+        with self._ready():
+            return self.pull(self._narrow(vector))
 
     def rmatmat(self, block: Tensor) -> Iterator[tuple[slice, Parameters]]:
         """Yield JᵀU for U of shape (n, k), a range of columns at a time.
@@ -217,7 +217,8 @@ class KernelOperator(Kernel):
         while start < len(columns):
             part = columns[start : start + size]
             try:
-                pulled: Parameters = self._run(partial(self._pull_columns, part))
+                with self._ready():
+                    pulled = self._pull_columns(part)
             except Exception as error:
                 if not is_out_of_memory(error) or size == 1:
                     raise
@@ -229,7 +230,8 @@ class KernelOperator(Kernel):
     def jvp(self, tangents: Sequence[Tensor]) -> Tensor:
         """Return J t in float64, shape (n,), for a tangent as :meth:`rmatvec` returns it."""
         self._check_open()
-        return widen(self._run(lambda: self.push(tuple(map(self._narrow, tangents)))))
+        with self._ready():
+            return widen(self.push(tuple(map(self._narrow, tangents))))
 
     def velocity(self) -> Parameters:
         """Return the parameter velocity dθ/dτ that the residual goes with (design table)."""
@@ -278,7 +280,8 @@ class KernelOperator(Kernel):
 
     def product(self, vector: Tensor) -> Tensor:
         """Return M v as :meth:`matvec` does, without counting it: for probes."""
-        return widen(self._run(lambda: self.push(self.pull(self._narrow(vector)))))
+        with self._ready():
+            return widen(self.push(self.pull(self._narrow(vector))))
 
     def pull(self, vector: Tensor) -> Parameters:
         """Return Jᵀv in the working dtype; where the model is called, inside its guard."""
@@ -296,8 +299,9 @@ class KernelOperator(Kernel):
     def _multiply(self, block: Tensor) -> Tensor:
         if block.shape[1] == 0:
             return self.residual_vector.new_zeros(self.n, 0)
-        product = self._run(lambda: self._apply_blockwise(self._narrow(block).T))
-        return widen(product.T.contiguous())
+        with self._ready():
+            product = self._apply_blockwise(self._narrow(block).T)
+            return widen(product.T.contiguous())
 
     def _as_matrix(self) -> Tensor:
         if self._matrix is None:
@@ -361,15 +365,16 @@ class KernelOperator(Kernel):
         per_column = (self.n_parameters + self.n) * self.dtype.itemsize
         return max(1, min(_MAX_BLOCK, _BLOCK_BYTES // max(1, per_column)))
 
-    def _run(self, thunk: Callable[[], Any]) -> Any:
-        with MODEL_LOCK, torch.inference_mode(False), full_precision(self.device):
-            calls_model = any(part.linearization.calls_model for part in self.parts)
-            if not (calls_model or self.reads_model):
-                return thunk()
-            with self._function.guard():
-                if self.reads_model:
-                    return self._function.installed(None, thunk)
-                return thunk()
+    @contextmanager
+    def _ready(self) -> Iterator[None]:
+        """Let products be taken inside: with the model guarded and installed where they need it."""
+        calls_model = any(part.linearization.calls_model for part in self.parts)
+        with exclusive(), full_precision(self.device), ExitStack() as stack:
+            if calls_model or self.reads_model:
+                stack.enter_context(self._function.guard())
+            if self.reads_model:
+                stack.enter_context(self._function.installed())
+            yield
 
     def _narrow(self, vector: Tensor) -> Tensor:
         return cast(vector.detach(), self.device, self.dtype)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from spectralshell.models.guard import MODEL_LOCK
+from spectralshell.models.guard import exclusive
 from spectralshell.operators.jacobian.faults import name_offending_module
 from spectralshell.operators.jacobian.ladder import Climb, DifferentiationError, climb
 from spectralshell.operators.kernel_operator import KernelOperator, Part
@@ -36,8 +36,7 @@ def assemble_kernel(
     rungs: Sequence[str] | None = None,
 ) -> KernelOperator:
     """Build a kernel that multiplies alone; ``rungs`` restricts the ladder, for tests of a rung."""
-    # Tensors made under the user's inference mode could not be differentiated.
-    with MODEL_LOCK, torch.inference_mode(False):
+    with exclusive():
         problem = pose_problem(
             snapshot,
             residual=residual,
@@ -94,7 +93,7 @@ def _assemble(
     problem = evaluation.problem
     function = problem.function
 
-    def finish() -> KernelOperator:
+    with function.guard(), function.installed():
         parts, steps = _differentiate(evaluation, rungs)
         kernel = KernelOperator(
             function,
@@ -113,9 +112,6 @@ def _assemble(
         if measured:
             measure_noise(kernel, problem.draw, DoubleReference(kernel, evaluation))
         return kernel
-
-    with function.guard():
-        return function.installed(None, finish)
 
 
 def _differentiate(

@@ -159,7 +159,8 @@ def backward_reads_model(
     vector = draw(kernel.n)
     expected = kernel.pull(vector)
     try:
-        found = function.poisoned(lambda: kernel.pull(vector))
+        with function.poisoned():
+            found = kernel.pull(vector)
     except RuntimeError:  # the recomputed graph did not match the recorded one
         return True
     return any(
@@ -282,7 +283,7 @@ def _difference_norm(evaluation: Evaluation, samples: list[int], block: Tensor) 
         if evaluation.count_entries(chunk)
     ]
 
-    def climb() -> float:
+    with function.guard(), function.installed():
         # One function of all samples, so that the parameters' gradients are held once.
         exact = DoubleReverse(
             lambda *parameters: torch.cat([piece(*parameters) for piece in pieces]),
@@ -297,9 +298,6 @@ def _difference_norm(evaluation: Evaluation, samples: list[int], block: Tensor) 
             if size == 0.0:
                 break
         return norm
-
-    with function.guard():
-        return function.installed(None, climb)
 
 
 def spectral_norm(matrix: Tensor) -> float:

@@ -483,8 +483,8 @@ def pose_problem(
 ) -> KernelProblem:
     """Check the arguments of a kernel and move the snapshot to the device.
 
-    To be called under :data:`~spectralshell.models.guard.MODEL_LOCK`, outside inference
-    mode. The parameters are those of :func:`~spectralshell.operators.build_kernel`.
+    To be called where the model may be touched. The parameters are those of
+    :func:`~spectralshell.operators.build_kernel`.
 
     Raises
     ------

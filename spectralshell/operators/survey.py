@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from spectralshell.models.guard import MODEL_LOCK
+from spectralshell.models.guard import exclusive
 from spectralshell.operators.costs import (
     ExactPlan,
     Footprint,
@@ -58,7 +58,7 @@ class KernelSurvey:
         Wide blocks are multiplied with the matrix, if half of the free memory holds it and building
         it costs less than a few such blocks of products.
         """
-        with MODEL_LOCK, torch.inference_mode(False):
+        with exclusive():
             problem = self.evaluation.problem
             kernel = assemble(problem, chunk_size, evaluation=self.evaluation)
         budget = resolve_max_memory(None, self.device)
@@ -77,7 +77,7 @@ class KernelSurvey:
         layers: str | Mapping[str, str] | Callable[[str], str] | None = None,
     ) -> ExactKernel:
         """Build the kernel as a matrix, with those of ``layers`` if asked for."""
-        with MODEL_LOCK, torch.inference_mode(False):
+        with exclusive():
             names = self.evaluation.problem.function.names
             label_of = resolve_layers(layers, names)
             return assemble_exact(
@@ -105,7 +105,7 @@ def survey_kernel(
     -----
     Cost: two evaluations of the model on the batch, and a recorded one on two samples.
     """
-    with MODEL_LOCK, torch.inference_mode(False):
+    with exclusive():
         problem = pose_problem(
             snapshot,
             residual=residual,
@@ -120,8 +120,6 @@ def survey_kernel(
         evaluation, size = halve_until_it_fits(problem, problem.chunk_size, problem.evaluate)
         if size != problem.chunk_size:
             problem.notes.append(f"memory ran out: computed in chunks of {size} samples")
-        with problem.function.guard():
-            footprint: Footprint = problem.function.installed(
-                None, lambda: measure_footprint(evaluation, label_of)
-            )
+        with problem.function.guard(), problem.function.installed():
+            footprint = measure_footprint(evaluation, label_of)
         return KernelSurvey(evaluation, footprint)

@@ -93,9 +93,10 @@ def test_two_samples_tell_the_footprint_of_the_batch(case):
     survey = survey_kernel(make_snapshot(case))
     problem = survey.evaluation.problem
     whole = dataclasses.replace(survey.evaluation)
-    with problem.function.guard(), pytest.MonkeyPatch.context() as patch:
+    guard, installed = problem.function.guard(), problem.function.installed()
+    with guard, installed, pytest.MonkeyPatch.context() as patch:
         patch.setattr("spectralshell.operators.costs._COUNTED_SAMPLES", problem.n_samples)
-        counted = problem.function.installed(None, lambda: measure_footprint(whole, lambda _: ""))
+        counted = measure_footprint(whole, lambda _: "")
     assert dataclasses.replace(counted, graph_bytes=survey.footprint.graph_bytes) == (
         survey.footprint
     )

@@ -104,16 +104,9 @@ def test_groups_of_layers_change_nothing(name, chunk_size):
     problem = pose_problem(snapshot)
     evaluation = problem.evaluate(chunk_size)
     found = []
-    with problem.function.guard():
+    with problem.function.guard(), problem.function.installed():
         for max_bytes in (1, 10**4, 10**9):  # the first holds one layer at a time
-            found.append(
-                problem.function.installed(
-                    None,
-                    lambda size=max_bytes: contract_layers(
-                        evaluation, label_of=lambda name: "", max_bytes=size
-                    ),
-                )
-            )
+            found.append(contract_layers(evaluation, label_of=lambda name: "", max_bytes=max_bytes))
     expected = reference_of(snapshot, "mse")["kernel"]
     for kernels in found:
         assert relative(kernels.total(), expected) < SAME

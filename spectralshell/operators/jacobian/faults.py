@@ -35,13 +35,11 @@ def name_offending_module(
     with torch.no_grad(), watching(function.model, note):
         function.outputs(function.parameters, inputs)
 
-    def search() -> str:
+    with function.installed(function.parameters):
         for name, module, args in calls:
             if not _differentiable_alone(module, args, draw, attempt):
                 return name
-        return describe("", function.model)
-
-    return function.installed(function.parameters, search)
+    return describe("", function.model)
 
 
 def _differentiable_alone(

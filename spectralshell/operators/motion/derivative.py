@@ -6,7 +6,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from types import TracebackType
 from typing import Self
 
@@ -302,8 +302,8 @@ def _pulled(
             return tuple(torch.zeros_like(p) for p in parameters)
         # A backward pass may read the model anew, as under checkpointing: at its own point.
         point = tuple(p.detach().requires_grad_() for p in parameters)
-        pulled: Parameters = function.installed(point, partial(plain.pull, cotangent))
-    return pulled
+        with function.installed(point):
+            return plain.pull(cotangent)
 
 
 def _norm(tensors: Iterable[Tensor]) -> float:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -223,7 +222,8 @@ def _pulled(evaluation: Evaluation, cotangent: Tensor) -> Parameters:
         if plain.output.requires_grad:
             part = cast(cotangent[first : first + n_entries], function.device, function.dtype)
             # A backward pass may read the model anew, as under checkpointing.
-            pulled: Parameters = function.installed(None, partial(plain.pull, part))
+            with function.installed():
+                pulled = plain.pull(part)
             total = tuple(a + b for a, b in zip(total, pulled, strict=True))
         first += n_entries
     check_finite_gradient(function.names, total)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor
 
 from spectralshell.models.function import cast, widen
-from spectralshell.models.guard import MODEL_LOCK
+from spectralshell.models.guard import exclusive
 from spectralshell.operators.costs import ROOM, fits, plan_exact, product_cost
 from spectralshell.operators.jacobian.linearizations import Parameters
 from spectralshell.operators.kernel_operator import KernelOperator
@@ -89,7 +88,7 @@ class MotionParts:
 
     def build_kernel(self, survey: KernelSurvey) -> KernelOperator:
         """Build the matrix-free kernel of a survey, its noise not measured."""
-        with MODEL_LOCK, torch.inference_mode(False):
+        with exclusive():
             problem, size = survey.evaluation.problem, self.fitting_chunk
             return assemble(problem, size, evaluation=survey.evaluation, measured=False)
 
@@ -97,7 +96,7 @@ class MotionParts:
         """Return the matrix-free kernel; its graphs stay until :meth:`close`."""
         if self._kernel is None:
             self._kernel = self.build_kernel(self._survey)
-            with MODEL_LOCK, torch.inference_mode(False):
+            with exclusive():
                 self._evaluation = self._evaluation_in(self._kernel.chunk_size)
         return self._kernel
 
@@ -109,10 +108,8 @@ class MotionParts:
         kernel, problem = self.kernel(), self._evaluation.problem
         if kernel.noise == 0.0:
             reference = DoubleReference(kernel, self._evaluation)
-            with MODEL_LOCK, torch.inference_mode(False), problem.function.guard():
-                problem.function.installed(
-                    None, partial(measure_noise, kernel, problem.draw, reference)
-                )
+            with problem.function.guard(), problem.function.installed():
+                measure_noise(kernel, problem.draw, reference)
         return kernel
 
     def rounding(self) -> float:
@@ -126,7 +123,7 @@ class MotionParts:
         shared = self._shared
         if shared is None:
             shared = self._shared = SharedPullBack(kernel, int(_SHARED_PART * self._max_bytes))
-        with MODEL_LOCK, torch.inference_mode(False):
+        with exclusive():
             rate, _ = halve_until_it_fits(
                 self._evaluation.problem,
                 self._evaluation.chunk_size,
@@ -148,15 +145,11 @@ class MotionParts:
         evaluation = self._evaluation_in(size)
         function = evaluation.problem.function
 
-        def build() -> KernelOperator:
+        with function.guard(), function.installed():
             if self._forms is None:
                 self._forms = working_forms(evaluation)
             reference = self._reference_for(evaluation)
             return build_rate(evaluation, kernel, tangents, forms=self._forms, reference=reference)
-
-        with function.guard():
-            rate: KernelOperator = function.installed(None, build)
-        return rate
 
     def _reference_for(self, evaluation: Evaluation) -> PlainReference:
         if self._reference is None or self._reference[0] != evaluation.chunk_size:
@@ -258,7 +251,7 @@ class KernelMotion:
         self._check_open()
         if norm is not None:
             norm = check_real("norm", norm, low=0.0)
-        with MODEL_LOCK, torch.inference_mode(False):
+        with exclusive():
             found = self._find_direction(spec, generator)
         if norm is not None:
             return found.with_norm(norm)
@@ -288,7 +281,7 @@ class KernelMotion:
         """
         self._check_direction(direction)
         function = self.survey.evaluation.problem.function
-        with MODEL_LOCK, torch.inference_mode(False):
+        with exclusive():
             parameters = tuple(
                 cast(widen(p) + amount * widen(t), function.device, function.dtype)
                 for p, t in zip(function.parameters, direction.tangents, strict=True)
@@ -362,7 +355,7 @@ class KernelMotion:
         self._check_direction(direction)
         if direction.norm == 0.0:
             return 1.0
-        with MODEL_LOCK, torch.inference_mode(False):
+        with exclusive():
             return natural_step(self.survey.evaluation, direction, self._parts.fitting_chunk)
 
     @property
@@ -370,7 +363,7 @@ class KernelMotion:
         """Functions with kinks that the model uses."""
         if self._gates is None:
             function = self.survey.evaluation.problem.function
-            with MODEL_LOCK, torch.inference_mode(False), function.guard():
+            with function.guard():
                 self._gates = tuple(find_gates(self.survey.evaluation))
         return self._gates
 
@@ -414,11 +407,7 @@ class KernelMotion:
 
     def _gradient_flow(self) -> Direction:
         if self._flow is None:
-            with (
-                MODEL_LOCK,
-                torch.inference_mode(False),
-                self.survey.evaluation.problem.function.guard(),
-            ):
+            with self.survey.evaluation.problem.function.guard():
                 self._flow = gradient_flow(self.survey.evaluation)
         return self._flow
 

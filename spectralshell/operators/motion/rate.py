@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -434,10 +433,10 @@ def working_forms(evaluation: Evaluation) -> dict[str, str]:
             raise
         return dict.fromkeys(FORMS, "")
 
-    def install(point: Parameters, thunk: Callable[[], Any]) -> Any:
-        return function.installed(tuple(p.detach().requires_grad_() for p in point), thunk)
+    def installed(point: Parameters) -> AbstractContextManager[None]:
+        return function.installed(tuple(p.detach().requires_grad_() for p in point))
 
-    return compare_forms(vector, function.parameters, function.names, problem.draw, install)
+    return compare_forms(vector, function.parameters, function.names, problem.draw, installed)
 
 
 def compare_forms(
@@ -445,7 +444,7 @@ def compare_forms(
     parameters: Parameters,
     names: list[str],
     draw: Callable[[int], Tensor],
-    install: Callable[[Parameters, Callable[[], Any]], Any] = lambda point, thunk: thunk(),
+    installed: Callable[[Parameters], AbstractContextManager[None]] = lambda point: nullcontext(),
 ) -> dict[str, str]:
     """Return what is wrong with each form for a function in float64 at a point.
 
@@ -454,17 +453,17 @@ def compare_forms(
     millions may lie between two points however close, and the difference is wrong: then the mean of
     its two ends is not the value between them either, and the step judges no form. Where that is so
     of all steps, as for a gate just at its kink, the forms are compared at another point near by.
-    ``install(point, thunk)`` runs a thunk while the model, if there is one, is at a point: a
+    ``installed(point)`` is the context in which the model, if there is one, is at a point: a
     backward pass may read it.
     """
-    found, judged = _compare_at(function, parameters, names, draw, install)
+    found, judged = _compare_at(function, parameters, names, draw, installed)
     if judged:
         return found
     nudge = tuple(draw(p.numel()).double().reshape(p.shape) for p in parameters)
     factor = _NUDGE * (_norm(parameters) or 1.0) / _norm(nudge)
     nearby = tuple(p + factor * n for p, n in zip(parameters, nudge, strict=True))
     try:
-        again, judged = _compare_at(function, nearby, names, draw, install)
+        again, judged = _compare_at(function, nearby, names, draw, installed)
     except Exception as error:  # the model need not run there
         if is_out_of_memory(error):
             raise
@@ -477,7 +476,7 @@ def _compare_at(
     parameters: Parameters,
     names: list[str],
     draw: Callable[[int], Tensor],
-    install: Callable[[Parameters, Callable[[], Any]], Any],
+    installed: Callable[[Parameters], AbstractContextManager[None]],
 ) -> tuple[dict[str, str], bool]:
     """Return what is wrong with each form at a point, and whether a step could tell."""
     tangents = tuple(draw(p.numel()).double().reshape(p.shape) for p in parameters)
@@ -488,7 +487,8 @@ def _compare_at(
     for name, form in FORMS.items():
         try:
             pull = form(function, parameters, tangents, names=names, draw=draw).pull
-            rates[name] = install(parameters, partial(pull, cotangent))
+            with installed(parameters):
+                rates[name] = pull(cotangent)
         except Exception as error:  # any failure inside torch speaks against the form
             if is_out_of_memory(error):
                 raise
@@ -498,8 +498,8 @@ def _compare_at(
 
     def pulled_at(amount: float) -> Parameters:
         point = tuple(p + amount * t for p, t in zip(parameters, tangents, strict=True))
-        pulled: Parameters = install(point, partial(_pull, function, point, cotangent))
-        return pulled
+        with installed(point):
+            return _pull(function, point, cotangent)
 
     middle, judged = pulled_at(0.0), False
     defects = dict.fromkeys(rates, math.inf)
