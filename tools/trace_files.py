@@ -12,6 +12,7 @@ import threading
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from types import CodeType
 from typing import Any
 
 import spectralshell
@@ -30,14 +31,11 @@ MOST_FILES = {
 
 def files_entered(call: Callable[[], Any]) -> dict[str, set[str]]:
     """Return the functions that a call enters, by their file's path inside the package."""
-    entered: dict[str, set[str]] = {}
-    root = str(PACKAGE)
+    seen: set[CodeType] = set()
 
     def watch(frame: Any, event: str, argument: Any) -> None:
-        code = frame.f_code
-        if event == "call" and code.co_filename.startswith(root):
-            file = str(Path(code.co_filename).relative_to(PACKAGE))
-            entered.setdefault(file, set()).add(code.co_qualname)
+        if event == "call":
+            seen.add(frame.f_code)
 
     before = sys.getprofile()
     threading.setprofile(watch)
@@ -49,6 +47,12 @@ def files_entered(call: Callable[[], Any]) -> dict[str, set[str]]:
     finally:
         sys.setprofile(before)
         threading.setprofile(None)
+    entered: dict[str, set[str]] = {}
+    for code in seen:
+        path = Path(code.co_filename)
+        if path.is_relative_to(PACKAGE):
+            file = str(path.relative_to(PACKAGE))
+            entered.setdefault(file, set()).add(code.co_qualname)
     return entered
 
 
