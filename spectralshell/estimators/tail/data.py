@@ -281,7 +281,14 @@ def label_codes(name: str, labels: Any, n_rows: int) -> np.ndarray:
 def collect(
     values: np.ndarray, taus: np.ndarray, codes: np.ndarray, layout: ShellLayout
 ) -> BatchedEnergies:
-    """Sort rows into (tau, batch, shell); rows of one (tau, batch) are averaged."""
+    """Sort rows into (tau, batch, shell); rows of one (tau, batch) are averaged.
+
+    Sums round by the order of their terms, so rows and batches are taken in the order of what they
+    hold: that of the rows in X, and names of batches, do not change a bit.
+    """
+    values = np.ascontiguousarray(values)
+    by_value = np.lexsort(values.T)
+    values, taus, codes = values[by_value], taus[by_value], codes[by_value]
     levels, which = np.unique(taus, return_inverse=True)
     shape = (len(levels), int(codes.max()) + 1)
     shells = layout.shells_of(values)
@@ -291,7 +298,8 @@ def collect(
     np.add.at(counts, (which, codes), 1.0)
     energies /= np.maximum(counts, 1.0)[..., None]
     totals = np.bincount(which, weights=values.sum(axis=1)) / np.bincount(which)
-    return BatchedEnergies(levels, energies, counts > 0, totals)
+    by_energy = np.lexsort([*counts, *energies.transpose(0, 2, 1).reshape(-1, shape[1])])
+    return BatchedEnergies(levels, energies[:, by_energy], counts[:, by_energy] > 0, totals)
 
 
 def choose_window(
