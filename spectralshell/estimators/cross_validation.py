@@ -73,8 +73,8 @@ def cross_validate_exponent(
 
     Examples
     --------
-    >>> from spectralshell.datasets.synthetic import make_grsd_spectra
-    >>> from spectralshell.estimators.tail.fitter import GRSDTailFitter
+    >>> from spectralshell import GRSDTailFitter, cross_validate_exponent
+    >>> from spectralshell.datasets import make_grsd_spectra
     >>> from spectralshell.shells import ShellPartition, energy_frame
     >>> measures = make_grsd_spectra(1.5, K=0, n_batches=4, random_state=0)
     >>> X = energy_frame(measures, ShellPartition.covering(1e-3, 0.9, q=2.0))
