@@ -9,34 +9,15 @@ from scipy import stats
 
 # Each bracket shrinks the ends of a profile interval 32-fold.
 N_BRACKETS = 4
-
 N_BRACKET_POINTS = 33
 
 
 def jackknife_t(
     replicates: np.ndarray, confidence: float
 ) -> tuple[np.ndarray | float, np.ndarray | float]:
-    """Half-width of the jackknife-t interval and the jackknife standard error.
+    """Half-width of the jackknife-t interval (n_batches − 1 degrees of freedom), standard error.
 
-    Parameters
-    ----------
-    replicates : ndarray of shape (1 + n_batches, ...)
-        The full estimate, then one per batch left out.
-    confidence : float
-        Nominal coverage.
-
-    Returns
-    -------
-    half_width, standard_error : float or ndarray
-        From Student's t with n_batches − 1 degrees of freedom.
-
-    Examples
-    --------
-    >>> sample = np.array([1.0, 2.0, 4.0, 5.0])
-    >>> left_out = (sample.sum() - sample) / 3
-    >>> half, error = jackknife_t(np.append(sample.mean(), left_out), 0.95)
-    >>> bool(np.isclose(error, sample.std(ddof=1) / 2))  # the mean's own standard error
-    True
+    ``replicates`` has shape (1 + n_batches, ...): the full estimate, then each batch left out.
     """
     left_out = replicates[1:]
     n = len(left_out)
@@ -58,29 +39,9 @@ def profile_interval(
     threshold: float,
     bounds: tuple[float, float],
 ) -> tuple[float, float]:
-    """Return the ends of {θ: sse(θ) ≤ threshold} around the minimum.
+    """Return the ends of {θ: squares(θ) ≤ threshold} around the minimum at ``best``.
 
-    Parameters
-    ----------
-    squares : callable
-        sse at an array of θ.
-    best : float
-        Where the minimum is.
-    threshold : float
-        As :func:`profile_threshold` gives.
-    bounds : tuple of float
-        Range of θ.
-
-    Returns
-    -------
-    lower, upper : float
-        Infinite where the profile stays below the threshold up to the bound.
-
-    Examples
-    --------
-    >>> lower, upper = profile_interval(lambda t: (t - 1.0) ** 2, 1.0, 0.25, (-3.0, 8.0))
-    >>> round(lower, 4), round(upper, 4)
-    (0.5, 1.5)
+    An end is infinite where the profile stays below the threshold up to the bound.
     """
 
     def crossing(far: float) -> float:

@@ -9,48 +9,36 @@ import numpy as np
 import pandas as pd
 from scipy import special
 
-from spectralshell.estimators.tail.models import ShellGrid, shell_grid
+from spectralshell.estimators.tail.solve import ShellGrid, shell_grid
 from spectralshell.parameter_checks import check_real
 from spectralshell.shells.partition import NULL, edges_from_names
 from spectralshell.snapshots import Snapshot
 
-# Energies below this part of a row's total are what float64 subtraction leaves over.
-ROUNDING = 1e-13
-
 # Edges that agree to this relative precision are the same edge.
 EDGE_TOLERANCE = 1e-9
+
+MAX_DEFAULT_SHELLS = 1000
+
+# Energies below this part of a row's total are what float64 subtraction leaves over.
+ROUNDING = 1e-13
 
 # Energies below it have lost digits to underflow.
 TINY = float(np.finfo(float).tiny)
 
-_TIDY = {"tau", "shell", "lambda_lo", "lambda_hi", "energy"}
-
-MAX_DEFAULT_SHELLS = 1000
-
 # Variances below this part of the median are zero by accident: identical or single batches.
 SMALLEST_VARIANCE = 1e-6
+
+_TIDY = {"tau", "shell", "lambda_lo", "lambda_hi", "energy"}
 
 
 @dataclass(frozen=True)
 class ShellLayout:
-    """What the columns of X are.
+    """What the columns of X are: shells between increasing positive edges, ``null`` before them."""
 
-    Attributes
-    ----------
-    edges : ndarray of shape (n_shells + 1,)
-        Shell edges, increasing and positive.
-    has_null : bool
-        Whether a column ``null`` comes first.
-    floor : float
-        Resolution floor (absolute λ); 0 where none is known.
-    lambda_max : float
-        Largest eigenvalue; infinite where none is known.
-    """
-
-    edges: np.ndarray
+    edges: np.ndarray  # (n_shells + 1,)
     has_null: bool
-    floor: float = 0.0
-    lambda_max: float = np.inf
+    floor: float = 0.0  # resolution floor, an absolute λ; 0 where none is known
+    lambda_max: float = np.inf  # largest eigenvalue
 
     @property
     def widths(self) -> np.ndarray:
@@ -73,24 +61,12 @@ class ShellLayout:
 
 @dataclass(frozen=True)
 class BatchedEnergies:
-    """Energies by tau, batch and shell.
+    """Energies by increasing tau, batch and shell."""
 
-    Attributes
-    ----------
-    taus : ndarray of shape (n_taus,)
-        Increasing.
-    energies : ndarray of shape (n_taus, n_batches, n_shells)
-        Zero where a batch is missing.
-    present : ndarray of bool, shape (n_taus, n_batches)
-        Which batches there are.
-    totals : ndarray of shape (n_taus,)
-        Mean row total, ``null`` included.
-    """
-
-    taus: np.ndarray
-    energies: np.ndarray
-    present: np.ndarray
-    totals: np.ndarray
+    taus: np.ndarray  # (n_taus,)
+    energies: np.ndarray  # (n_taus, n_batches, n_shells), zero where a batch is missing
+    present: np.ndarray  # (n_taus, n_batches), which batches there are
+    totals: np.ndarray  # (n_taus,), mean row total with ``null``
 
     @property
     def n_batches(self) -> int:
@@ -98,14 +74,9 @@ class BatchedEnergies:
         return self.energies.shape[1]
 
     def replicates(self) -> tuple[np.ndarray, np.ndarray]:
-        """Mean energies of the full sample and with each batch left out.
+        """Mean energies (1 + n_batches, n_taus, n_shells), and how many batches each is made of.
 
-        Returns
-        -------
-        means : ndarray of shape (1 + n_batches, n_taus, n_shells)
-        counts : ndarray of shape (1 + n_batches, n_taus)
-            Batches behind each mean. With one batch there is only the full sample. A mean that
-            underflows is 0.
+        The full sample first, then each batch left out, if there are several. An underflow is 0.
         """
         total, count = self.energies.sum(axis=1), self.present.sum(axis=1)
         if self.n_batches == 1:
@@ -117,6 +88,36 @@ class BatchedEnergies:
         sums = np.where(sums > ROUNDING * total, sums, 0.0)
         means = sums / np.maximum(counts, 1)[..., None]
         return np.where(means >= TINY, means, 0.0), counts
+
+
+@dataclass(frozen=True)
+class TailProblem:
+    """Data of one fit; replicate 0 is the full sample, then one batch is left out."""
+
+    data: BatchedEnergies  # usable taus and shells only
+    n_shells: np.ndarray  # usable shells of every tau of the input
+    used: np.ndarray  # which taus of the input are fitted
+    shells: np.ndarray  # which shells of the input are fitted
+    means: np.ndarray  # mean energies of the full sample, (n_taus, n_shells)
+    log_density: np.ndarray  # ln of mean energy over width, (n_replicates, n_taus, n_shells)
+    weights: np.ndarray  # inverse variances, same shape; 0 leaves a point out
+    grid: ShellGrid
+    log_lambda: np.ndarray  # ln of the geometric midpoints, (n_shells,)
+
+    @property
+    def n_points(self) -> int:
+        """Number of (tau, shell) points in the fit."""
+        return int((self.weights[0] > 0).sum())
+
+    @property
+    def n_taus(self) -> int:
+        """Number of fitted taus."""
+        return self.means.shape[0]
+
+    @property
+    def n_batches(self) -> int:
+        """Number of batches."""
+        return self.data.n_batches
 
 
 def refuse_other_input(X: Any) -> None:
@@ -145,23 +146,9 @@ def is_wide_frame(X: Any) -> bool:
 
 
 def read_layout(X: Any, n_columns: int, edges: Any, floor: Any) -> ShellLayout:
-    """Read shells from a frame's columns, or from ``edges``, or take ratio 2.
+    """Read shells from a frame's columns, or from ``edges``, or take ratio 2 for an array.
 
-    Parameters
-    ----------
-    X : DataFrame or array
-        What was passed to ``fit``.
-    n_columns : int
-        Its number of columns.
-    edges : array-like of shape (n_columns + 1,) or None
-        Edges of a plain array's shells; a frame's columns must agree with them.
-    floor : float or None
-        Resolution floor; None takes the frame's.
-
-    Raises
-    ------
-    ValueError
-        For foreign or unordered columns, and for edges that do not fit.
+    Edges must agree with a frame's columns; floor None takes the frame's.
     """
     if is_wide_frame(X):
         found = edges_from_names(list(X.columns))
@@ -176,14 +163,19 @@ def read_layout(X: Any, n_columns: int, edges: Any, floor: Any) -> ShellLayout:
     return ShellLayout(found, bool(has_null), floor, lambda_max)
 
 
-def check_edges(edges: Any, n_columns: int) -> np.ndarray:
-    """Return the edges of ``n_columns`` consecutive shells.
+def _check_agreement(edges: Any, found: np.ndarray) -> None:
+    if edges is None:
+        return
+    given = check_edges(edges, found.size - 1)
+    if not np.allclose(given, found, rtol=EDGE_TOLERANCE, atol=0.0):
+        raise ValueError(
+            f"edges contradict the columns of X, whose shells run from {found[0]!r} to "
+            f"{found[-1]!r}; leave edges out, since a frame's columns name its shells."
+        )
 
-    Raises
-    ------
-    ValueError
-        If there are not n_columns + 1 positive increasing edges.
-    """
+
+def check_edges(edges: Any, n_columns: int) -> np.ndarray:
+    """Return the edges of consecutive shells, or raise if they are not one more than columns."""
     if edges is None:
         if n_columns > MAX_DEFAULT_SHELLS:
             raise ValueError(
@@ -205,36 +197,13 @@ def check_edges(edges: Any, n_columns: int) -> np.ndarray:
     return array
 
 
-def _check_agreement(edges: Any, found: np.ndarray) -> None:
-    if edges is None:
-        return
-    given = check_edges(edges, found.size - 1)
-    if not np.allclose(given, found, rtol=EDGE_TOLERANCE, atol=0.0):
-        raise ValueError(
-            f"edges contradict the columns of X, whose shells run from {found[0]!r} to "
-            f"{found[-1]!r}; leave edges out, since a frame's columns name its shells."
-        )
-
-
 def read_labels(
     X: Any, n_rows: int, tau: Any = None, batch: Any = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return tau and the code of the batch for each row.
+    """Return tau and the code of the batch for each row, by default from a frame's index.
 
-    A frame's index gives them where they are not passed. Without any, tau is 0, and rows of equal
-    tau are batches by their position. Rows of one (tau, batch) must differ in the index level
-    ``name``.
-
-    Returns
-    -------
-    taus : ndarray of float, shape (n_rows,)
-    codes : ndarray of int, shape (n_rows,)
-
-    Raises
-    ------
-    ValueError
-        If tau is not finite, a batch is missing, lengths differ, or a (tau, batch), with its name
-        where there is one, occurs twice.
+    Without any, tau is 0, and rows of equal tau are batches by their position. Rows of one
+    (tau, batch) must differ in the index level ``name``.
     """
     levels = list(X.index.names) if isinstance(X, pd.DataFrame) else []
     if tau is None and "tau" in levels:
@@ -256,14 +225,19 @@ def read_labels(
     return taus, codes
 
 
-def label_codes(name: str, labels: Any, n_rows: int) -> np.ndarray:
-    """Return an integer code for each hashable label.
+def _check_taus(tau: Any, n_rows: int) -> np.ndarray:
+    taus = np.asarray(tau, dtype=np.float64)
+    if taus.shape != (n_rows,):
+        raise ValueError(
+            f"tau must have one entry per row of X ({n_rows}), got shape {taus.shape}."
+        )
+    if not np.isfinite(taus).all():
+        raise ValueError("tau holds NaN or infinity, expected finite effective times.")
+    return taus
 
-    Raises
-    ------
-    ValueError
-        If there is not one label per row, or one is missing (None, NaN).
-    """
+
+def label_codes(name: str, labels: Any, n_rows: int) -> np.ndarray:
+    """Return an integer code for each hashable label; one that is missing is refused."""
     if getattr(labels, "ndim", 1) != 1:
         raise ValueError(f"{name} must be one-dimensional, got shape {np.shape(labels)}.")
     labels = list(labels)
@@ -276,6 +250,14 @@ def label_codes(name: str, labels: Any, n_rows: int) -> np.ndarray:
             f"{name} is missing ({labels[row]!r}) in row {row} of X; label every row, or drop it."
         )
     return codes
+
+
+def _as_objects(labels: list[Any]) -> np.ndarray:
+    # A list of tuples would become a two-dimensional array.
+    objects = np.empty(len(labels), dtype=object)
+    for position, label in enumerate(labels):
+        objects[position] = label
+    return objects
 
 
 def collect(
@@ -307,9 +289,8 @@ def choose_window(
 ) -> tuple[float, float]:
     """Return the window, by default the resolved shells from the peak of the density upwards.
 
-    The peak is that of ln density averaged over tau, so every tau has the same say; the window ends
-    at the largest eigenvalue or where the first shell is empty. (NaN, NaN) means that no shell is
-    left.
+    The peak is that of ln density averaged over tau, so every tau has the same say; the end is the
+    largest eigenvalue or the first empty shell. (NaN, NaN) means that no shell is left.
     """
     if window is not None:
         return window
@@ -326,163 +307,6 @@ def choose_window(
     gaps = np.flatnonzero(~shells[first:])
     last = first + int(gaps[0]) if gaps.size else len(shells)
     return float(layout.edges[first]), float(layout.edges[last])
-
-
-def _check_taus(tau: Any, n_rows: int) -> np.ndarray:
-    taus = np.asarray(tau, dtype=np.float64)
-    if taus.shape != (n_rows,):
-        raise ValueError(
-            f"tau must have one entry per row of X ({n_rows}), got shape {taus.shape}."
-        )
-    if not np.isfinite(taus).all():
-        raise ValueError("tau holds NaN or infinity, expected finite effective times.")
-    return taus
-
-
-def _as_objects(labels: list[Any]) -> np.ndarray:
-    # A list of tuples would become a two-dimensional array.
-    objects = np.empty(len(labels), dtype=object)
-    for position, label in enumerate(labels):
-        objects[position] = label
-    return objects
-
-
-def relative_deviations(data: BatchedEnergies, means: np.ndarray) -> np.ndarray:
-    """Influence of each batch on ln of the mean energy: (E_r / mean − 1), 0 where missing.
-
-    Parameters
-    ----------
-    data : BatchedEnergies
-        n_taus, n_batches, n_shells.
-    means : ndarray of shape (n_taus, n_shells)
-        Mean energies.
-
-    Returns
-    -------
-    ndarray of shape (n_taus, n_batches, n_shells)
-    """
-    safe = np.where(means > 0, means, 1.0)[:, None]
-    usable = data.present[..., None] & (means > 0)[:, None]
-    return np.where(usable, data.energies / safe - 1.0, 0.0)
-
-
-def moderated_weights(data: BatchedEnergies, means: np.ndarray, usable: np.ndarray) -> np.ndarray:
-    """Inverse variances of ln of the mean energy, shrunk to a common value.
-
-    With few batches a shell's own variance is a poor weight. It is replaced by its empirical-Bayes
-    posterior mean, (d0 s0² + ν s²)/(d0 + ν), with prior s0² and degrees of freedom d0 from the
-    scatter of the log-variances over shells [1]_: no scatter beyond that of a χ² gives equal
-    weights.
-
-    Parameters
-    ----------
-    data : BatchedEnergies
-        The energies.
-    means : ndarray of shape (n_taus, n_shells)
-        Mean energies.
-    usable : ndarray of bool, shape (n_taus, n_shells)
-        Points of the fit; others get weight 0.
-
-    Returns
-    -------
-    ndarray of shape (n_taus, n_shells)
-
-    References
-    ----------
-    .. [1] G. K. Smyth, "Linear models and empirical Bayes methods for assessing differential
-       expression in microarray experiments", Stat. Appl. Genet. Mol. Biol. 3 (2004), section 6.2.
-    """
-    counts = data.present.sum(axis=1)
-    freedom = np.broadcast_to((counts - 1.0)[:, None], usable.shape)
-    squares = (relative_deviations(data, means) ** 2).sum(axis=1)
-    known = usable & (freedom > 0)
-    variance = np.divide(squares, freedom, out=np.zeros(usable.shape), where=known)
-    # Rounding of equal batches is no variance.
-    if not known.any() or np.median(variance[known]) < ROUNDING**2:
-        return usable.astype(float)
-    variance = np.maximum(variance, SMALLEST_VARIANCE * np.median(variance[known]))
-    nu = freedom[known] / 2.0
-    logs = np.log(variance[known]) - special.digamma(nu) + np.log(nu)
-    excess = logs.var(ddof=1) - special.polygamma(1, nu).mean() if logs.size > 1 else 0.0
-    if excess > 0:
-        d0 = 2.0 * _inverse_trigamma(excess)
-        s0 = np.exp(logs.mean() + special.digamma(d0 / 2.0) - np.log(d0 / 2.0))
-        variance = (d0 * s0 + freedom * np.where(known, variance, s0)) / (d0 + freedom)
-    else:
-        variance = np.full(usable.shape, np.exp(logs.mean()))
-    return np.where(usable, np.maximum(counts, 1)[:, None] / variance, 0.0)
-
-
-def _inverse_trigamma(value: float) -> float:
-    """Solve ψ'(x) = value by Newton's method on 1/ψ', which is nearly linear."""
-    x = 0.5 + 1.0 / value
-    for _ in range(50):
-        trigamma = special.polygamma(1, x)
-        step = trigamma * (1.0 - trigamma / value) / special.polygamma(2, x)
-        x = x + step
-        if abs(step) < 1e-8 * x:
-            break
-    return float(x)
-
-
-@dataclass(frozen=True)
-class TailProblem:
-    """Data of one fit; replicate 0 is the full sample, then one batch is left out.
-
-    Attributes
-    ----------
-    data : BatchedEnergies
-        Usable taus and shells only.
-    n_shells : ndarray of shape (all n_taus,)
-        Usable shells of every tau of the input.
-    used : ndarray of bool, shape (all n_taus,)
-        Which taus are fitted.
-    shells : ndarray of bool, shape (all n_shells,)
-        Which shells are fitted.
-    means : ndarray of shape (n_taus, n_shells)
-        Mean energies of the full sample.
-    log_density, weights : ndarray of shape (n_replicates, n_taus, n_shells)
-        ln of mean energy over width, and inverse variances; weight 0 leaves a point out.
-    grid : ShellGrid
-        Quadrature of the shells.
-    log_lambda : ndarray of shape (n_shells,)
-        ln of the geometric midpoints.
-    """
-
-    data: BatchedEnergies
-    n_shells: np.ndarray
-    used: np.ndarray
-    shells: np.ndarray
-    means: np.ndarray
-    log_density: np.ndarray
-    weights: np.ndarray
-    grid: ShellGrid
-    log_lambda: np.ndarray
-
-    @property
-    def n_points(self) -> int:
-        """Number of (tau, shell) points in the fit."""
-        return int((self.weights[0] > 0).sum())
-
-    @property
-    def n_taus(self) -> int:
-        """Number of fitted taus."""
-        return self.means.shape[0]
-
-    @property
-    def n_batches(self) -> int:
-        """Number of batches."""
-        return self.data.n_batches
-
-
-def usable_points(
-    data: BatchedEnergies, layout: ShellLayout, window: tuple[float, float]
-) -> np.ndarray:
-    """Return which (tau, shell) may be fitted: whole, resolved, in the window, not empty."""
-    means = data.replicates()[0][0]
-    if np.isnan(window[0]):
-        return np.zeros(means.shape, dtype=bool)
-    return layout.whole_shells(window) & (means > ROUNDING * data.totals[:, None])
 
 
 def build_problem(
@@ -522,3 +346,59 @@ def build_problem(
         grid=shell_grid(lower, upper),
         log_lambda=0.5 * (np.log(lower) + np.log(upper)),
     )
+
+
+def usable_points(
+    data: BatchedEnergies, layout: ShellLayout, window: tuple[float, float]
+) -> np.ndarray:
+    """Return which (tau, shell) may be fitted: whole, resolved, in the window, not empty."""
+    means = data.replicates()[0][0]
+    if np.isnan(window[0]):
+        return np.zeros(means.shape, dtype=bool)
+    return layout.whole_shells(window) & (means > ROUNDING * data.totals[:, None])
+
+
+def moderated_weights(data: BatchedEnergies, means: np.ndarray, usable: np.ndarray) -> np.ndarray:
+    """Inverse variances of ln of the mean energy, shrunk to a common value; 0 where not usable.
+
+    The scatter of log-variances over shells gives an empirical-Bayes prior (Smyth, Stat. Appl.
+    Genet. Mol. Biol. 3, 2004, section 6.2); no more than that of a χ² gives equal weights.
+    """
+    counts = data.present.sum(axis=1)
+    freedom = np.broadcast_to((counts - 1.0)[:, None], usable.shape)
+    squares = (relative_deviations(data, means) ** 2).sum(axis=1)
+    known = usable & (freedom > 0)
+    variance = np.divide(squares, freedom, out=np.zeros(usable.shape), where=known)
+    # Rounding of equal batches is no variance.
+    if not known.any() or np.median(variance[known]) < ROUNDING**2:
+        return usable.astype(float)
+    variance = np.maximum(variance, SMALLEST_VARIANCE * np.median(variance[known]))
+    nu = freedom[known] / 2.0
+    logs = np.log(variance[known]) - special.digamma(nu) + np.log(nu)
+    excess = logs.var(ddof=1) - special.polygamma(1, nu).mean() if logs.size > 1 else 0.0
+    if excess > 0:
+        d0 = 2.0 * _inverse_trigamma(excess)
+        s0 = np.exp(logs.mean() + special.digamma(d0 / 2.0) - np.log(d0 / 2.0))
+        variance = (d0 * s0 + freedom * np.where(known, variance, s0)) / (d0 + freedom)
+    else:
+        variance = np.full(usable.shape, np.exp(logs.mean()))
+    return np.where(usable, np.maximum(counts, 1)[:, None] / variance, 0.0)
+
+
+def relative_deviations(data: BatchedEnergies, means: np.ndarray) -> np.ndarray:
+    """Influence of each batch on ln of the mean energy: E_r / mean − 1, and 0 where missing."""
+    safe = np.where(means > 0, means, 1.0)[:, None]
+    usable = data.present[..., None] & (means > 0)[:, None]
+    return np.where(usable, data.energies / safe - 1.0, 0.0)
+
+
+def _inverse_trigamma(value: float) -> float:
+    """Solve ψ'(x) = value by Newton's method on 1/ψ', which is nearly linear."""
+    x = 0.5 + 1.0 / value
+    for _ in range(50):
+        trigamma = special.polygamma(1, x)
+        step = trigamma * (1.0 - trigamma / value) / special.polygamma(2, x)
+        x = x + step
+        if abs(step) < 1e-8 * x:
+            break
+    return float(x)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pandas as pd
 from scipy import stats
@@ -13,21 +15,14 @@ from spectralshell.estimators.tail.data import (
     TailProblem,
     relative_deviations,
 )
-from spectralshell.estimators.tail.models import (
-    DEGENERATE,
-    EXPONENTIAL,
-    FREE_POWER,
-    LOGNORMAL,
-    POWER_LAW,
-    TEMPLATE,
-    TailModel,
+from spectralshell.estimators.tail.models import COMPARED, FREE_POWER, SMALLEST_POWER, TailModel
+from spectralshell.estimators.tail.solve import (
+    TailParameters,
+    is_determined,
+    likelihood_interval,
+    profile_fit,
 )
-from spectralshell.estimators.tail.solve import TailParameters, likelihood_interval, profile_fit
-
-# Relative accuracy of shell integrals; a cutoff that explains less explains rounding.
-QUADRATURE = 1e-6
-
-COMPARED = (POWER_LAW, TEMPLATE, EXPONENTIAL, LOGNORMAL)
+from spectralshell.statuses import DEGENERATE_POWER, FLAT_POWER, OK
 
 COMPARISON_COLUMNS = (
     "model",
@@ -51,6 +46,12 @@ FALSIFIER_FIELDS = (
     "status",
 )
 
+# The power of the cutoff that a frozen kernel gives.
+FROZEN_POWER = 1.0
+
+# Relative accuracy of shell integrals; a cutoff that explains less explains rounding.
+QUADRATURE = 1e-6
+
 # Models whose AIC differ by less are never told apart (Burnham and Anderson 2002, section 2.6).
 AIC_TIE = 2.0
 
@@ -68,33 +69,8 @@ def no_cutoff_p_value(
 ) -> float:
     """P-value of κ = 0 from the improvement in weighted squares that a cutoff brings.
 
-    Batches are the subjects of a repeated-measures design, so correlations between shells and
-    between taus do no harm: the improvement is compared with the trace of the batch covariance over
-    the contrasts that a cutoff can move (curvature of each tau, differences of slope between taus),
-    with Greenhouse and Geisser's degrees of freedom [1]_. With one batch it is the F test on the
-    residuals, which takes them as independent.
-
-    Parameters
-    ----------
-    data : BatchedEnergies
-        The energies.
-    means, weights : ndarray of shape (n_taus, n_shells)
-        Mean energies and weights of the fit.
-    log_lambda : ndarray of shape (n_shells,)
-        Where the shells are.
-    improvement : float
-        Weighted squares without minus with cutoff.
-    sse : float
-        Weighted squares with cutoff.
-
-    Returns
-    -------
-    float
-
-    References
-    ----------
-    .. [1] S. W. Greenhouse and S. Geisser, "On methods in the analysis of profile data",
-       Psychometrika 24 (1959).
+    Batches are the subjects of a repeated-measures design, so correlations between shells or taus
+    do no harm; with one batch it is the F test on the residuals, which takes them as independent.
     """
     n_taus, n_points = len(means), int((weights > 0).sum())
     if improvement <= QUADRATURE**2 * weights.sum():
@@ -104,6 +80,8 @@ def no_cutoff_p_value(
         if freedom < 1 or sse <= 0:
             return 0.0 if sse <= 0 < improvement and freedom >= 1 else 1.0
         return float(stats.f.sf(improvement / n_taus / (sse / freedom), n_taus, freedom))
+    # The improvement against the trace of the batch covariance over the contrasts that a cutoff can
+    # move, with the degrees of freedom of Greenhouse and Geisser (Psychometrika 24, 1959).
     contrasts = _cutoff_contrasts(np.sqrt(weights), log_lambda)
     counts = data.present.sum(axis=1)
     # Each batch's part in ln of the mean; n/(n−1) makes its sum of squares an unbiased variance.
@@ -139,27 +117,10 @@ def compare(
     shared: bool,
     confidence: float,
 ) -> pd.DataFrame:
-    """Rank the compared models.
+    """Rank the compared models by AIC, from the weighted Gaussian residuals of ln ε.
 
-    Parameters
-    ----------
-    problem : TailProblem
-        The data.
-    fits : dict of TailModel to TailParameters
-        All of :data:`COMPARED`.
-    shared : bool
-        Whether κ_j = K τ_j, which has fewer parameters.
-    confidence : float
-        At which models count as different.
-
-    Returns
-    -------
-    DataFrame
-        ``model, slope, n_parameters, aic, delta_aic, log_likelihood, rank``: AIC from the weighted
-        Gaussian residuals of ln ε; the mean log-likelihood of ln ε of a batch that was left out,
-        per point (NaN with one batch). Rank by AIC; models tie with the best where their AIC differ
-        by less than 2, or than its jackknife-t interval over batches, since shells are not
-        independent points; 0 without an AIC. A lognormal has no slope (NaN).
+    Models tie with the best within 2, or within the jackknife-t interval of their difference over
+    batches, since shells are not independent points. Without an AIC the rank is 0.
     """
     n, n_taus = problem.n_points, problem.n_taus
     rows = []
@@ -189,92 +150,6 @@ def _tie_margins(problem: TailProblem, squares: list[np.ndarray], confidence: fl
     return np.maximum(half, AIC_TIE)
 
 
-def empty_comparison() -> pd.DataFrame:
-    """Return the comparison of a fit that could not be made."""
-    rows = [(model.name, np.nan, 0, np.nan, np.nan, np.nan, 0) for model in COMPARED]
-    return pd.DataFrame(rows, columns=list(COMPARISON_COLUMNS))
-
-
-def falsify(problem: TailProblem, ratios: np.ndarray | None, confidence: float) -> pd.Series:
-    """Fit the power p of the cutoff exp(−κ λ^p) freely, with slope and cutoffs.
-
-    Parameters
-    ----------
-    problem : TailProblem
-        The data, in which a cutoff was found.
-    ratios : ndarray or None
-        The taus to which cutoffs are proportional, if they are shared.
-    confidence : float
-        Nominal coverage of the interval.
-
-    Returns
-    -------
-    Series
-        ``power, lower, upper, slope`` of that fit; ``template_power`` = slope − 1, the power that
-        the template would need at that slope; ``frozen_power`` = 1; whether the interval contains
-        either (None where nothing determines p); ``status``.
-    """
-    fit = profile_fit(FREE_POWER, problem.log_density, problem.weights, problem.grid, ratios)
-    power, slope = float(fit.theta[0]), float(fit.slope[0])
-    low, high = FREE_POWER.bounds
-    if not low + 1e-6 < power < high - 1e-6 or not (fit.coefficient[0] != 0).any():
-        return empty_falsifier("flat profile: the power of the cutoff is not determined")
-    if abs(power) < DEGENERATE:
-        return empty_falsifier("degenerate: the free cutoff is itself a power law")
-    if problem.n_batches > 1:
-        half = float(jackknife_t(fit.theta, confidence)[0])
-        lower, upper = power - half, power + half
-    else:
-        n_parameters = 2 + problem.n_taus + (1 if ratios is not None else problem.n_taus)
-        lower, upper = likelihood_interval(
-            FREE_POWER,
-            fit,
-            problem.log_density,
-            problem.weights,
-            problem.grid,
-            ratios,
-            n_parameters,
-            confidence,
-        )
-    return pd.Series(
-        dict(
-            zip(
-                FALSIFIER_FIELDS,
-                (
-                    power,
-                    lower,
-                    upper,
-                    slope,
-                    slope - 1.0,
-                    1.0,
-                    _contains_template(fit, lower, upper, confidence),
-                    bool(lower <= 1.0 <= upper),
-                    "ok",
-                ),
-                strict=True,
-            )
-        ),
-        name="falsifier",
-        dtype=object,
-    )
-
-
-def empty_falsifier(status: str) -> pd.Series:
-    """Return the falsifier of a fit that could not be made."""
-    values = (np.nan, np.nan, np.nan, np.nan, np.nan, 1.0, None, None, status)
-    return pd.Series(
-        dict(zip(FALSIFIER_FIELDS, values, strict=True)), name="falsifier", dtype=object
-    )
-
-
-def _contains_template(fit: TailParameters, lower: float, upper: float, confidence: float) -> bool:
-    """Return whether p = b − 1 is tenable: the slope is uncertain too, and correlated with p."""
-    gap = fit.theta - (fit.slope - 1.0)
-    if len(gap) > 1:
-        return bool(abs(gap[0]) <= jackknife_t(gap, confidence)[0])
-    return bool(lower <= fit.slope[0] - 1.0 <= upper)
-
-
 def _held_out(problem: TailProblem, fit: TailParameters) -> float:
     """Mean Gaussian log-likelihood of ln ε of each batch under the fit to the others."""
     if problem.n_batches == 1:
@@ -293,3 +168,66 @@ def _held_out(problem: TailProblem, fit: TailParameters) -> float:
     error = held_out - fit.mean[1:].transpose(1, 0, 2) + 0.5 * variance
     value = -0.5 * (np.log(2.0 * np.pi * variance) + error**2 / variance)
     return float(value[scored].mean()) if scored.any() else np.nan
+
+
+def empty_comparison() -> pd.DataFrame:
+    """Return the comparison of a fit that could not be made."""
+    rows = [(model.name, np.nan, 0, np.nan, np.nan, np.nan, 0) for model in COMPARED]
+    return pd.DataFrame(rows, columns=list(COMPARISON_COLUMNS))
+
+
+def falsify(problem: TailProblem, ratios: np.ndarray | None, confidence: float) -> pd.Series:
+    """Fit the power p of the cutoff exp(−κ λ^p) freely, where a cutoff was found.
+
+    ``template_power`` is the p = slope − 1 that the template would need at the fitted slope.
+    """
+    fit = profile_fit(FREE_POWER, problem.log_density, problem.weights, problem.grid, ratios)
+    power, slope = float(fit.theta[0]), float(fit.slope[0])
+    if not is_determined(FREE_POWER, fit) or not (fit.coefficient[0] != 0).any():
+        return empty_falsifier(FLAT_POWER)
+    if abs(power) < SMALLEST_POWER:
+        return empty_falsifier(DEGENERATE_POWER)
+    if problem.n_batches > 1:
+        half = float(jackknife_t(fit.theta, confidence)[0])
+        lower, upper = power - half, power + half
+    else:
+        n_parameters = 2 + problem.n_taus + (1 if ratios is not None else problem.n_taus)
+        lower, upper = likelihood_interval(
+            FREE_POWER,
+            fit,
+            problem.log_density,
+            problem.weights,
+            problem.grid,
+            ratios,
+            n_parameters,
+            confidence,
+        )
+    return _falsifier(
+        power,
+        lower,
+        upper,
+        slope,
+        slope - 1.0,
+        FROZEN_POWER,
+        _contains_template(fit, lower, upper, confidence),
+        bool(lower <= FROZEN_POWER <= upper),
+        OK,
+    )
+
+
+def _contains_template(fit: TailParameters, lower: float, upper: float, confidence: float) -> bool:
+    """Return whether p = b − 1 is tenable: the slope is uncertain too, and correlated with p."""
+    gap = fit.theta - (fit.slope - 1.0)
+    if len(gap) > 1:
+        return bool(abs(gap[0]) <= jackknife_t(gap, confidence)[0])
+    return bool(lower <= fit.slope[0] - 1.0 <= upper)
+
+
+def empty_falsifier(status: str) -> pd.Series:
+    """Return the falsifier of a fit that could not be made."""
+    return _falsifier(np.nan, np.nan, np.nan, np.nan, np.nan, FROZEN_POWER, None, None, status)
+
+
+def _falsifier(*values: Any) -> pd.Series:
+    fields = dict(zip(FALSIFIER_FIELDS, values, strict=True))
+    return pd.Series(fields, name="falsifier", dtype=object)

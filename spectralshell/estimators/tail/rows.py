@@ -1,110 +1,14 @@
-"""The fitted density on shells: energies, expected log-likelihoods, and rows fitted at known b."""
+"""The fitted density on shells: rows fitted at known b, energies, expected log-likelihoods."""
 
 from __future__ import annotations
 
 import numpy as np
 
 from spectralshell.estimators.tail.data import ROUNDING, TINY, ShellLayout
-from spectralshell.estimators.tail.models import POWER_LAW, TEMPLATE, shell_grid
-from spectralshell.estimators.tail.solve import solve
+from spectralshell.estimators.tail.models import POWER_LAW, TEMPLATE
+from spectralshell.estimators.tail.solve import shell_grid, solve
 
 N_ROW_STEPS = 8
-
-
-def log_shell_energies(
-    lower: np.ndarray, upper: np.ndarray, slope: float, cutoffs: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """Ln ∫ ε dλ over intervals and the mean of ln(λ ε) under ε there, for ε = λ^−b e^(−κ λ^(b−1)).
-
-    Parameters
-    ----------
-    lower, upper : ndarray of shape (n,)
-        Intervals.
-    slope : float
-        b.
-    cutoffs : ndarray of shape (n_rows,)
-        κ of each row.
-
-    Returns
-    -------
-    log_energy, mean_log : ndarray of shape (n_rows, n)
-    """
-    grid = shell_grid(lower, upper)
-    log_lambda = grid.x + grid.log_reference
-    log_density = -slope * log_lambda - cutoffs[:, None, None] * np.exp((slope - 1.0) * log_lambda)
-    logs = log_density + grid.log_weights + np.log(upper - lower)[:, None]
-    top = logs.max(axis=-1, keepdims=True)
-    parts = np.exp(logs - top)
-    norm = parts.sum(axis=-1)
-    mean_log = (parts * (log_density + log_lambda)).sum(axis=-1) / norm
-    return np.log(norm) + top[..., 0], mean_log
-
-
-def score_rows(
-    energies: np.ndarray,
-    layout: ShellLayout,
-    window: tuple[float, float],
-    slope: float,
-    cutoffs: np.ndarray,
-) -> np.ndarray:
-    """Σ w_i E_fit[ln f | shell i ∩ window] / Σ w_i for each row; NaN without energy there.
-
-    Parameters
-    ----------
-    energies : ndarray of shape (n_rows, n_shells)
-        Shell energies.
-    layout : ShellLayout
-        The shells.
-    window : tuple of float
-        Where f, the fitted density per unit ln λ, integrates to 1, as far as there are shells.
-    slope : float
-        b.
-    cutoffs : ndarray of shape (n_rows,)
-        κ of each row.
-
-    Returns
-    -------
-    ndarray of shape (n_rows,)
-    """
-    lower, upper = _clipped(layout, window)
-    touched = upper > lower
-    if not touched.any():
-        return np.full(len(energies), np.nan)
-    weights = energies[:, touched] * fitted_shares(layout, window, slope, cutoffs)[:, touched]
-    _, mean_log = log_shell_energies(lower[touched], upper[touched], slope, cutoffs)
-    norm, _ = log_shell_energies(lower[touched][:1], upper[touched][-1:], slope, cutoffs)
-    total, value = weights.sum(axis=1), (weights * (mean_log - norm)).sum(axis=1)
-    return np.divide(value, total, out=np.full(len(energies), np.nan), where=total > 0)
-
-
-def fitted_shares(
-    layout: ShellLayout, window: tuple[float, float], slope: float, cutoffs: np.ndarray
-) -> np.ndarray:
-    """Part of each shell's fitted energy that lies in the window, shape (n_rows, n_shells)."""
-    lower, upper = _clipped(layout, window)
-    edges = layout.edges
-    shares = np.zeros((len(cutoffs), len(lower)))
-    shares[:, (lower == edges[:-1]) & (upper == edges[1:])] = 1.0
-    cut = (upper > lower) & ((lower > edges[:-1]) | (upper < edges[1:]))
-    if cut.any():
-        part, _ = log_shell_energies(lower[cut], upper[cut], slope, cutoffs)
-        whole, _ = log_shell_energies(edges[:-1][cut], edges[1:][cut], slope, cutoffs)
-        shares[:, cut] = np.exp(np.minimum(part - whole, 0.0))
-    return shares
-
-
-def window_energies(
-    energies: np.ndarray,
-    layout: ShellLayout,
-    window: tuple[float, float],
-    slope: float,
-    cutoffs: np.ndarray,
-) -> np.ndarray:
-    """Measured energy of each row in the window; a straddling shell counts by its fitted share."""
-    if np.isnan(window[0]):
-        return np.zeros(len(energies))
-    slope = 1.0 if np.isnan(slope) else slope  # without a fit, shared out evenly in ln λ
-    return (energies * fitted_shares(layout, window, slope, np.nan_to_num(cutoffs))).sum(axis=1)
 
 
 def fit_rows(
@@ -118,33 +22,10 @@ def fit_rows(
     cutoffs: np.ndarray | None,
     min_shells: int,
 ) -> tuple[np.ndarray, np.ndarray, float]:
-    """Intercept and coefficient of each row at known b, by weighted least squares of ln ε.
+    """Intercept and coefficient of each row at known b, and ln λ_ref, as the solver has them.
 
-    Parameters
-    ----------
-    energies : ndarray of shape (n_rows, n_shells)
-        Shell energies.
-    totals : ndarray of shape (n_rows,)
-        Row totals, which tell rounding from energy.
-    layout : ShellLayout
-        The shells.
-    shell_weights : ndarray of shape (n_shells,)
-        Weight of each shell; 0 leaves it out.
-    slope : float
-        b.
-    has_cutoff : bool
-        Whether κ is fitted.
-    cutoffs : ndarray of shape (n_rows,) or None
-        Known κ, which is then not fitted.
-    min_shells : int
-        Rows with fewer usable shells get NaN.
-
-    Returns
-    -------
-    intercept, coefficient : ndarray of shape (n_rows,)
-        In the parameters of :mod:`~spectralshell.estimators.tail.models`.
-    log_reference : float
-        ln λ_ref of these parameters.
+    Least squares of ln ε, with a weight for each shell (0 leaves it out); known cutoffs stay. Row
+    totals tell rounding from energy. Rows with too few usable shells get NaN.
     """
     kept = shell_weights > 0
     lower, upper = layout.edges[:-1][kept], layout.edges[1:][kept]
@@ -174,6 +55,76 @@ def fit_rows(
     return intercept, np.where(enough, fit.coefficient[:, 0], np.nan), grid.log_reference
 
 
+def window_energies(
+    energies: np.ndarray,
+    layout: ShellLayout,
+    window: tuple[float, float],
+    slope: float,
+    cutoffs: np.ndarray,
+) -> np.ndarray:
+    """Measured energy of each row in the window; a straddling shell counts by its fitted share."""
+    if np.isnan(window[0]):
+        return np.zeros(len(energies))
+    slope = 1.0 if np.isnan(slope) else slope  # without a fit, shared out evenly in ln λ
+    return (energies * fitted_shares(layout, window, slope, np.nan_to_num(cutoffs))).sum(axis=1)
+
+
+def score_rows(
+    energies: np.ndarray,
+    layout: ShellLayout,
+    window: tuple[float, float],
+    slope: float,
+    cutoffs: np.ndarray,
+) -> np.ndarray:
+    """Σ w_i E_fit[ln f | shell i ∩ window] / Σ w_i for each row; NaN without energy there.
+
+    f is the fitted density per unit ln λ, which integrates to 1 over the shells in the window.
+    """
+    lower, upper = _clipped(layout, window)
+    touched = upper > lower
+    if not touched.any():
+        return np.full(len(energies), np.nan)
+    weights = energies[:, touched] * fitted_shares(layout, window, slope, cutoffs)[:, touched]
+    _, mean_log = log_shell_energies(lower[touched], upper[touched], slope, cutoffs)
+    norm, _ = log_shell_energies(lower[touched][:1], upper[touched][-1:], slope, cutoffs)
+    total, value = weights.sum(axis=1), (weights * (mean_log - norm)).sum(axis=1)
+    return np.divide(value, total, out=np.full(len(energies), np.nan), where=total > 0)
+
+
+def fitted_shares(
+    layout: ShellLayout, window: tuple[float, float], slope: float, cutoffs: np.ndarray
+) -> np.ndarray:
+    """Part of each shell's fitted energy that lies in the window, shape (n_rows, n_shells)."""
+    lower, upper = _clipped(layout, window)
+    edges = layout.edges
+    shares = np.zeros((len(cutoffs), len(lower)))
+    shares[:, (lower == edges[:-1]) & (upper == edges[1:])] = 1.0
+    cut = (upper > lower) & ((lower > edges[:-1]) | (upper < edges[1:]))
+    if cut.any():
+        part, _ = log_shell_energies(lower[cut], upper[cut], slope, cutoffs)
+        whole, _ = log_shell_energies(edges[:-1][cut], edges[1:][cut], slope, cutoffs)
+        shares[:, cut] = np.exp(np.minimum(part - whole, 0.0))
+    return shares
+
+
 def _clipped(layout: ShellLayout, window: tuple[float, float]) -> tuple[np.ndarray, np.ndarray]:
     lower, upper = layout.edges[:-1], layout.edges[1:]
     return np.clip(lower, *window), np.clip(upper, *window)
+
+
+def log_shell_energies(
+    lower: np.ndarray, upper: np.ndarray, slope: float, cutoffs: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Ln ∫ ε dλ over n intervals and the mean of ln(λ ε) under ε there, each (n_rows, n).
+
+    The density is ε = λ^−b e^(−κ λ^(b−1)), with a κ for each row.
+    """
+    grid = shell_grid(lower, upper)
+    log_lambda = grid.x + grid.log_reference
+    log_density = -slope * log_lambda - cutoffs[:, None, None] * np.exp((slope - 1.0) * log_lambda)
+    logs = log_density + grid.log_weights + np.log(upper - lower)[:, None]
+    top = logs.max(axis=-1, keepdims=True)
+    parts = np.exp(logs - top)
+    norm = parts.sum(axis=-1)
+    mean_log = (parts * (log_density + log_lambda)).sum(axis=-1) / norm
+    return np.log(norm) + top[..., 0], mean_log

@@ -18,10 +18,18 @@ from dataclasses import dataclass
 import numpy as np
 
 from spectralshell.estimators.intervals import profile_interval, profile_threshold
-from spectralshell.estimators.tail.models import ShellGrid, TailModel, box_cox, box_cox_derivative
+from spectralshell.estimators.tail.models import TailModel
 
-# Squared norms below this fraction of the data's own weight are rounding, not information.
-SINGULAR = 1e-12
+# Quadrature nodes per unit of ln λ: shells of ratio 2 get 6 nodes, of ratio 4 get 12.
+NODES_PER_LOG = 8.5
+MIN_NODES = 4
+
+# Basins of the profile that are refined; the template has one on each side of b = 1.
+N_BASINS = 3
+
+N_GRID_STEPS = 5
+N_REFINE_STEPS = 12
+N_REPLICATE_STEPS = 6
 
 # Relative change of the sum of squares below which a step ends the search.
 CONVERGED = 1e-10
@@ -32,51 +40,154 @@ MAX_MOVE = 0.5
 # The two branches of the template, b < 1 and b > 1, have cutoffs at opposite ends.
 BRANCH_GAP = 1e-6
 
+# A θ this near an end of its range was stopped by the range.
+END_GAP = 1e-6
+
+# Squared norms below this fraction of the data's own weight are rounding, not information.
+SINGULAR = 1e-12
+
 # theta, slope, coefficient
 _Point = tuple[np.ndarray, np.ndarray, np.ndarray]
 
-N_GRID_STEPS = 5
 
-N_REFINE_STEPS = 12
+@dataclass(frozen=True)
+class ShellGrid:
+    """Gauss-Legendre nodes of each shell of a fit, in x = ln(λ / λ_ref) <= 0."""
 
-N_REPLICATE_STEPS = 6
-
-# Basins of the profile that are refined; the template has one on each side of b = 1.
-N_BASINS = 3
+    x: np.ndarray  # (n_shells, n_nodes)
+    log_weights: np.ndarray  # same shape: ln of quadrature weight times λ over the shell width
+    log_reference: float  # ln λ_ref, the last edge
+    span: float  # ln of the last over the first edge
 
 
 @dataclass(frozen=True)
 class TailParameters:
-    """Parameters of n replicates.
+    """Parameters of n replicates."""
 
-    Attributes
-    ----------
-    theta, slope : ndarray of shape (n,)
-        Profiled parameter, and the tail slope where θ is the power of the cutoff.
-    coefficient, intercept : ndarray of shape (n, n_taus)
-        c_j and a_j.
-    sse : ndarray of shape (n,)
-        Weighted sum of squares.
-    mean : ndarray of shape (n, n_taus, n_shells)
-        ln of the fitted mean density of each shell.
+    theta: np.ndarray  # (n,)
+    slope: np.ndarray  # (n,), the tail slope where θ is the power of the cutoff
+    coefficient: np.ndarray  # c_j, (n, n_taus)
+    intercept: np.ndarray  # a_j, (n, n_taus)
+    sse: np.ndarray  # weighted sum of squares, (n,)
+    mean: np.ndarray  # ln of the fitted mean density, (n, n_taus, n_shells)
+
+
+def profile_fit(
+    model: TailModel,
+    log_density: np.ndarray,
+    weights: np.ndarray,
+    grid: ShellGrid,
+    ratios: np.ndarray | None = None,
+) -> TailParameters:
+    """Fit a model to the full sample, which comes first, and to its replicates.
+
+    Arrays have shape (n_replicates, n_taus, n_shells); weight 0 leaves a point out. With ``ratios``
+    κ_j = K·ratio_j, one K for all taus.
+    """
+    theta = np.linspace(*model.bounds, model.n_coarse)
+    coarse = profile_grid(model, theta, log_density[:1], weights[:1], grid, ratios)
+    padded = np.concatenate([[np.inf], coarse.sse, [np.inf]])
+    basins = np.flatnonzero((padded[1:-1] <= padded[:-2]) & (padded[1:-1] <= padded[2:]))
+    basins = basins[np.argsort(coarse.sse[basins], kind="stable")[:N_BASINS]]
+    refined = _refine(
+        model, coarse, basins, log_density[:1], weights[:1], grid, ratios, N_REFINE_STEPS
+    )
+    winner = np.full(len(log_density), int(refined.sse.argmin()))
+    return _refine(model, refined, winner, log_density, weights, grid, ratios, N_REPLICATE_STEPS)
+
+
+def profile_grid(
+    model: TailModel,
+    theta: np.ndarray,
+    log_density: np.ndarray,
+    weights: np.ndarray,
+    grid: ShellGrid,
+    ratios: np.ndarray | None = None,
+) -> TailParameters:
+    """Best fits of one sample, arrays of shape (1, n_taus, n_shells), at each of several θ."""
+    start = np.zeros((len(theta), log_density.shape[1]))
+    return solve(
+        model,
+        theta,
+        np.ones_like(theta),
+        start,
+        log_density,
+        weights,
+        grid,
+        ratios=ratios,
+        move_theta=False,
+        n_steps=N_GRID_STEPS,
+    )
+
+
+def likelihood_interval(
+    model: TailModel,
+    fit: TailParameters,
+    log_density: np.ndarray,
+    weights: np.ndarray,
+    grid: ShellGrid,
+    ratios: np.ndarray | None,
+    n_parameters: int,
+    confidence: float,
+) -> tuple[float, float]:
+    """Profile-likelihood interval of θ for one sample, its points taken as independent.
+
+    An end is infinite where the data do not bound θ.
     """
 
-    theta: np.ndarray
-    slope: np.ndarray
-    coefficient: np.ndarray
-    intercept: np.ndarray
-    sse: np.ndarray
-    mean: np.ndarray
+    def squares(theta: np.ndarray) -> np.ndarray:
+        return profile_grid(model, theta, log_density, weights, grid, ratios).sse
+
+    limit = profile_threshold(fit.sse[0], int((weights > 0).sum()), n_parameters, confidence)
+    return profile_interval(squares, float(fit.theta[0]), limit, model.bounds)
 
 
-@dataclass(frozen=True)
-class _Shells:
-    """ln of the mean density without its amplitude, and minus its derivatives."""
+def is_determined(model: TailModel, fit: TailParameters) -> bool:
+    """Return whether θ of the full sample lies inside the model's range, not at an end of it."""
+    low, high = model.bounds
+    return bool(low + END_GAP < fit.theta[0] < high - END_GAP)
 
-    mean: np.ndarray
-    regressor: np.ndarray
-    shared: list[np.ndarray]
-    sign: np.ndarray
+
+def shell_grid(lower: np.ndarray, upper: np.ndarray) -> ShellGrid:
+    """Quadrature in ln λ over the shells [lower, upper), which need not be contiguous."""
+    log_lower, log_upper = np.log(lower), np.log(upper)
+    length = log_upper - log_lower
+    n_nodes = max(MIN_NODES, int(np.ceil(NODES_PER_LOG * length.max())))
+    nodes, weights = np.polynomial.legendre.leggauss(n_nodes)
+    log_lambda = log_lower[:, None] + 0.5 * length[:, None] * (1.0 + nodes)
+    reference = float(log_upper.max())
+    # ∫ ε dλ / width = ∫ ε λ d(ln λ) / width
+    log_weights = (
+        np.log(0.5 * length[:, None] * weights) + log_lambda - np.log(upper - lower)[:, None]
+    )
+    return ShellGrid(
+        log_lambda - reference, log_weights, reference, float(reference - log_lower.min())
+    )
+
+
+def _refine(
+    model: TailModel,
+    start: TailParameters,
+    which: np.ndarray,
+    log_density: np.ndarray,
+    weights: np.ndarray,
+    grid: ShellGrid,
+    ratios: np.ndarray | None,
+    n_steps: int,
+) -> TailParameters:
+    """Go on from some points of an earlier fit, θ free."""
+    return solve(
+        model,
+        start.theta[which],
+        start.slope[which],
+        start.coefficient[which],
+        log_density,
+        weights,
+        grid,
+        ratios=ratios,
+        move_theta=True,
+        n_steps=n_steps,
+    )
 
 
 def solve(
@@ -92,31 +203,10 @@ def solve(
     move_theta: bool,
     n_steps: int,
 ) -> TailParameters:
-    """Minimise the weighted squares from a starting point, with halved steps where one fails.
+    """Minimise the weighted squares from a starting point; a step that fails is halved.
 
-    Parameters
-    ----------
-    model : TailModel
-        What to fit.
-    theta, slope : ndarray of shape (n,)
-        Where to start; θ stays there unless ``move_theta``.
-    coefficient : ndarray of shape (n, n_taus)
-        Where to start, of the sign that the model asks for.
-    log_density, weights : ndarray of shape (n or 1, n_taus, n_shells)
-        Data and inverse variances; zero weight leaves a point out.
-    grid : ShellGrid
-        The shells.
-    ratios : ndarray of shape (n_taus,) or None
-        κ_j = K·ratio_j, or free.
-    move_theta : bool
-        Whether θ is fitted.
-    n_steps : int
-        Number of steps.
-
-    Returns
-    -------
-    TailParameters
-        The best point met.
+    θ and slope (n,) and coefficient (n, n_taus) are where to start; θ stays there unless it may
+    move. Returned is the best point met.
     """
     weight_sum = weights.sum(axis=-1)
     scale = np.where(weight_sum > 0, weight_sum, 1.0)
@@ -151,6 +241,16 @@ def solve(
     return TailParameters(*best, best_rest[0], best_sse, best_rest[1])
 
 
+@dataclass(frozen=True)
+class _Shells:
+    """ln of the mean density without its amplitude, and minus its derivatives."""
+
+    mean: np.ndarray
+    regressor: np.ndarray
+    shared: list[np.ndarray]
+    sign: np.ndarray
+
+
 def _shell_means(
     model: TailModel,
     theta: np.ndarray,
@@ -159,6 +259,7 @@ def _shell_means(
     grid: ShellGrid,
     move_theta: bool,
 ) -> _Shells:
+    """Return each shell's mean density and regressors at a point, by quadrature."""
     x, kind = grid.x, model.kind
     theta = theta[:, None, None]
     centre = 0.5 * grid.span
@@ -241,26 +342,6 @@ def _wants_cutoff(
     return -(weights * h * target).sum(axis=-1) * sign > 0
 
 
-def _cutoffs(
-    target: np.ndarray,
-    h: np.ndarray,
-    h_square: np.ndarray,
-    weights: np.ndarray,
-    sign: np.ndarray,
-    ratios: np.ndarray | None,
-) -> np.ndarray:
-    """Non-negative least squares of target on −c h: one c per tau, or c_j = C·ratio_j."""
-    product = -(weights * h * target).sum(axis=-1)
-    floor = SINGULAR * weights.sum(axis=-1)
-    if ratios is not None:
-        product = (product * ratios).sum(axis=-1, keepdims=True)
-        h_square = (h_square * ratios**2).sum(axis=-1, keepdims=True)
-        floor = floor.max(axis=-1, keepdims=True)
-    best = np.divide(product, h_square, out=np.zeros_like(product), where=h_square > floor)
-    best = np.where((best * sign >= 0) | (sign == 0), best, 0.0)
-    return best if ratios is None else best * ratios
-
-
 def _shared_moves(
     target: np.ndarray,
     gradients: list[np.ndarray],
@@ -296,6 +377,26 @@ def _shared_moves(
     return np.linalg.solve(gram, right[..., None])[..., 0]
 
 
+def _cutoffs(
+    target: np.ndarray,
+    h: np.ndarray,
+    h_square: np.ndarray,
+    weights: np.ndarray,
+    sign: np.ndarray,
+    ratios: np.ndarray | None,
+) -> np.ndarray:
+    """Non-negative least squares of target on −c h: one c per tau, or c_j = C·ratio_j."""
+    product = -(weights * h * target).sum(axis=-1)
+    floor = SINGULAR * weights.sum(axis=-1)
+    if ratios is not None:
+        product = (product * ratios).sum(axis=-1, keepdims=True)
+        h_square = (h_square * ratios**2).sum(axis=-1, keepdims=True)
+        floor = floor.max(axis=-1, keepdims=True)
+    best = np.divide(product, h_square, out=np.zeros_like(product), where=h_square > floor)
+    best = np.where((best * sign >= 0) | (sign == 0), best, 0.0)
+    return best if ratios is None else best * ratios
+
+
 def _halfway(one: _Point, other: _Point) -> _Point:
     return 0.5 * (one[0] + other[0]), 0.5 * (one[1] + other[1]), 0.5 * (one[2] + other[2])
 
@@ -312,140 +413,16 @@ def _pick(better: np.ndarray, new: np.ndarray, old: np.ndarray) -> np.ndarray:
     return np.where(better.reshape(-1, *[1] * (new.ndim - 1)), new, old)
 
 
-def profile_grid(
-    model: TailModel,
-    theta: np.ndarray,
-    log_density: np.ndarray,
-    weights: np.ndarray,
-    grid: ShellGrid,
-    ratios: np.ndarray | None = None,
-) -> TailParameters:
-    """Best fits at each fixed θ of a grid.
-
-    Parameters
-    ----------
-    model, grid, ratios
-        As in :func:`profile_fit`.
-    theta : ndarray of shape (n_grid,)
-        Values of the profiled parameter.
-    log_density, weights : ndarray of shape (1, n_taus, n_shells)
-        One sample.
-
-    Returns
-    -------
-    TailParameters
-        Its ``sse`` is the profile.
-    """
-    start = np.zeros((len(theta), log_density.shape[1]))
-    return solve(
-        model,
-        theta,
-        np.ones_like(theta),
-        start,
-        log_density,
-        weights,
-        grid,
-        ratios=ratios,
-        move_theta=False,
-        n_steps=N_GRID_STEPS,
-    )
+def box_cox(x: np.ndarray, power: np.ndarray) -> np.ndarray:
+    """Return (e^(power x) − 1)/power, and x where the power is zero."""
+    safe = np.where(power == 0.0, 1.0, power)
+    # Above 700 the exponential overflows; such a density is zero to any precision anyway.
+    return np.where(power == 0.0, x, np.expm1(np.minimum(safe * x, 700.0)) / safe)
 
 
-def likelihood_interval(
-    model: TailModel,
-    fit: TailParameters,
-    log_density: np.ndarray,
-    weights: np.ndarray,
-    grid: ShellGrid,
-    ratios: np.ndarray | None,
-    n_parameters: int,
-    confidence: float,
-) -> tuple[float, float]:
-    """Profile-likelihood interval of θ for one sample, with independent points.
-
-    Parameters
-    ----------
-    model, log_density, weights, grid, ratios
-        As in :func:`profile_fit`, with one replicate.
-    fit : TailParameters
-        Its best fit.
-    n_parameters : int
-        Number of fitted parameters.
-    confidence : float
-        Nominal coverage.
-
-    Returns
-    -------
-    lower, upper : float
-        Infinite where the data do not bound θ.
-    """
-
-    def squares(theta: np.ndarray) -> np.ndarray:
-        return profile_grid(model, theta, log_density, weights, grid, ratios).sse
-
-    limit = profile_threshold(fit.sse[0], int((weights > 0).sum()), n_parameters, confidence)
-    return profile_interval(squares, float(fit.theta[0]), limit, model.bounds)
-
-
-def profile_fit(
-    model: TailModel,
-    log_density: np.ndarray,
-    weights: np.ndarray,
-    grid: ShellGrid,
-    ratios: np.ndarray | None = None,
-) -> TailParameters:
-    """Fit a model to the full sample and to its replicates.
-
-    Parameters
-    ----------
-    model : TailModel
-        What to fit.
-    log_density : ndarray of shape (n_replicates, n_taus, n_shells)
-        ln of energy over shell width, the full sample first; any finite number where the weight is
-        zero.
-    weights : ndarray of shape (n_replicates, n_taus, n_shells)
-        Inverse variances; zero leaves a point out.
-    grid : ShellGrid
-        The shells.
-    ratios : ndarray of shape (n_taus,), optional
-        κ_j = K·ratio_j with one shared K; by default κ_j is free for each tau.
-
-    Returns
-    -------
-    TailParameters
-        θ of the full sample at an end of the model's range means that it is not determined.
-    """
-    theta = np.linspace(*model.bounds, model.n_coarse)
-    coarse = profile_grid(model, theta, log_density[:1], weights[:1], grid, ratios)
-    padded = np.concatenate([[np.inf], coarse.sse, [np.inf]])
-    basins = np.flatnonzero((padded[1:-1] <= padded[:-2]) & (padded[1:-1] <= padded[2:]))
-    basins = basins[np.argsort(coarse.sse[basins], kind="stable")[:N_BASINS]]
-    refined = _refine(
-        model, coarse, basins, log_density[:1], weights[:1], grid, ratios, N_REFINE_STEPS
-    )
-    winner = np.full(len(log_density), int(refined.sse.argmin()))
-    return _refine(model, refined, winner, log_density, weights, grid, ratios, N_REPLICATE_STEPS)
-
-
-def _refine(
-    model: TailModel,
-    start: TailParameters,
-    which: np.ndarray,
-    log_density: np.ndarray,
-    weights: np.ndarray,
-    grid: ShellGrid,
-    ratios: np.ndarray | None,
-    n_steps: int,
-) -> TailParameters:
-    return solve(
-        model,
-        start.theta[which],
-        start.slope[which],
-        start.coefficient[which],
-        log_density,
-        weights,
-        grid,
-        ratios=ratios,
-        move_theta=True,
-        n_steps=n_steps,
-    )
+def box_cox_derivative(x: np.ndarray, power: np.ndarray, value: np.ndarray) -> np.ndarray:
+    """Return the derivative of `box_cox` in the power, given its value."""
+    near = np.abs(power) < 1e-5  # where the quotient would cancel
+    safe = np.where(near, 1.0, power)
+    exact = (x * np.exp(np.minimum(safe * x, 700.0)) - value) / safe
+    return np.where(near, 0.5 * x * x, exact)
