@@ -1,3 +1,5 @@
+"""Folds of the tail slope: splitters, groups, pipelines."""
+
 from types import SimpleNamespace
 
 import numpy as np

@@ -1,4 +1,4 @@
-"""What goes in and out of the tail fit: frames, labels, weights, names, routing."""
+"""The way in and out of the tail fit: frames, labels, names, routing, replicates, weights."""
 
 import pickle
 
@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from scipy import special
 from sklearn import config_context
 from sklearn.base import clone
 from sklearn.exceptions import NotFittedError
@@ -15,11 +16,9 @@ from sklearn.preprocessing import FunctionTransformer
 from sklearn.utils.validation import check_is_fitted
 
 from spectralshell import Snapshot
+from spectralshell.estimators.tail.data import _inverse_trigamma, moderated_weights
 from spectralshell.estimators.tail.fitter import OUTPUT_COLUMNS, GRSDTailFitter
-from tests.estimators.tail.energies import SHELLS, WINDOW, frame
-
-# Differences of score between shell ratios: what a smooth measure leaves.
-SCORE_SPREAD = 5e-3
+from tests.estimators.tail.energies import MIDS, SHELLS, WINDOW, batched_energies, frame
 
 
 def test_array_with_labels_is_the_frame():
@@ -198,3 +197,44 @@ def test_metadata_is_routed():
         weights = np.arange(len(X), dtype=float)
         routed = pipe.score(X.to_numpy()[:, 1:], tau=labels["tau"], sample_weight=weights)
         assert routed == pytest.approx(direct.score(X, sample_weight=weights))
+
+
+def test_replicates_are_means_without_one_batch():
+    data = batched_energies(0, n_batches=4)
+    data.present[1, 2] = False
+    data.energies[1, 2] = 0.0
+    means, counts = data.replicates()
+    for left_out in range(4):
+        for tau in range(3):
+            kept = data.present[tau] & (np.arange(4) != left_out)
+            expected = data.energies[tau, kept].mean(axis=0)
+            np.testing.assert_allclose(means[1 + left_out, tau], expected)
+            assert counts[1 + left_out, tau] == kept.sum()
+
+
+def test_equal_noise_gives_nearly_equal_weights():
+    data = batched_energies(0)
+    weights = moderated_weights(data, data.energies.mean(axis=1), np.ones((3, MIDS.size), bool))
+    assert weights.max() / weights.min() < 2.0
+
+
+def test_noisier_shells_get_less_weight():
+    data = batched_energies(0)
+    rng = np.random.default_rng(1)
+    data.energies[:, :, -1] *= rng.gamma(1.0, 1.0, size=(3, 12))
+    weights = moderated_weights(data, data.energies.mean(axis=1), np.ones((3, MIDS.size), bool))
+    assert weights[:, -1].max() < 0.5 * weights[:, :-1].mean()
+
+
+def test_weights_of_unusable_points_are_zero():
+    data = batched_energies(0)
+    usable = np.ones((3, MIDS.size), bool)
+    usable[1, 4] = False
+    weights = moderated_weights(data, data.energies.mean(axis=1), usable)
+    assert weights[1, 4] == 0.0
+    assert (weights[usable] > 0).all()
+
+
+@pytest.mark.parametrize("value", [1e-3, 0.3, 5.0, 1e3])
+def test_inverse_trigamma(value):
+    assert special.polygamma(1, _inverse_trigamma(value)) == pytest.approx(value, rel=1e-6)

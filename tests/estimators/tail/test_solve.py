@@ -1,3 +1,5 @@
+"""Each model from its own integrals, and the solver against general optimisers."""
+
 import numpy as np
 import pytest
 from scipy.optimize import least_squares, nnls
@@ -8,14 +10,14 @@ from spectralshell.estimators.tail.models import (
     LOGNORMAL,
     POWER_LAW,
     TEMPLATE,
-    box_cox,
-    box_cox_derivative,
-    shell_grid,
 )
 from spectralshell.estimators.tail.solve import (
+    box_cox,
+    box_cox_derivative,
     likelihood_interval,
     profile_fit,
     profile_grid,
+    shell_grid,
     solve,
 )
 from tests.estimators.tail.energies import exact_energies
@@ -62,7 +64,6 @@ def test_free_power_is_recovered_with_its_slope():
 
 
 def test_lognormal_is_recovered():
-    x = 0.5 * np.log(EDGES[1:] * EDGES[:-1])
     edges = np.geomspace(0.01, 10.0, 201)  # narrow shells: the mean is the midpoint
     x = 0.5 * np.log(edges[1:] * edges[:-1])
     data = np.stack([-1.2 * x - 0.3 * x**2, -0.7 * x - 0.3 * x**2])[None]
@@ -118,6 +119,13 @@ def test_linear_part_is_non_negative_least_squares():
     found = result.coefficient[0] / 0.5 * np.exp(-0.5 * grid.log_reference)
     np.testing.assert_allclose(found, expected, atol=1e-4)
     assert found[1] == 0.0
+
+
+def test_quadrature_weights_are_those_of_a_mean():
+    grid = shell_grid(np.array([1.0, 2.0, 9.0]), np.array([2.0, 4.0, 9.5]))
+    np.testing.assert_allclose(np.exp(grid.log_weights).sum(axis=1), 1.0)
+    means = np.exp(grid.log_weights + grid.x + grid.log_reference).sum(axis=1)
+    np.testing.assert_allclose(means, [1.5, 3.0, 9.25])
 
 
 def test_replicates_agree_with_fits_of_their_own():

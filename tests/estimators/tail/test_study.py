@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from spectralshell.datasets.synthetic import make_grsd_spectra, make_lazy_spectra
+from spectralshell.datasets import make_grsd_spectra, make_lazy_spectra
 from spectralshell.estimators.tail.fitter import GRSDTailFitter
 from spectralshell.shells import energy_frame
 from tests.estimators.tail.energies import SHELLS, WINDOW
