@@ -202,8 +202,7 @@ def read_labels(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return tau and the code of the batch for each row, by default from a frame's index.
 
-    Without any, tau is 0, and rows of equal tau are batches by their position. Rows of one
-    (tau, batch) must differ in the index level ``name``.
+    Without any, tau is 0, and rows of equal tau are batches by their position.
     """
     levels = list(X.index.names) if isinstance(X, pd.DataFrame) else []
     if tau is None and "tau" in levels:
@@ -215,6 +214,7 @@ def read_labels(
         return taus, pd.Series(taus).groupby(taus).cumcount().to_numpy()
     codes = label_codes("batch", batch, n_rows)
     names = X.index.get_level_values("name") if "name" in levels else [None] * n_rows
+    # Rows of one (tau, batch) are averaged; their names tell them from a row given twice.
     repeated = pd.DataFrame({"tau": taus, "batch": codes, "name": list(names)}).duplicated()
     if repeated.any():
         row = int(np.flatnonzero(repeated)[0])
@@ -263,11 +263,9 @@ def _as_objects(labels: list[Any]) -> np.ndarray:
 def collect(
     values: np.ndarray, taus: np.ndarray, codes: np.ndarray, layout: ShellLayout
 ) -> BatchedEnergies:
-    """Sort rows into (tau, batch, shell); rows of one (tau, batch) are averaged.
-
-    Sums round by the order of their terms, so rows and batches are taken in the order of what they
-    hold: that of the rows in X, and names of batches, do not change a bit.
-    """
+    """Sort rows into (tau, batch, shell); rows of one (tau, batch) are averaged."""
+    # Sums round by the order of their terms, so rows and batches are taken in the order of what
+    # they hold: that of the rows in X, and names of batches, do not change a bit.
     values = np.ascontiguousarray(values)
     by_value = np.lexsort(values.T)
     values, taus, codes = values[by_value], taus[by_value], codes[by_value]
@@ -289,8 +287,7 @@ def choose_window(
 ) -> tuple[float, float]:
     """Return the window, by default the resolved shells from the peak of the density upwards.
 
-    The peak is that of ln density averaged over tau, so every tau has the same say; the end is the
-    largest eigenvalue or the first empty shell. (NaN, NaN) means that no shell is left.
+    (NaN, NaN) means that no shell is left.
     """
     if window is not None:
         return window
@@ -300,6 +297,7 @@ def choose_window(
     if not shells.any():
         return np.nan, np.nan
     log_density = np.log(np.where(usable, mean, 1.0) / layout.widths)
+    # ln density is averaged, so every tau has the same say.
     level = np.where(usable, log_density, 0.0).sum(axis=0) / np.maximum(usable.sum(axis=0), 1)
     # Shells in which some tau has run out of energy lie beyond the peak, not at it.
     common = shells & usable.all(axis=0) if (shells & usable.all(axis=0)).any() else shells
@@ -359,11 +357,7 @@ def usable_points(
 
 
 def moderated_weights(data: BatchedEnergies, means: np.ndarray, usable: np.ndarray) -> np.ndarray:
-    """Inverse variances of ln of the mean energy, shrunk to a common value; 0 where not usable.
-
-    The scatter of log-variances over shells gives an empirical-Bayes prior (Smyth, Stat. Appl.
-    Genet. Mol. Biol. 3, 2004, section 6.2); no more than that of a χ² gives equal weights.
-    """
+    """Inverse variances of ln of the mean energy, shrunk to a common value; 0 where not usable."""
     counts = data.present.sum(axis=1)
     freedom = np.broadcast_to((counts - 1.0)[:, None], usable.shape)
     squares = (relative_deviations(data, means) ** 2).sum(axis=1)
@@ -373,6 +367,8 @@ def moderated_weights(data: BatchedEnergies, means: np.ndarray, usable: np.ndarr
     if not known.any() or np.median(variance[known]) < ROUNDING**2:
         return usable.astype(float)
     variance = np.maximum(variance, SMALLEST_VARIANCE * np.median(variance[known]))
+    # An empirical-Bayes prior from the scatter of log-variances over shells (Smyth, Stat. Appl.
+    # Genet. Mol. Biol. 3, 2004, section 6.2); no more than that of a χ² gives equal weights.
     nu = freedom[known] / 2.0
     logs = np.log(variance[known]) - special.digamma(nu) + np.log(nu)
     excess = logs.var(ddof=1) - special.polygamma(1, nu).mean() if logs.size > 1 else 0.0

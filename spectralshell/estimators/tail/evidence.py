@@ -69,13 +69,12 @@ def no_cutoff_p_value(
 ) -> float:
     """P-value of κ = 0 from the improvement in weighted squares that a cutoff brings.
 
-    Batches are the subjects of a repeated-measures design, so correlations between shells or taus
-    do no harm; with one batch it is the F test on the residuals, which takes them as independent.
+    Batches are the subjects of a repeated-measures design: correlated shells and taus do no harm.
     """
     n_taus, n_points = len(means), int((weights > 0).sum())
     if improvement <= QUADRATURE**2 * weights.sum():
         return 1.0
-    if data.n_batches == 1:
+    if data.n_batches == 1:  # the F test on the residuals, which takes them as independent
         freedom = n_points - 2 * n_taus - 1
         if freedom < 1 or sse <= 0:
             return 0.0 if sse <= 0 < improvement and freedom >= 1 else 1.0
@@ -117,10 +116,9 @@ def compare(
     shared: bool,
     confidence: float,
 ) -> pd.DataFrame:
-    """Rank the compared models by AIC, from the weighted Gaussian residuals of ln ε.
+    """Rank the compared models by the AIC of the weighted Gaussian residuals of ln ε.
 
-    Models tie with the best within 2, or within the jackknife-t interval of their difference over
-    batches, since shells are not independent points. Without an AIC the rank is 0.
+    Models that tie share the best rank; without an AIC the rank is 0.
     """
     n, n_taus = problem.n_points, problem.n_taus
     rows = []
@@ -140,7 +138,10 @@ def compare(
 
 
 def _tie_margins(problem: TailProblem, squares: list[np.ndarray], confidence: float) -> np.ndarray:
-    """Difference of AIC from the best below which a model ties with it."""
+    """Difference of AIC from the best below which a model ties with it.
+
+    Shells are not independent points, so it is also the jackknife-t interval over batches.
+    """
     if problem.n_batches == 1:
         return np.full(len(squares), AIC_TIE)
     n = problem.n_points

@@ -603,10 +603,9 @@ def _is_degenerate(chosen: TailModel, slope: float) -> bool:
 def natural_parameters(
     slope: np.ndarray, intercept: np.ndarray, coefficient: np.ndarray, log_reference: float
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return A, ln κ and ln λ* of A λ^−b exp(−κ λ^(b−1)) from a fit's own parameters.
+    """Return A, ln κ and ln λ* of A λ^−b exp(−κ λ^(b−1)); without a cutoff ln κ is −∞, ln λ* NaN.
 
-    Without a cutoff ln κ is −∞ and ln λ* NaN. A overflows to infinity near b = 1, where cutoff and
-    amplitude together imitate a power law.
+    A overflows to infinity near b = 1, where cutoff and amplitude together imitate a power law.
     """
     power = np.where(slope == 1.0, 1.0, slope - 1.0)
     scaled = coefficient / power  # κ λ_ref^(b−1), not negative

@@ -24,8 +24,7 @@ def fit_rows(
 ) -> tuple[np.ndarray, np.ndarray, float]:
     """Intercept and coefficient of each row at known b, and ln λ_ref, as the solver has them.
 
-    Least squares of ln ε, with a weight for each shell (0 leaves it out); known cutoffs stay. Row
-    totals tell rounding from energy. Rows with too few usable shells get NaN.
+    Totals of rows tell rounding from energy; rows with too few usable shells get NaN.
     """
     kept = shell_weights > 0
     lower, upper = layout.edges[:-1][kept], layout.edges[1:][kept]

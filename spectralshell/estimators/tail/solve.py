@@ -81,8 +81,7 @@ def profile_fit(
 ) -> TailParameters:
     """Fit a model to the full sample, which comes first, and to its replicates.
 
-    Arrays have shape (n_replicates, n_taus, n_shells); weight 0 leaves a point out. With ``ratios``
-    κ_j = K·ratio_j, one K for all taus.
+    Arrays are (n_replicates, n_taus, n_shells); weight 0 leaves out, ratios say κ_j = K·ratio_j.
     """
     theta = np.linspace(*model.bounds, model.n_coarse)
     coarse = profile_grid(model, theta, log_density[:1], weights[:1], grid, ratios)
@@ -203,10 +202,9 @@ def solve(
     move_theta: bool,
     n_steps: int,
 ) -> TailParameters:
-    """Minimise the weighted squares from a starting point; a step that fails is halved.
+    """Minimise the weighted squares from a starting point; return the best point met.
 
-    θ and slope (n,) and coefficient (n, n_taus) are where to start; θ stays there unless it may
-    move. Returned is the best point met.
+    The start has shapes (n,), (n,) and (n, n_taus); its θ stays unless ``move_theta``.
     """
     weight_sum = weights.sum(axis=-1)
     scale = np.where(weight_sum > 0, weight_sum, 1.0)
@@ -215,7 +213,7 @@ def solve(
         return values - ((weights * values).sum(axis=-1) / scale)[..., None]
 
     point: _Point = (theta, slope, coefficient)
-    best, target = point, point
+    best = point
     best_sse = np.full(len(theta), np.inf)
     best_rest = (np.zeros_like(coefficient), np.zeros((1, 1, 1)))
     for step in range(n_steps + 1):
@@ -236,8 +234,7 @@ def solve(
         if step == n_steps or settled.all():
             break
         proposal = _propose(model, point, residual, shells, weights, centred, ratios, move_theta)
-        target = _pick_point(better, proposal, _halfway(target, best))
-        point = target
+        point = _pick_point(better, proposal, _halfway(point, best))
     return TailParameters(*best, best_rest[0], best_sse, best_rest[1])
 
 
