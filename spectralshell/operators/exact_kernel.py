@@ -32,9 +32,10 @@ from spectralshell.operators.layers.assembly import (
     StructureError,
     contract_layers,
 )
-from spectralshell.operators.matrix_free import assemble
+from spectralshell.operators.matrix_free import assemble_matrix_free
 from spectralshell.operators.noise import measure_exact_noise
 from spectralshell.operators.problem import Chunk, Evaluation, halve_until_it_fits
+from spectralshell.statuses import COLUMNS_ARE_PRODUCTS, join_statuses
 from spectralshell.warning_categories import KernelWarning
 
 AGREEMENT_TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
@@ -254,7 +255,7 @@ def _by_products(evaluation: Evaluation, label_of: LabelOf) -> LayerKernels:
     labels: dict[str, list[str]] = {}
     for name in problem.function.names:
         labels.setdefault(label_of(name), []).append(name)
-    with assemble(problem, evaluation.chunk_size) as kernel:
+    with assemble_matrix_free(problem, evaluation.chunk_size) as kernel:
         if len(labels) == 1:
             kernels = dict.fromkeys(labels, kernel.to_dense().to(kernel.dtype))
         else:
@@ -269,7 +270,7 @@ def _by_products(evaluation: Evaluation, label_of: LabelOf) -> LayerKernels:
         n_matvecs=n_matvecs,
         n_probes=n_probes,
         noise=noise,
-        notes=("layers disagree with automatic differentiation: columns are products",),
+        notes=(COLUMNS_ARE_PRODUCTS,),
     )
 
 
@@ -341,27 +342,14 @@ class ExactKernel(Kernel):
         *,
         keep_layers: bool,
     ) -> None:
-        problem = evaluation.problem
+        super().__init__(evaluation, rung=found.rung, chunk_size=chunk_size)
         self._evaluation: Evaluation | None = evaluation
-        self.n = int(evaluation.residual_vector.numel())
-        self.n_rows = evaluation.targets.n_rows
-        self.n_samples = problem.n_samples
-        self.n_parameters = problem.function.n_parameters
-        self.parameter_names = tuple(problem.function.names)
-        self.residual_vector = evaluation.residual_vector
-        self.residual = problem.residual.name
-        self.dynamics_exact = problem.residual.dynamics_exact
-        self.dtype = problem.function.dtype
-        self.device = problem.function.device
-        self.chunk_size = chunk_size
-        self.forward_flops = evaluation.forward_flops
         self.orders = found.orders
-        self.rung = found.rung
         self.n_matvecs = found.n_matvecs
         self.n_probes = found.n_probes
         self.layers = dict(found.kernels) if keep_layers else {}
         self.matrix = found.total()
-        self.status = "; ".join([*problem.notes, *found.notes]) or "ok"
+        self.status = join_statuses([*evaluation.problem.notes, *found.notes])
         self._noise = found.noise
 
     @cached_property

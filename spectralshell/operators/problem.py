@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,6 +24,7 @@ from spectralshell.operators.jacobian.ladder import is_out_of_memory
 from spectralshell.operators.jacobian.linearizations import VectorFunction
 from spectralshell.parameter_checks import check_integer
 from spectralshell.residuals import Residual, Targets, resolve_residual
+from spectralshell.statuses import measured_in
 
 if TYPE_CHECKING:
     from spectralshell.snapshots import Snapshot
@@ -120,7 +121,7 @@ def resolve_dtype(
 
 def _precision_notes(own: set[torch.dtype], chosen: torch.dtype) -> list[str]:
     half = sorted(_short(d) for d in own & {torch.float16, torch.bfloat16})
-    return [f"{', '.join(half)} model measured in {_short(chosen)}"] if half else []
+    return [measured_in(", ".join(half), _short(chosen))] if half else []
 
 
 def _short(dtype: torch.dtype) -> str:
@@ -337,7 +338,7 @@ class KernelProblem:
         As asked for; None where one chunk holds all samples.
     draw : callable
         ``draw(n)`` gives a random vector in the working dtype on the device.
-    notes : list of str
+    notes : tuple of str
         What the status should say.
     """
 
@@ -348,7 +349,7 @@ class KernelProblem:
     n_samples: int
     chunk_size: int | None
     draw: Callable[[int], Tensor]
-    notes: list[str] = field(default_factory=list)
+    notes: tuple[str, ...] = ()
 
     def evaluate(self, size: int | None) -> Evaluation:
         """Evaluate the model in chunks of ``size`` samples, twice, and check what comes back.
@@ -513,7 +514,7 @@ def pose_problem(
         n_samples=snapshot.n_samples,
         chunk_size=None if whole else chunk_size,
         draw=_drawing(generator, where, working),
-        notes=notes,
+        notes=tuple(notes),
     )
 
 

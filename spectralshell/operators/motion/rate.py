@@ -31,7 +31,7 @@ from spectralshell.operators.jacobian.linearizations import (
     PullBack,
     VectorFunction,
 )
-from spectralshell.operators.kernel_operator import KernelOperator, Part
+from spectralshell.operators.kernel_operator import Jacobian, KernelOperator, Part
 from spectralshell.operators.problem import Chunk, Evaluation
 
 _REVERSE = "the transpose of reverse mode twice"
@@ -602,19 +602,8 @@ def build_rate(
             rate = ZeroRate(n_entries, vector, problem.function.parameters)
         parts.append(Part(slice(first, first + n_entries), rate))
         first += n_entries
-    operator = KernelOperator(
-        problem.function,
-        parts,
-        problem.residual,
-        evaluation.targets.n_rows,
-        evaluation.residual_vector,
-        evaluation.values,
-    )
-    operator.n_samples = problem.n_samples
-    operator.chunk_size = evaluation.chunk_size
-    operator.forward_flops = evaluation.forward_flops
-    operator.reads_model = kernel.reads_model
-    return operator
+    reads_model = kernel.jacobian.reads_model
+    return KernelOperator(evaluation, Jacobian(problem.function, parts, reads_model=reads_model))
 
 
 def _choose(
