@@ -87,19 +87,25 @@ def _available(device: torch.device) -> torch.device:
     return device
 
 
-def resolve_dtype(
+def resolve_dtype(dtype: Any) -> torch.dtype | None:
+    """Return the number type that a parameter ``dtype`` stands for, None for the model's own."""
+    if dtype is None:
+        return None
+    chosen = _DTYPES.get(str(dtype).removeprefix("torch."))
+    if chosen is None:
+        raise ValueError(
+            f"dtype must be None, 'float32' or 'float64', got {dtype!r}; half precision cannot "
+            "resolve a spectrum."
+        )
+    return chosen
+
+
+def _working_dtype(
     dtype: Any, state: Mapping[str, Tensor], device: torch.device
-) -> tuple[torch.dtype, list[str]]:
+) -> tuple[torch.dtype, tuple[str, ...]]:
     """Return the dtype of products, and what the status should say about it.
 
     None takes the widest floating dtype in the state, at least float32.
-
-    Raises
-    ------
-    ValueError
-        If ``dtype`` is another than float32 and float64, or float64 is missing on the device.
-    TypeError
-        If the state holds complex numbers.
     """
     complex_names = [name for name, tensor in state.items() if tensor.is_complex()]
     if complex_names:
@@ -107,21 +113,15 @@ def resolve_dtype(
             f"model: {complex_names[0]!r} is complex; kernels are defined for real parameters."
         )
     own = {tensor.dtype for tensor in state.values() if tensor.is_floating_point()}
-    if dtype is not None:
-        chosen = _DTYPES.get(str(dtype).removeprefix("torch."))
-        if chosen is None:
-            raise ValueError(f"dtype must be None, 'float32' or 'float64', got {dtype!r}.")
-        if chosen is torch.float64 and device.type == "mps":
-            raise ValueError("dtype='float64' does not exist on this device; use 'float32'.")
-        return chosen, _precision_notes(own, chosen)
-    if torch.float64 in own and device.type != "mps":
-        return torch.float64, []
-    return torch.float32, _precision_notes(own, torch.float32)
-
-
-def _precision_notes(own: set[torch.dtype], chosen: torch.dtype) -> list[str]:
+    chosen = resolve_dtype(dtype)
+    if chosen is torch.float64 and device.type == "mps":
+        raise ValueError("dtype='float64' does not exist on this device; use 'float32'.")
+    if chosen is None:
+        if torch.float64 in own and device.type != "mps":
+            return torch.float64, ()
+        chosen = torch.float32
     half = sorted(_short(d) for d in own & {torch.float16, torch.bfloat16})
-    return [measured_in(", ".join(half), _short(chosen))] if half else []
+    return chosen, (measured_in(", ".join(half), _short(chosen)),) if half else ()
 
 
 def _short(dtype: torch.dtype) -> str:
@@ -502,7 +502,7 @@ def pose_problem(
     trainable = {name for name, _ in snapshot.model.named_parameters()}
     check_finite_state(state, trainable)
     check_finite_inputs(snapshot.inputs)
-    working, notes = resolve_dtype(dtype, state, where)
+    working, notes = _working_dtype(dtype, state, where)
     function = ModelFunction(snapshot.model, state, names, where, working)
     inputs = map_tensors(lambda t: cast(t.detach(), where, working), snapshot.inputs)
     whole = chunk_size is None or chunk_size >= snapshot.n_samples
@@ -514,7 +514,7 @@ def pose_problem(
         n_samples=snapshot.n_samples,
         chunk_size=None if whole else chunk_size,
         draw=_drawing(generator, where, working),
-        notes=tuple(notes),
+        notes=notes,
     )
 
 
