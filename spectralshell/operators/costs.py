@@ -73,8 +73,6 @@ _IN_FLIGHT = 2.0
 _EXACT_PARAMETER_COPIES = 6
 """The model's own, a gradient with its temporaries, and those of the product along it."""
 
-_FLOAT32_BYTES = 4
-
 _NOISE_COPIES = 5
 """Parameters in float64: their values, two gradients, and the temporaries of a product."""
 
@@ -387,7 +385,7 @@ def _plan_chunks(footprint: Footprint, max_bytes: int, size: int) -> ExactPlan:
         (_table_bytes(footprint, plan, layer_bytes) for plan in footprint.units), default=0
     )
     eigen = _EIGEN_COPIES * 8 * footprint.n_entries**2
-    noise = _noise_bytes(footprint) if footprint.itemsize == _FLOAT32_BYTES else 0
+    noise = _noise_bytes(footprint) if footprint.itemsize == torch.float32.itemsize else 0
     building = fixed + sums + min(stored, held) + _IN_FLIGHT * max(passing, tables)
     peak = max(building, _ALLOCATOR * max(fixed + 2 * sums, noise), eigen)
     n_chunks = -(-footprint.n_samples // size)

@@ -10,7 +10,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from spectralshell.models.function import cast, widen
+from spectralshell.models.function import Parameters, cast, widen
 from spectralshell.models.guard import exclusive, full_precision, quiet_differentiation
 from spectralshell.operators.costs import ExactPlan
 from spectralshell.operators.jacobian.ladder import (
@@ -21,8 +21,9 @@ from spectralshell.operators.jacobian.ladder import (
 from spectralshell.operators.jacobian.linearizations import (
     DoubleReverse,
     ForwardMode,
-    Parameters,
     PullBack,
+    added,
+    inner,
 )
 from spectralshell.operators.kernel_operator import Kernel, KernelOperator
 from spectralshell.operators.layers.assembly import (
@@ -131,7 +132,7 @@ class _Probe:
                     materialize_grads=True,
                 )
             first = last
-            self.gradient = _added(self.gradient, pulled)
+            self.gradient = added(self.gradient, pulled)
 
         return pull
 
@@ -173,8 +174,8 @@ class _Probe:
         """Tell whether a rung's J Jᵀ v passes ⟨u, J Jᵀ v⟩ = ⟨Jᵀu, Jᵀv⟩."""
         u = self._evaluation.problem.draw(len(product))
         pulled = self._pull(u)
-        form, expected = float(widen(u) @ product), _inner(pulled, self.gradient)
-        scale = (_inner(pulled, pulled) * _inner(self.gradient, self.gradient)) ** 0.5
+        form, expected = float(widen(u) @ product), inner(pulled, self.gradient)
+        scale = (inner(pulled, pulled) * inner(self.gradient, self.gradient)) ** 0.5
         return bool(abs(form - expected) <= tolerance * scale)
 
     def _forms_agree(self, matrix: Tensor) -> bool:
@@ -185,10 +186,10 @@ class _Probe:
         for _ in range(_FORMS):
             u, w = (self._evaluation.problem.draw(len(matrix)) for _ in range(2))
             pulled_u, pulled_w = self._pull(u), self._pull(w)
-            scale = (_inner(pulled_u, pulled_u) * _inner(pulled_w, pulled_w)) ** 0.5
+            scale = (inner(pulled_u, pulled_u) * inner(pulled_w, pulled_w)) ** 0.5
             form = float(widen(u) @ widen(matrix @ w))
             tolerance = AGREEMENT_TOLERANCE[matrix.dtype]
-            if not abs(form - _inner(pulled_u, pulled_w)) <= tolerance * scale:
+            if not abs(form - inner(pulled_u, pulled_w)) <= tolerance * scale:
                 return False
         return True
 
@@ -227,7 +228,7 @@ class _Probe:
         total: Parameters = ()
         for entries, chunk in self._chunks:
             plain = PullBack(self._evaluation.vector_function(chunk), function.parameters)
-            total = _added(total, plain.pull(vector[entries]))
+            total = added(total, plain.pull(vector[entries]))
         return total
 
     def _push(self, rung: Callable[..., ForwardMode | DoubleReverse]) -> Tensor:
@@ -240,14 +241,6 @@ class _Probe:
                 for _, chunk in self._chunks
             ]
         )
-
-
-def _added(total: Parameters, more: Parameters) -> Parameters:
-    return tuple(a + b for a, b in zip(total, more, strict=True)) if total else tuple(more)
-
-
-def _inner(a: Parameters, b: Parameters) -> float:
-    return sum(float((widen(x) * widen(y)).sum()) for x, y in zip(a, b, strict=True))
 
 
 def _by_products(evaluation: Evaluation, label_of: LabelOf) -> LayerKernels:

@@ -13,10 +13,10 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from spectralshell.models.function import ModelFunction, cast, widen
+from spectralshell.models.function import ModelFunction, Parameters, cast, widen
 from spectralshell.models.guard import exclusive, full_precision
 from spectralshell.operators.jacobian.ladder import blocks_agree, is_out_of_memory, pulls_agree
-from spectralshell.operators.jacobian.linearizations import Linearization, Parameters
+from spectralshell.operators.jacobian.linearizations import Linearization, added
 from spectralshell.operators.problem import Evaluation
 from spectralshell.statuses import OK
 
@@ -121,14 +121,14 @@ class Jacobian:
         """Return Jᵀv."""
         total: Parameters = ()
         for part in self.parts:
-            total = _added(total, part.linearization.pull(vector[part.entries]))
+            total = added(total, part.linearization.pull(vector[part.entries]))
         return total
 
     def pull_block(self, columns: Tensor) -> Parameters:
         """Return Jᵀv for each row v of (k, n), stacked along the first dimension."""
         total: Parameters = ()
         for part in self.parts:
-            total = _added(total, part.linearization.pull_block(columns[:, part.entries]))
+            total = added(total, part.linearization.pull_block(columns[:, part.entries]))
         return total
 
     def push(self, tangents: Parameters) -> Tensor:
@@ -414,7 +414,3 @@ class KernelOperator(Kernel):
     def _stack_size(self) -> int:
         per_column = (self.n_parameters + self.n) * self.dtype.itemsize
         return max(1, min(_MAX_BLOCK, _BLOCK_BYTES // max(1, per_column)))
-
-
-def _added(total: Parameters, more: Parameters) -> Parameters:
-    return tuple(a + b for a, b in zip(total, more, strict=True)) if total else tuple(more)

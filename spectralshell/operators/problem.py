@@ -32,8 +32,6 @@ if TYPE_CHECKING:
 
 _DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
-_FLOAT32_BYTES = 4
-
 REPEAT_TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
 """Relative difference of two evaluations: above what unordered sums on a GPU give."""
 
@@ -193,7 +191,7 @@ def evaluate(
         raise ValueError(
             f"model: the outputs have dtype {outputs.dtype}; a kernel needs floating ones."
         )
-    if function.dtype.itemsize > outputs.dtype.itemsize and outputs.dtype.itemsize < _FLOAT32_BYTES:
+    if outputs.dtype.itemsize < min(function.dtype.itemsize, torch.float32.itemsize):
         raise ValueError(
             f"model: the outputs have dtype {outputs.dtype} although weights and inputs are "
             f"{function.dtype}: the model lowers the precision inside, by autocast or a cast of "

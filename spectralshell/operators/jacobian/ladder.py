@@ -8,18 +8,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from spectralshell.models.function import widen
+from spectralshell.models.function import Parameters, widen
 from spectralshell.operators.jacobian.linearizations import (
     RUNGS,
     STREAMED_RUNGS,
     Linearization,
-    Parameters,
     PullBack,
     Streamed,
     VectorFunction,
+    inner,
 )
 
-GATE_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
+ACCEPTANCE_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
 """Largest |⟨u, M v⟩ − ⟨Jᵀu, Jᵀv⟩| / (‖Jᵀu‖ ‖Jᵀv‖): a hundred times the rounding of deep models."""
 
 BLOCK_TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4}
@@ -95,13 +95,13 @@ def climb(
             candidate = (
                 Streamed(rung, function, parameters) if streamed else rung(function, parameters)
             )
-            defect = _gate_defect(candidate, u, v, pulled_u, pulled_v)
+            defect = _acceptance_defect(candidate, u, v, pulled_u, pulled_v)
         except Exception as error:  # any failure inside torch sends us to the next rung
             if is_out_of_memory(error):
                 raise
             refused[name] = f"{type(error).__name__}: {first_line(error)}"
             continue
-        if defect is None or defect <= GATE_TOLERANCE[u.dtype]:
+        if defect is None or defect <= ACCEPTANCE_TOLERANCE[u.dtype]:
             return Climb(candidate, name, refused, n_probes=3 * (len(refused) + 1))
         refused[name] = f"its products are wrong (relative defect {defect:.1e})"
     raise DifferentiationError("; ".join(f"{name}: {why}" for name, why in refused.items()))
@@ -139,8 +139,8 @@ def pulls_agree(linearization: PullBack, block: Tensor) -> bool:
     if block.is_meta:
         return True
     difference = tuple(a - b for a, b in zip(together, apart, strict=True))
-    scale = float(_inner(apart, apart).sqrt())
-    return float(_inner(difference, difference).sqrt()) <= BLOCK_TOLERANCE[block.dtype] * scale
+    tolerance = BLOCK_TOLERANCE[block.dtype]
+    return inner(difference, difference) <= tolerance**2 * inner(apart, apart)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -177,7 +177,7 @@ def check_finite_gradient(names: list[str], gradient: Parameters) -> None:
             )
 
 
-def _gate_defect(
+def _acceptance_defect(
     candidate: Linearization, u: Tensor, v: Tensor, pulled_u: Parameters, pulled_v: Parameters
 ) -> float | None:
     # A map may change with use, by writing to its own constants: the first pair is asked for again
@@ -189,16 +189,11 @@ def _gate_defect(
             raise ValueError(f"the product has shape {tuple(product.shape)}, not {tuple(a.shape)}")
     if u.is_meta:
         return None
-    scale = float((_inner(pulled_u, pulled_u) * _inner(pulled_v, pulled_v)).sqrt())
-    expected = _inner(pulled_u, pulled_v)
-    defects = [abs(float(widen(a) @ widen(product) - expected)) for a, product in products]
+    scale = (inner(pulled_u, pulled_u) * inner(pulled_v, pulled_v)) ** 0.5
+    expected = inner(pulled_u, pulled_v)
+    defects = [abs(float(widen(a) @ widen(product)) - expected) for a, product in products]
     worst = max(defects) if all(d < float("inf") for d in defects) else float("inf")
     return worst / scale if scale > 0.0 else worst
-
-
-def _inner(a: Parameters, b: Parameters) -> Tensor:
-    terms = [(widen(x) * widen(y)).sum() for x, y in zip(a, b, strict=True)]
-    return torch.stack(terms).sum()
 
 
 def first_line(error: BaseException) -> str:

@@ -14,10 +14,9 @@ import torch
 from torch import Tensor
 from torch.func import jvp, vmap
 
+from spectralshell.models.function import Parameters, widen
 from spectralshell.models.guard import quiet_differentiation
 from spectralshell.operators.jacobian.tapes import Tape
-
-Parameters = tuple[Tensor, ...]
 
 VectorFunction = Callable[..., Tensor]
 
@@ -210,3 +209,14 @@ RUNGS: dict[str, type[Linearization]] = {
 
 STREAMED_RUNGS = ("jvp", "double-vjp")
 """Order for chunks: tracing a tangent map anew for each product would cost more than it saves."""
+
+
+def added(total: Parameters, more: Parameters) -> Parameters:
+    """Return the sum of two tangents; nothing yet counts as zero."""
+    return tuple(a + b for a, b in zip(total, more, strict=True)) if total else tuple(more)
+
+
+def inner(a: Parameters, b: Parameters) -> float:
+    """Return the inner product of two tangents, in float64."""
+    terms = [(widen(x) * widen(y)).sum() for x, y in zip(a, b, strict=True)]
+    return float(torch.stack(terms).sum())

@@ -13,11 +13,11 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from spectralshell.models.function import cast, widen
+from spectralshell.models.function import Parameters, cast, widen
 from spectralshell.models.guard import full_precision
 from spectralshell.operators.costs import ExactPlan
 from spectralshell.operators.exact_kernel import ExactKernel
-from spectralshell.operators.jacobian.linearizations import Parameters, PullBack
+from spectralshell.operators.jacobian.linearizations import PullBack
 from spectralshell.operators.kernel_operator import KernelOperator
 from spectralshell.operators.layers.units import WHOLE, resolve_layers
 from spectralshell.operators.motion.directions import Direction

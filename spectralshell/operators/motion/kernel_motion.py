@@ -9,10 +9,9 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 from torch import Tensor
 
-from spectralshell.models.function import cast, widen
+from spectralshell.models.function import Parameters, cast, widen
 from spectralshell.models.guard import exclusive
 from spectralshell.operators.costs import ROOM, fits, plan_exact, product_cost
-from spectralshell.operators.jacobian.linearizations import Parameters
 from spectralshell.operators.kernel_operator import KernelOperator
 from spectralshell.operators.matrix_free import assemble_matrix_free
 from spectralshell.operators.motion.derivative import (

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 from torch.func import jvp
 
-from spectralshell.models.function import widen
+from spectralshell.models.function import Parameters, widen
 from spectralshell.models.guard import quiet_differentiation
 from spectralshell.operators.jacobian.faults import name_offending_module
 from spectralshell.operators.jacobian.ladder import (
-    GATE_TOLERANCE,
+    ACCEPTANCE_TOLERANCE,
     DifferentiationError,
     IndependenceError,
     climb,
@@ -27,7 +27,6 @@ from spectralshell.operators.jacobian.linearizations import (
     STREAMED_RUNGS,
     DoubleReverse,
     Linearization,
-    Parameters,
     PullBack,
     VectorFunction,
 )
@@ -628,7 +627,7 @@ def _choose(
                 raise
             refused[form] = f"{type(error).__name__}: {first_line(error)}"
             continue
-        if defect <= GATE_TOLERANCE[evaluation.problem.function.dtype]:
+        if defect <= ACCEPTANCE_TOLERANCE[evaluation.problem.function.dtype]:
             return form, rate
         refused[form] = f"its products are wrong (relative defect {defect:.1e})"
     raise second_derivative_error(evaluation, chunk, refused)
