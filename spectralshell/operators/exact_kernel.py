@@ -51,12 +51,9 @@ _VANISHING = 100.0
 def verified_kernels(
     evaluation: Evaluation, *, label_of: LabelOf, max_bytes: int, record_size: int | None = None
 ) -> LayerKernels:
-    """Contract the layers, compare with a matrix-free product, and mend what differs.
+    """Contract the layers, compare M v with automatic differentiation, and mend what differs.
 
-    Where a product with a random vector differs from automatic differentiation, each unit is
-    compared by itself; those that differ go through the gradients of each sample, and if that does
-    not help, every column of M becomes a product. A :class:`~spectralshell.warning_categories.
-    KernelWarning` then names the modules.
+    Units that differ go through each sample's gradients, else all columns are products.
     """
     wrong: list[str] = []
     irregular: list[str] = []
@@ -386,17 +383,7 @@ class ExactKernel(Kernel):
 def assemble_exact(
     evaluation: Evaluation, plan: ExactPlan, *, label_of: LabelOf, keep_layers: bool = False
 ) -> ExactKernel:
-    """Build the exact kernel of an evaluated problem as planned, in smaller chunks if need be.
-
-    Parameters
-    ----------
-    evaluation : Evaluation
-    plan : ExactPlan
-    label_of : callable
-        Label of a parameter.
-    keep_layers : bool
-        Whether to keep the kernels of the labels.
-    """
+    """Build the exact kernel of an evaluated problem as planned, in smaller chunks if need be."""
     problem = evaluation.problem
 
     def build(size: int | None) -> ExactKernel:

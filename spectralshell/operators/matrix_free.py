@@ -22,8 +22,7 @@ def assemble_matrix_free(
 ) -> KernelOperator:
     """Build the kernel in chunks of ``size`` samples (None is all at once), or smaller ones.
 
-    An ``evaluation`` in such chunks need not be repeated; ``rungs`` restricts the ladder; norm and
-    noise take about nine products where they are ``measured``.
+    An ``evaluation`` in such chunks is not repeated; measuring norm and noise takes nine products.
     """
 
     def build(fitting: int | None) -> KernelOperator:

@@ -61,8 +61,7 @@ class Rounding:
 def measure_rounding(jacobian: Jacobian, evaluation: Evaluation) -> Rounding:
     """Compare M(w/3) with M w/3 and ⟨u, M w⟩ with ⟨w, M u⟩; float32 products also with float64.
 
-    ValueError where they are not those of one symmetric matrix. Cost: six products; for float32
-    three more, and three in float64, of large models on some samples.
+    Cost: six products; for float32 three more, and three in float64, of large models on a part.
     """
     problem, dtype = evaluation.problem, evaluation.problem.function.dtype
     floor = NOISE_FLOOR[dtype]
@@ -107,12 +106,12 @@ def _error_norm(
 ) -> tuple[float, int]:
     """Estimate the norm of M's error from below, by the power method; return products spent too.
 
-    M = J Jᵀ is wrong by δJ Jᵀ + J δJᵀ, where J is largest: ``start`` holds the largest mode. The
-    norm of some samples' part grows to all as their number: rounding goes with the entries.
+    M = J Jᵀ is wrong by δJ Jᵀ + J δJᵀ, where J is largest: ``start`` holds the largest mode.
     """
     norm, n_probes = 0.0, 0
     try:
         entries, exact = _in_double(jacobian, evaluation, image)
+        # Rounding goes with the entries: the norm grows to all samples at most as their number.
         growth = len(start) / len(entries)
         vector = start[entries]
         for _ in range(_ERROR_STEPS):
@@ -186,8 +185,7 @@ def backward_reads_model(evaluation: Evaluation, parts: Sequence[Part]) -> bool:
 def measure_exact_noise(evaluation: Evaluation, matrix: Tensor) -> float:
     """Return the norm of a matrix's rounding error over its norm, from a few samples' block.
 
-    They are those with the largest share of the trace. Rounding goes with the entries, so the norm
-    is taken to grow to the whole matrix as the trace does.
+    Samples are those with the largest share of the trace, and the norm grows to all as it does.
     """
     floor = NOISE_FLOOR[matrix.dtype]
     function = evaluation.problem.function

@@ -43,15 +43,7 @@ _CHUNK_TOLERANCE = 1e-10
 
 
 def resolve_device(device: str | torch.device, model: nn.Module) -> torch.device:
-    """Return the device to compute on; ``"auto"`` is where the model's parameters are.
-
-    Raises
-    ------
-    ValueError
-        If the device is unknown or not available, or the model's parameters lie on several.
-    TypeError
-        If ``device`` is neither a string nor a torch.device.
-    """
+    """Return the device to compute on; ``"auto"`` is where the model's parameters are."""
     if isinstance(device, torch.device):
         return _available(device)
     if not isinstance(device, str):
@@ -156,32 +148,9 @@ def check_finite_inputs(inputs: Any) -> None:
 def evaluate(
     function: ModelFunction, inputs: Any, n_samples: int, size: int | None
 ) -> tuple[Tensor, float]:
-    """Evaluate a model twice, by chunks, and check what comes back.
+    """Return outputs, samples first, and operations of an evaluation in chunks, which is checked.
 
-    The second time the chunks begin elsewhere, so that every sample has other company.
-
-    Parameters
-    ----------
-    function : ModelFunction
-    inputs : object
-        Of the whole batch, on the device.
-    n_samples : int
-    size : int or None
-        Samples per chunk; None takes all at once.
-
-    Returns
-    -------
-    outputs : Tensor
-        Samples first.
-    forward_flops : float
-        Operations that matrix products and convolutions of one evaluation take, by shape.
-
-    Raises
-    ------
-    ValueError
-        If the model fails, its outputs are not finite, have no sample dimension, differ between
-        two evaluations (the message names the module where that starts), or depend on the other
-        samples of a chunk.
+    The second time chunks begin elsewhere, so that every sample has other company.
     """
     bounds = chunk_bounds(n_samples, size)
     with FlopCounterMode(display=False) as counter:
@@ -305,13 +274,7 @@ def _evaluate_part(function: ModelFunction, inputs: Any, n_samples: int) -> Tens
 
 @dataclass(frozen=True)
 class Chunk:
-    """Some samples: inputs and targets on the device, and the model's outputs.
-
-    Attributes
-    ----------
-    samples : slice
-        Which ones.
-    """
+    """Some samples: inputs and targets on the device, and the model's outputs."""
 
     samples: slice
     inputs: Any
@@ -321,43 +284,24 @@ class Chunk:
 
 @dataclass(frozen=True)
 class KernelProblem:
-    """What a kernel is built from, whichever way; made by :func:`pose_problem`.
-
-    Attributes
-    ----------
-    function : ModelFunction
-    residual : Residual
-    inputs : object
-        Of the whole batch, on the device.
-    targets : Any
-        As the user gave them.
-    n_samples : int
-    chunk_size : int or None
-        As asked for; None where one chunk holds all samples.
-    draw : callable
-        ``draw(n)`` gives a random vector in the working dtype on the device.
-    notes : tuple of str
-        What the status should say.
-    """
+    """What a kernel is built from, whichever way; made by :func:`pose_problem`."""
 
     function: ModelFunction
     residual: Residual
+    # Of the whole batch, on the device.
     inputs: Any
+    # As the user gave them.
     targets: Any
     n_samples: int
+    # As asked for; None where one chunk holds all samples.
     chunk_size: int | None
+    # Gives a random vector of a length, in the working dtype on the device.
     draw: Callable[[int], Tensor]
+    # What the status should say.
     notes: tuple[str, ...] = ()
 
     def evaluate(self, size: int | None) -> Evaluation:
-        """Evaluate the model in chunks of ``size`` samples, twice, and check what comes back.
-
-        Raises
-        ------
-        ValueError
-            If model, data and residual do not fit, something is not finite or not repeatable, or
-            samples depend on each other and cannot be taken in chunks.
-        """
+        """Evaluate the model in chunks of ``size`` samples, twice, and check what comes back."""
         function, residual = self.function, self.residual
         with function.guard():
             outputs, flops = evaluate(function, self.inputs, self.n_samples, size)
@@ -371,30 +315,19 @@ class KernelProblem:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """A problem with the model's outputs on the whole batch.
-
-    Attributes
-    ----------
-    problem : KernelProblem
-    chunk_size : int or None
-        Samples of a chunk; None takes all at once.
-    outputs : Tensor
-        Samples first.
-    targets : Targets
-    residual_vector : Tensor of float64, shape (n,)
-        e / √N.
-    values : Tensor
-        What J differentiates, without 1/√N.
-    flops : float
-        Operations of matrix products and convolutions in one evaluation.
-    """
+    """A problem with the model's outputs on the whole batch."""
 
     problem: KernelProblem
+    # Samples of a chunk; None takes all at once.
     chunk_size: int | None
+    # Samples first.
     outputs: Tensor
     targets: Targets
+    # e / √N in float64.
     residual_vector: Tensor
+    # What J differentiates, without 1/√N.
     values: Tensor
+    # Operations of matrix products and convolutions in one evaluation.
     flops: float
 
     @property
@@ -423,13 +356,7 @@ class Evaluation:
         return Chunk(slice(start, stop), inputs, targets, self.outputs[start:stop])
 
     def moved(self, parameters: Parameters) -> Evaluation:
-        """Evaluate the problem at other values of the parameters, once: its checks were made here.
-
-        Raises
-        ------
-        ValueError
-            If the outputs there are not finite.
-        """
+        """Evaluate the problem at other values of the parameters, once: it was checked here."""
         problem = replace(self.problem, function=self.problem.function.at(parameters))
         function, bounds = problem.function, chunk_bounds(problem.n_samples, self.chunk_size)
         with function.guard():
@@ -451,11 +378,7 @@ class Evaluation:
     ) -> VectorFunction:
         """Return what J differentiates, over √N, as a vector function of the parameters.
 
-        Parameters
-        ----------
-        chunk : Chunk
-        function : ModelFunction, optional
-            The model in another dtype; by default the problem's.
+        ``function`` is the model in another dtype; by default the problem's.
         """
         model = function or self.problem.function
         residual, scale = self.problem.residual, self.scale
@@ -480,15 +403,9 @@ def pose_problem(
     dtype: str | torch.dtype | None = None,
     generator: torch.Generator | None = None,
 ) -> KernelProblem:
-    """Check the arguments of a kernel and move the snapshot to the device.
+    """Check the arguments of a kernel (as ``build_kernel``), and move the snapshot to the device.
 
-    To be called where the model may be touched. The parameters are those of
-    :func:`~spectralshell.operators.build_kernel`.
-
-    Raises
-    ------
-    ValueError, TypeError
-        If an argument is not usable, the snapshot has changed, or its state is not finite.
+    To be called where the model may be touched.
     """
     resolved = resolve_residual(residual)
     if chunk_size is not None:
@@ -519,18 +436,9 @@ def pose_problem(
 def halve_until_it_fits(
     problem: KernelProblem, size: int | None, build: Callable[[int | None], Any]
 ) -> tuple[Any, int | None]:
-    """Call ``build(size)`` with smaller and smaller chunks until memory suffices.
+    """Return ``build(size)`` with the size halved until memory suffices, and that size.
 
-    Returns
-    -------
-    built : object
-    size : int or None
-        Samples of a chunk in the end.
-
-    Raises
-    ------
-    MemoryError
-        If a single sample does not fit.
+    None is all samples; MemoryError where a single one does not fit.
     """
     while True:
         try:

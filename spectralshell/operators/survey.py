@@ -37,13 +37,7 @@ _BLOCKS_EXPECTED = 4
 
 @dataclass(frozen=True)
 class KernelSurvey:
-    """An evaluated problem and its footprint, from which either kernel is built.
-
-    Attributes
-    ----------
-    evaluation : Evaluation
-    footprint : Footprint
-    """
+    """An evaluated problem and its footprint, from which either kernel is built."""
 
     evaluation: Evaluation
     footprint: Footprint
@@ -54,10 +48,9 @@ class KernelSurvey:
         return self.evaluation.problem.function.device
 
     def build_matrix_free(self, chunk_size: int | None) -> KernelOperator:
-        """Build the kernel that multiplies, in chunks of samples.
+        """Build the kernel that multiplies, in chunks of samples; wide blocks by the matrix.
 
-        Wide blocks are multiplied with the matrix, if half of the free memory holds it and building
-        it costs less than a few such blocks of products.
+        If half of the free memory holds it, and it costs less than a few such blocks of products.
         """
         with exclusive():
             problem = self.evaluation.problem
@@ -95,13 +88,8 @@ def survey_kernel(
     dtype: str | torch.dtype | None = None,
     generator: torch.Generator | None = None,
 ) -> KernelSurvey:
-    """Evaluate a snapshot and count what its kernel costs.
+    """Evaluate a snapshot, with the parameters of ``build_exact_kernel``, and count its costs.
 
-    The parameters and exceptions are those of
-    :func:`~spectralshell.operators.build_exact_kernel`.
-
-    Notes
-    -----
     Cost: two evaluations of the model on the batch, and a recorded one on two samples.
     """
     with exclusive():

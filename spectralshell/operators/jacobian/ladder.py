@@ -49,38 +49,9 @@ def climb(
     streamed: bool = False,
     rungs: Sequence[str] | None = None,
 ) -> Climb:
-    """Try the rungs in order; return the first that agrees with plain reverse mode.
+    """Return the first rung that agrees with plain reverse mode; ``streamed`` keeps no graphs.
 
-    A rung can be wrong without an exception: double reverse mode through a function that is
-    differentiable once only is, and symmetrically so. Each is therefore tested by
-    ⟨u, M v⟩ = ⟨Jᵀu, Jᵀv⟩, the right side by plain reverse mode, on random u and v, and again after
-    further products, which must not change it.
-
-    Parameters
-    ----------
-    function : callable
-        Maps parameter tensors to a vector.
-    parameters : tuple of Tensor
-    names : list of str
-        Names of the parameters, for messages.
-    draw : callable
-        ``draw(n)`` gives a random vector in the working dtype on the device.
-    streamed : bool
-        Whether graphs may not be kept.
-    rungs : sequence of str, optional
-        Names of the rungs to try; by default all.
-
-    Raises
-    ------
-    DifferentiationError
-        If none passes; ``args[0]`` lists the reasons.
-    ValueError
-        If the output does not depend on the parameters.
-
-    Notes
-    -----
-    Cost: two reverse passes and three products for each rung tried. On the meta device there are no
-    values to compare, and the first rung that runs is taken.
+    Cost: two reverse passes, and three products a rung. On the meta device, the first that runs.
     """
     plain = PullBack(function, parameters)
     check_depends(plain.output)
@@ -180,6 +151,8 @@ def check_finite_gradient(names: list[str], gradient: Parameters) -> None:
 def _acceptance_defect(
     candidate: Linearization, u: Tensor, v: Tensor, pulled_u: Parameters, pulled_v: Parameters
 ) -> float | None:
+    # A rung can be wrong without an exception: double reverse mode through a function that is
+    # differentiable once only is, and symmetrically so. So ⟨u, M v⟩ = ⟨Jᵀu, Jᵀv⟩ is asked.
     # A map may change with use, by writing to its own constants: the first pair is asked for again
     # at the end, from a pull-back of the candidate's own. All rungs share the plain one.
     products = [(u, candidate.push(pulled_v)), (v, candidate.push(pulled_u))]

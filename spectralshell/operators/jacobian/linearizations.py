@@ -22,15 +22,7 @@ VectorFunction = Callable[..., Tensor]
 
 
 class PullBack:
-    """Jᵀ along a recorded graph, by plain reverse mode: what every rung is tested against.
-
-    Parameters
-    ----------
-    function : callable
-        Maps the parameter tensors to a vector (n,).
-    parameters : tuple of Tensor
-        The point at which to differentiate.
-    """
+    """Jᵀ at a point along a recorded graph, by plain reverse mode: rungs are tested against it."""
 
     def __init__(self, function: VectorFunction, parameters: Parameters) -> None:
         self.function = function
@@ -98,8 +90,7 @@ class Linearization(PullBack, ABC):
 class LinearizedForward(Linearization):
     """Rung 1: forward mode once, on tape; a push-forward replays what depends on the tangent.
 
-    The tape takes one jvp to make, where ``torch.func.linearize`` takes seconds to trace, and
-    holds what the tangents meet, not what the model computes.
+    It takes one jvp to make, where ``torch.func.linearize`` takes seconds to trace.
     """
 
     name = "linearize"
