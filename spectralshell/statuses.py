@@ -7,6 +7,20 @@ from collections.abc import Iterable
 OK = "ok"
 """Nothing to be said."""
 
+# operators
+
+COLUMNS_ARE_PRODUCTS = "layers disagree with automatic differentiation: columns are products"
+
+
+def measured_in(own: str, working: str) -> str:
+    """Of a model in half precision."""
+    return f"{own} model measured in {working}"
+
+
+def smaller_chunks(n_samples: int | None) -> str:
+    """Of chunks that were halved until memory sufficed."""
+    return f"memory ran out: computed in chunks of {n_samples} samples"
+
 
 def join_statuses(statuses: Iterable[str]) -> str:
     """Return the distinct phrases joined by ``"; "``, without ``"ok"`` unless it is the only one.

@@ -11,9 +11,9 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from spectralshell.operators import build_kernel
-from spectralshell.operators.matrix_free import assemble_kernel
 from spectralshell.snapshots import Snapshot, as_snapshots, make_snapshots
 from tests.fingerprints import model_fingerprint
+from tests.zoo import build_on_rungs
 
 X = torch.linspace(-1, 1, 24).reshape(6, 4)
 Y = torch.linspace(1, -1, 18).reshape(6, 3)
@@ -354,7 +354,7 @@ class CheckpointedInterrupting(nn.Module):
 def test_an_interrupted_product_leaves_no_trace(layer, rungs):
     model = network(layer())
     stopper = next(m for m in model.modules() if isinstance(m, Interrupting))
-    kernel = assemble_kernel(Snapshot(model, X, Y), rungs=rungs)
+    kernel = build_on_rungs(Snapshot(model, X, Y), rungs=rungs)
     before = model_fingerprint(model)
     expected = kernel.matvec(kernel.residual_vector)
     stopper.at[0] = stopper.calls[0] + 1

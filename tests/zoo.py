@@ -8,7 +8,7 @@ it is not linearize) and ``meta`` (whether the forward pass runs without values)
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +16,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from spectralshell.models.guard import exclusive
+from spectralshell.operators import KernelOperator
+from spectralshell.operators.matrix_free import assemble_matrix_free
+from spectralshell.operators.problem import pose_problem
 from spectralshell.snapshots import Snapshot
 
 
@@ -313,6 +317,15 @@ def make_snapshot(
     """Make the snapshot of a case for a kind of residual (a key of ``RESIDUALS``)."""
     model = build_model(case, dtype)
     return Snapshot(model, make_inputs(case, dtype), make_targets(case, kind, dtype), **more)
+
+
+def build_on_rungs(
+    snapshot: Snapshot, *, rungs: Sequence[str] | None = None, **options: Any
+) -> KernelOperator:
+    """Build a kernel that multiplies alone, on some rungs of the ladder."""
+    with exclusive():
+        problem = pose_problem(snapshot, **options)
+        return assemble_matrix_free(problem, problem.chunk_size, rungs=rungs)
 
 
 def map_floats(value: Any, dtype: torch.dtype) -> Any:

@@ -43,8 +43,8 @@ from spectralshell.measurements.settings import (
     check_motion_parameters,
     may_be_random,
     probe_seed,
-    resolve_dtype,
 )
+from spectralshell.operators.problem import resolve_dtype
 from spectralshell.parameter_checks import check_integer, check_sample_weight
 from spectralshell.snapshots import Snapshot, as_snapshots
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,13 +13,13 @@ from torch import Tensor
 from spectralshell.operators import Direction
 from spectralshell.operators.costs import resolve_max_memory
 from spectralshell.operators.motion.directions import AS_GIVEN, NAMED_DIRECTIONS, PER_TAU
+from spectralshell.operators.problem import resolve_dtype
 from spectralshell.parameter_checks import check_integer, check_option, check_real
 from spectralshell.residuals import resolve_residual
 from spectralshell.snapshots import Snapshot
 
 _SOLVERS = ("auto", "lanczos", "exact")
 
-_DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
 DERIVATIVES = ("exact", "difference")
 
@@ -204,28 +204,6 @@ def probe_seed(random_state: Any) -> int:
     if random_state is None:
         return 0
     return int(check_random_state(random_state).randint(np.iinfo(np.int32).max))
-
-
-def resolve_dtype(dtype: Any) -> torch.dtype | None:
-    """Return the number type that the parameter ``dtype`` stands for, None for the model's own.
-
-    Raises
-    ------
-    ValueError
-        If it is neither float32 nor float64.
-
-    Examples
-    --------
-    >>> resolve_dtype("float64")
-    torch.float64
-    """
-    resolved: Any = _DTYPES.get(dtype, dtype) if isinstance(dtype, str) else dtype
-    if resolved is not None and resolved not in _DTYPES.values():
-        raise ValueError(
-            f"dtype must be None, 'float32' or 'float64', got {dtype!r}; "
-            "half precision cannot resolve a spectrum."
-        )
-    return cast(torch.dtype | None, resolved)
 
 
 @dataclass(frozen=True)

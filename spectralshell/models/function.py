@@ -21,21 +21,7 @@ Parameters = tuple[Tensor, ...]
 class ModelFunction:
     """Outputs of a model as a function of its selected parameters, all else frozen.
 
-    Parameters
-    ----------
-    model : torch.nn.Module
-        Shared and never changed: the tensors are exchanged for the time of a call.
-    state : dict of str to Tensor
-        Every parameter and buffer, tied ones once.
-    names : sequence of str
-        The parameters to differentiate with respect to.
-    device, dtype
-        Where and in which floating dtype to compute.
-
-    Attributes
-    ----------
-    parameters : tuple of Tensor
-        Values of the selected parameters, in the order of ``names``.
+    The model is shared and never changed: its tensors are exchanged for the time of a call.
     """
 
     def __init__(
@@ -88,8 +74,7 @@ class ModelFunction:
     def installed(self, parameters: Parameters | None = None) -> AbstractContextManager[None]:
         """Return the context in which the model carries the frozen state and ``parameters``.
 
-        None installs the frozen values, requiring gradients: a backward pass that evaluates part
-        of the model anew, as under checkpointing, has to find what the forward pass found.
+        None: the frozen values, requiring gradients, for backward passes that evaluate it anew.
         """
         if parameters is None:
             parameters = tuple(p.detach().requires_grad_() for p in self.parameters)
@@ -125,13 +110,7 @@ class ModelFunction:
                 home[name] = own
 
     def outputs(self, parameters: Parameters, inputs: Any) -> Tensor:
-        """Return the model's outputs, samples first.
-
-        Raises
-        ------
-        TypeError
-            If the model returns neither a tensor nor an object with ``.logits``.
-        """
+        """Return the model's outputs, samples first: a tensor, or what is under ``.logits``."""
         # A model may write to its inputs: let it write to a copy.
         fresh = map_tensors(torch.clone, inputs)
         with self.installed(parameters):
@@ -148,33 +127,9 @@ class ModelFunction:
 def select_parameters(
     model: nn.Module, parameters: Any, trainable: Collection[str] | None = None
 ) -> list[str]:
-    r"""Return the names of the trainable parameters to differentiate with respect to.
+    """Return the trainable parameters that None (all), an expression or a callable selects.
 
-    Parameters
-    ----------
-    model : torch.nn.Module
-    parameters : None, str, or callable
-        None takes all trainable ones, a regular expression those whose name it finds
-        (``re.search``), a callable those for whose name it is true. A tied parameter has its first
-        name, and any of its names selects it.
-    trainable : collection of str, optional
-        Names of the trainable parameters; by default those that require gradients now.
-
-    Returns
-    -------
-    list of str
-
-    Raises
-    ------
-    ValueError
-        If the model has no trainable parameter, the expression is malformed, or none matches.
-    TypeError
-        If ``parameters`` has another type.
-
-    Examples
-    --------
-    >>> select_parameters(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1)), r"^1\.")
-    ['1.weight', '1.bias']
+    Any name of a tied one selects it; it has the first. ``trainable``: by default those of now.
     """
     groups = [names for names, t in tied_groups(model) if isinstance(t, nn.Parameter)]
     if not groups:

@@ -36,38 +36,23 @@ def exclusive() -> Iterator[None]:
 
 @contextmanager
 def guarded(model: nn.Module, device: torch.device) -> Iterator[None]:
-    """Evaluate a model inside; put modes, attributes and random states back afterwards.
+    """Evaluate a model inside, undisturbed and twice differentiable; put everything back after.
 
-    Inside, no other thread touches a model, every module is in eval mode, attention uses the math
-    backend (the fused kernels have no forward-mode derivative and no second derivative), the fast
-    path of MultiheadAttention is off, and gradients are enabled whatever the caller's setting. The
-    flag ``training`` is set directly: ``model.eval()`` may be overridden and merge or move weights.
-    Backward hooks of modules are off, since a gradient that they see or change is not the user's;
-    embeddings give dense gradients; an autocast of the caller does not reach inside.
-
-    Parameters
-    ----------
-    model : torch.nn.Module
-    device : torch.device
-        Where the evaluation runs; its random state is kept as well as the CPU's.
-
-    Notes
-    -----
-    Everything is put back on the way out of any exception, KeyboardInterrupt included. Attributes
-    that a forward pass rebinds (caches, effective weights of ``weight_norm``) are put back too,
-    and values of plain tensor attributes that it writes to; what it changes inside a user's own
-    list, or an object that a hook owns, is not seen. Cost: linear in the number of modules.
+    Not seen: changes in a user's own lists, and in objects of hooks. Cost: linear in modules.
     """
     with exclusive(), ExitStack() as stack:
         stack.enter_context(_random_states(device))
         stack.enter_context(_module_attributes(model))
         stack.enter_context(_slow_attention_path())
+        # Fused attention has no forward-mode derivative and no second derivative.
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         stack.enter_context(torch.enable_grad())
         stack.enter_context(quiet_differentiation())
         stack.enter_context(full_precision(device))
         for module in model.modules():
+            # model.eval() may be overridden, and merge or move weights.
             vars(module)["training"] = False
+            # A gradient that hooks would see or change is not the user's.
             vars(module).update({name: OrderedDict() for name in _BACKWARD_HOOKS})
             if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
                 vars(module)["sparse"] = False  # sparse gradients cannot be differentiated
@@ -112,6 +97,7 @@ def _random_states(device: torch.device) -> Iterator[None]:
 
 @contextmanager
 def _module_attributes(model: nn.Module) -> Iterator[None]:
+    """Put back what a forward pass rebinds (caches, weights of weight_norm) or writes to."""
     records = [_record(module) for module in model.modules()]
     try:
         yield

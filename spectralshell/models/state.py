@@ -25,14 +25,7 @@ _NESTED_KEYS = ("model_state_dict", "state_dict", "model")
 def unwrap(model: nn.Module) -> nn.Module:
     """Return the module inside DataParallel, DistributedDataParallel and torch.compile wrappers.
 
-    The wrappers scatter inputs or trace the forward pass; the kernel needs the bare module, which
-    holds the same parameter objects.
-
-    Examples
-    --------
-    >>> layer = nn.Linear(2, 1)
-    >>> unwrap(nn.DataParallel(layer)) is layer
-    True
+    They scatter inputs or trace the forward pass; the bare module holds the same parameters.
     """
     while True:
         if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
@@ -44,22 +37,7 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 
 def copy_state(model: nn.Module) -> dict[str, Tensor]:
-    """Copy a model's parameters and buffers, each tied tensor once, under its first name.
-
-    Parameters
-    ----------
-    model : torch.nn.Module
-
-    Returns
-    -------
-    dict of str to Tensor
-        Detached copies on the devices and in the dtypes of the originals.
-
-    Raises
-    ------
-    ValueError
-        If a lazy parameter has no shape yet.
-    """
+    """Copy a model's parameters and buffers, each tied tensor once, under its first name."""
     with torch.inference_mode(False):  # its tensors could never take part in a derivative
         return {names[0]: tensor.detach().clone() for names, tensor in tied_groups(model)}
 
@@ -67,23 +45,7 @@ def copy_state(model: nn.Module) -> dict[str, Tensor]:
 def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     """Read a safetensors file, or a pickled one that holds nothing but tensors, onto the CPU.
 
-    The format is recognised by content. A pickled checkpoint may nest the weights under
-    ``"model_state_dict"``, ``"state_dict"`` or ``"model"``.
-
-    Parameters
-    ----------
-    path : str or path-like
-
-    Returns
-    -------
-    dict of str to Tensor
-
-    Raises
-    ------
-    FileNotFoundError
-        If there is no file at ``path``.
-    ValueError
-        If the file is corrupt, holds no tensors, or needs code to be unpickled.
+    Recognised by content; weights may be nested under a usual key of a pickled checkpoint.
     """
     file = Path(path)
     if not file.is_file():
@@ -95,27 +57,9 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Tensor]:
 def match_state(
     model: nn.Module, tensors: Mapping[str, Any], source: str = "the mapping"
 ) -> dict[str, Tensor]:
-    """Match a checkpoint's tensors to a model's parameters and buffers.
+    """Return a checkpoint's tensors in the model's dtypes, each tied one once, by its first name.
 
-    Parameters
-    ----------
-    model : torch.nn.Module
-        The bare module. It is read, never written.
-    tensors : mapping of str to Tensor
-        Prefixes that wrappers add (``"module."``, ``"_orig_mod."``) are dropped. Of a group of tied
-        tensors any one name is enough. Buffers that a model does not save come from the model.
-    source : str
-        Name of the checkpoint for messages.
-
-    Returns
-    -------
-    dict of str to Tensor
-        In the dtypes of the model, each tied tensor once, under its first name.
-
-    Raises
-    ------
-    ValueError
-        If keys are missing or unexpected, shapes differ, or tied names carry different values.
+    Any of its names is enough. Buffers that a model does not save come from the model.
     """
     available = _strip_prefixes(_tensors_of(tensors, source), model)
     saved = set(model.state_dict(keep_vars=True))
@@ -160,17 +104,7 @@ def match_state(
 class ModelState:
     """A model state that several snapshots share: tensors in memory, or a file read when needed.
 
-    Parameters
-    ----------
-    tensors : dict of str to Tensor, optional
-        A frozen state, already matched to the model.
-    path : str, optional
-        A checkpoint file. Its size and modification time are remembered, so that a file that was
-        overwritten later is an error and not a silent change of the measurement.
-    trainable : collection of str
-        All names of the parameters that require gradients now; freezing them later changes nothing.
-    unsaved : dict of str to Tensor, optional
-        Copies of the buffers that a checkpoint does not hold.
+    ``trainable``: all names of what requires gradients now. ``unsaved``: buffers not in a file.
     """
 
     def __init__(
@@ -184,6 +118,7 @@ class ModelState:
         self.trainable = frozenset(trainable)
         self.unsaved = unsaved or {}
         self.path = path
+        # A file overwritten later is an error, not a silent change of the measurement.
         self.stamp = _file_stamp(path) if path is not None else None
 
     @classmethod
@@ -243,8 +178,7 @@ def _unsaved_buffers(model: nn.Module) -> dict[str, Tensor]:
 def tied_groups(model: nn.Module) -> list[tuple[list[str], Tensor]]:
     """Return the names of each parameter and buffer, tied ones together, with its tensor.
 
-    Tied is what is one object, or another view of the same memory
-    (``b.weight.data = a.weight.data``).
+    Tied is what is one object, or another view of the same memory.
     """
     groups: dict[Any, tuple[list[str], Tensor]] = {}
     for named in (

@@ -73,8 +73,6 @@ _IN_FLIGHT = 2.0
 _EXACT_PARAMETER_COPIES = 6
 """The model's own, a gradient with its temporaries, and those of the product along it."""
 
-_FLOAT32_BYTES = 4
-
 _NOISE_COPIES = 5
 """Parameters in float64: their values, two gradients, and the temporaries of a product."""
 
@@ -113,32 +111,9 @@ _DENSE_RATE = 2e10
 
 
 def resolve_max_memory(max_memory: int | str | None, device: torch.device) -> int:
-    """Return the bytes of working memory that a measurement may take.
+    """Return the bytes of working memory that ``max_memory`` allows: a number, or one with a unit.
 
-    Parameters
-    ----------
-    max_memory : int, str or None
-        Bytes, or a number with a unit (``"1GB"``, ``"512 MiB"``); None takes half of what is free
-        on the device.
-    device : torch.device
-
-    Returns
-    -------
-    int
-
-    Raises
-    ------
-    ValueError
-        If it is not positive, or the string is not a size.
-    TypeError
-        If it has another type.
-
-    Examples
-    --------
-    >>> resolve_max_memory("1.5 GB", torch.device("cpu"))
-    1500000000
-    >>> resolve_max_memory(2**20, torch.device("cpu"))
-    1048576
+    None takes half of what is free on the device.
     """
     if max_memory is None:
         return int(FREE_SHARE * _free_bytes(device))
@@ -168,13 +143,7 @@ def parse_bytes(size: int | str) -> int:
 
 
 def format_bytes(size: float) -> str:
-    """Return a size for a message.
-
-    Examples
-    --------
-    >>> format_bytes(1_500_000_000), format_bytes(512)
-    ('1.5 GB', '512 B')
-    """
+    """Return a size for a message: three digits of the largest unit that it fills."""
     for unit in ("GB", "MB", "KB"):
         if size >= _UNITS[unit]:
             return f"{size / _UNITS[unit]:.3g} {unit}"
@@ -191,49 +160,34 @@ def _free_bytes(device: torch.device) -> int:
 
 @dataclass(frozen=True)
 class Footprint:
-    """Sizes of a kernel problem; the same problem always has the same.
-
-    Attributes
-    ----------
-    n_samples, n_slots : int
-        Samples B, and the most entries C of one.
-    n_entries : int
-        Entries of the residual.
-    n_parameters : int
-    itemsize : int
-        Bytes of a number of the products.
-    forward_flops : float
-        Operations of one evaluation of the whole batch.
-    graph_bytes : float
-        What a recorded pass holds for each sample.
-    largest_activation : int
-        Numbers of the largest output of a layer for one sample.
-    n_nodes : int
-        Nodes of the recorded graph, each an operation with its overhead.
-    units : tuple of UnitPlan
-        Layers and their orders of contraction.
-    n_others : int
-        Numbers of the parameters that need the gradients of each sample.
-    """
+    """Sizes of a kernel problem; the same problem always has the same."""
 
     n_samples: int
+    # Entries of the sample that has most.
     n_slots: int
+    # Of the residual.
     n_entries: int
     n_parameters: int
+    # Bytes of a number of the products.
     itemsize: int
+    # Operations of one evaluation of the whole batch.
     forward_flops: float
+    # What a recorded pass holds for each sample.
     graph_bytes: float
+    # Numbers of the largest output of a layer for one sample.
     largest_activation: int
+    # Nodes of the recorded graph, each an operation with its overhead.
     n_nodes: int
+    # Layers and their orders of contraction.
     units: tuple[UnitPlan, ...]
+    # Numbers of the parameters that need the gradients of each sample.
     n_others: int
 
 
 def measure_footprint(evaluation: Evaluation, label_of: LabelOf) -> Footprint:
-    """Record two samples, and scale to the batch what the record holds.
+    """Record two samples, and scale to the batch what the record holds; inside the model's guard.
 
-    A model that does not run on two samples is recorded on the whole batch. To be called inside
-    the model's guard.
+    A model that does not run on two samples is recorded on the whole batch.
     """
     problem = evaluation.problem
     n_few = min(_COUNTED_SAMPLES, problem.n_samples)
@@ -310,47 +264,25 @@ def _count_nodes(output: Tensor) -> int:
 
 @dataclass(frozen=True)
 class ExactPlan:
-    """How an exact kernel is built.
+    """How an exact kernel is built, and what it takes."""
 
-    Attributes
-    ----------
-    chunk_size : int or None
-        Samples recorded at a time; None takes all.
-    layer_bytes : int
-        What the layers may hold until they are contracted.
-    n_groups : int
-        Groups of layers, for each of which the passes are repeated.
-    peak_bytes : int
-        Predicted most memory at a time, the eigenproblem included.
-    kernel_cost : float
-        Predicted seconds of the reference machine for the kernel.
-    cost : float
-        The same with the eigenproblem.
-    """
-
+    # Samples recorded at a time; None takes all.
     chunk_size: int | None
+    # What the layers may hold until they are contracted.
     layer_bytes: int
+    # Groups of layers, for each of which the passes are repeated.
     n_groups: int
+    # Most memory at a time, the eigenproblem included.
     peak_bytes: int
+    # Seconds of the reference machine for the kernel alone, then with the eigenproblem.
     kernel_cost: float
     cost: float
 
 
 def plan_exact(footprint: Footprint, max_bytes: int, chunk_size: int | None = None) -> ExactPlan:
-    """Choose chunks of samples and groups of layers: the cheapest that fit.
+    """Choose chunks of samples and groups of layers: the cheapest that fit in ``max_bytes``.
 
-    Parameters
-    ----------
-    footprint : Footprint
-    max_bytes : int
-        Working memory.
-    chunk_size : int, optional
-        Fixes the samples recorded at a time.
-
-    Returns
-    -------
-    ExactPlan
-        If nothing fits, the plan that takes the least memory: :func:`fits` is then false.
+    ``chunk_size`` fixes the first. If nothing fits, the plan takes the least memory.
     """
     sizes = [chunk_size] if chunk_size is not None else _chunk_sizes(footprint)
     room = int(ROOM * max_bytes)
@@ -387,7 +319,7 @@ def _plan_chunks(footprint: Footprint, max_bytes: int, size: int) -> ExactPlan:
         (_table_bytes(footprint, plan, layer_bytes) for plan in footprint.units), default=0
     )
     eigen = _EIGEN_COPIES * 8 * footprint.n_entries**2
-    noise = _noise_bytes(footprint) if footprint.itemsize == _FLOAT32_BYTES else 0
+    noise = _noise_bytes(footprint) if footprint.itemsize == torch.float32.itemsize else 0
     building = fixed + sums + min(stored, held) + _IN_FLIGHT * max(passing, tables)
     peak = max(building, _ALLOCATOR * max(fixed + 2 * sums, noise), eigen)
     n_chunks = -(-footprint.n_samples // size)
@@ -487,42 +419,22 @@ def _chunk_sizes(footprint: Footprint) -> list[int]:
 
 @dataclass(frozen=True)
 class LanczosPlan:
-    """How a Lanczos run is done.
+    """How a Lanczos run is done, and what it takes."""
 
-    Attributes
-    ----------
-    chunk_size : int or None
-        Samples whose graph is recorded at a time; None keeps the graph of all.
-    peak_bytes : int
-        Predicted most memory at a time.
-    cost : float
-        Predicted seconds of the reference machine.
-    """
-
+    # Samples whose graph is recorded at a time; None keeps the graph of all.
     chunk_size: int | None
+    # Most memory at a time.
     peak_bytes: int
+    # Seconds of the reference machine.
     cost: float
 
 
 def plan_lanczos(
     footprint: Footprint, n_steps: int, max_bytes: int, chunk_size: int | None = None
 ) -> LanczosPlan:
-    """Choose the largest chunks that fit.
+    """Choose the largest chunks that fit in ``max_bytes``, or ``chunk_size`` where it is given.
 
-    Parameters
-    ----------
-    footprint : Footprint
-    n_steps : int
-        Lanczos steps.
-    max_bytes : int
-        Working memory.
-    chunk_size : int, optional
-        Fixes the samples of a chunk.
-
-    Returns
-    -------
-    LanczosPlan
-        If nothing fits, the plan for single samples.
+    If nothing fits, the plan is that for single samples.
     """
     size = footprint.n_samples if chunk_size is None else chunk_size
     while (

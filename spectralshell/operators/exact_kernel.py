@@ -10,7 +10,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from spectralshell.models.function import cast, widen
+from spectralshell.models.function import Parameters, cast, widen
 from spectralshell.models.guard import exclusive, full_precision, quiet_differentiation
 from spectralshell.operators.costs import ExactPlan
 from spectralshell.operators.jacobian.ladder import (
@@ -21,8 +21,9 @@ from spectralshell.operators.jacobian.ladder import (
 from spectralshell.operators.jacobian.linearizations import (
     DoubleReverse,
     ForwardMode,
-    Parameters,
     PullBack,
+    added,
+    inner,
 )
 from spectralshell.operators.kernel_operator import Kernel, KernelOperator
 from spectralshell.operators.layers.assembly import (
@@ -32,9 +33,10 @@ from spectralshell.operators.layers.assembly import (
     StructureError,
     contract_layers,
 )
-from spectralshell.operators.matrix_free import assemble
+from spectralshell.operators.matrix_free import assemble_matrix_free
 from spectralshell.operators.noise import measure_exact_noise
 from spectralshell.operators.problem import Chunk, Evaluation, halve_until_it_fits
+from spectralshell.statuses import COLUMNS_ARE_PRODUCTS, join_statuses
 from spectralshell.warning_categories import KernelWarning
 
 AGREEMENT_TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
@@ -49,12 +51,9 @@ _VANISHING = 100.0
 def verified_kernels(
     evaluation: Evaluation, *, label_of: LabelOf, max_bytes: int, record_size: int | None = None
 ) -> LayerKernels:
-    """Contract the layers, compare with a matrix-free product, and mend what differs.
+    """Contract the layers, compare M v with automatic differentiation, and mend what differs.
 
-    Where a product with a random vector differs from automatic differentiation, each unit is
-    compared by itself; those that differ go through the gradients of each sample, and if that does
-    not help, every column of M becomes a product. A :class:`~spectralshell.warning_categories.
-    KernelWarning` then names the modules.
+    Units that differ go through each sample's gradients, else all columns are products.
     """
     wrong: list[str] = []
     irregular: list[str] = []
@@ -130,7 +129,7 @@ class _Probe:
                     materialize_grads=True,
                 )
             first = last
-            self.gradient = _added(self.gradient, pulled)
+            self.gradient = added(self.gradient, pulled)
 
         return pull
 
@@ -172,8 +171,8 @@ class _Probe:
         """Tell whether a rung's J Jᵀ v passes ⟨u, J Jᵀ v⟩ = ⟨Jᵀu, Jᵀv⟩."""
         u = self._evaluation.problem.draw(len(product))
         pulled = self._pull(u)
-        form, expected = float(widen(u) @ product), _inner(pulled, self.gradient)
-        scale = (_inner(pulled, pulled) * _inner(self.gradient, self.gradient)) ** 0.5
+        form, expected = float(widen(u) @ product), inner(pulled, self.gradient)
+        scale = (inner(pulled, pulled) * inner(self.gradient, self.gradient)) ** 0.5
         return bool(abs(form - expected) <= tolerance * scale)
 
     def _forms_agree(self, matrix: Tensor) -> bool:
@@ -184,10 +183,10 @@ class _Probe:
         for _ in range(_FORMS):
             u, w = (self._evaluation.problem.draw(len(matrix)) for _ in range(2))
             pulled_u, pulled_w = self._pull(u), self._pull(w)
-            scale = (_inner(pulled_u, pulled_u) * _inner(pulled_w, pulled_w)) ** 0.5
+            scale = (inner(pulled_u, pulled_u) * inner(pulled_w, pulled_w)) ** 0.5
             form = float(widen(u) @ widen(matrix @ w))
             tolerance = AGREEMENT_TOLERANCE[matrix.dtype]
-            if not abs(form - _inner(pulled_u, pulled_w)) <= tolerance * scale:
+            if not abs(form - inner(pulled_u, pulled_w)) <= tolerance * scale:
                 return False
         return True
 
@@ -226,7 +225,7 @@ class _Probe:
         total: Parameters = ()
         for entries, chunk in self._chunks:
             plain = PullBack(self._evaluation.vector_function(chunk), function.parameters)
-            total = _added(total, plain.pull(vector[entries]))
+            total = added(total, plain.pull(vector[entries]))
         return total
 
     def _push(self, rung: Callable[..., ForwardMode | DoubleReverse]) -> Tensor:
@@ -241,20 +240,12 @@ class _Probe:
         )
 
 
-def _added(total: Parameters, more: Parameters) -> Parameters:
-    return tuple(a + b for a, b in zip(total, more, strict=True)) if total else tuple(more)
-
-
-def _inner(a: Parameters, b: Parameters) -> float:
-    return sum(float((widen(x) * widen(y)).sum()) for x, y in zip(a, b, strict=True))
-
-
 def _by_products(evaluation: Evaluation, label_of: LabelOf) -> LayerKernels:
     problem = evaluation.problem
     labels: dict[str, list[str]] = {}
     for name in problem.function.names:
         labels.setdefault(label_of(name), []).append(name)
-    with assemble(problem, evaluation.chunk_size) as kernel:
+    with assemble_matrix_free(problem, evaluation.chunk_size) as kernel:
         if len(labels) == 1:
             kernels = dict.fromkeys(labels, kernel.to_dense().to(kernel.dtype))
         else:
@@ -269,7 +260,7 @@ def _by_products(evaluation: Evaluation, label_of: LabelOf) -> LayerKernels:
         n_matvecs=n_matvecs,
         n_probes=n_probes,
         noise=noise,
-        notes=("layers disagree with automatic differentiation: columns are products",),
+        notes=(COLUMNS_ARE_PRODUCTS,),
     )
 
 
@@ -341,27 +332,14 @@ class ExactKernel(Kernel):
         *,
         keep_layers: bool,
     ) -> None:
-        problem = evaluation.problem
+        super().__init__(evaluation, rung=found.rung, chunk_size=chunk_size)
         self._evaluation: Evaluation | None = evaluation
-        self.n = int(evaluation.residual_vector.numel())
-        self.n_rows = evaluation.targets.n_rows
-        self.n_samples = problem.n_samples
-        self.n_parameters = problem.function.n_parameters
-        self.parameter_names = tuple(problem.function.names)
-        self.residual_vector = evaluation.residual_vector
-        self.residual = problem.residual.name
-        self.dynamics_exact = problem.residual.dynamics_exact
-        self.dtype = problem.function.dtype
-        self.device = problem.function.device
-        self.chunk_size = chunk_size
-        self.forward_flops = evaluation.forward_flops
         self.orders = found.orders
-        self.rung = found.rung
         self.n_matvecs = found.n_matvecs
         self.n_probes = found.n_probes
         self.layers = dict(found.kernels) if keep_layers else {}
         self.matrix = found.total()
-        self.status = "; ".join([*problem.notes, *found.notes]) or "ok"
+        self.status = join_statuses([*evaluation.problem.notes, *found.notes])
         self._noise = found.noise
 
     @cached_property
@@ -405,17 +383,7 @@ class ExactKernel(Kernel):
 def assemble_exact(
     evaluation: Evaluation, plan: ExactPlan, *, label_of: LabelOf, keep_layers: bool = False
 ) -> ExactKernel:
-    """Build the exact kernel of an evaluated problem as planned, in smaller chunks if need be.
-
-    Parameters
-    ----------
-    evaluation : Evaluation
-    plan : ExactPlan
-    label_of : callable
-        Label of a parameter.
-    keep_layers : bool
-        Whether to keep the kernels of the labels.
-    """
+    """Build the exact kernel of an evaluated problem as planned, in smaller chunks if need be."""
     problem = evaluation.problem
 
     def build(size: int | None) -> ExactKernel:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from copy import copy
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
@@ -12,11 +13,12 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from spectralshell.models.function import ModelFunction, cast, widen
+from spectralshell.models.function import ModelFunction, Parameters, cast, widen
 from spectralshell.models.guard import exclusive, full_precision
 from spectralshell.operators.jacobian.ladder import blocks_agree, is_out_of_memory, pulls_agree
-from spectralshell.operators.jacobian.linearizations import Linearization, Parameters
-from spectralshell.residuals import Residual
+from spectralshell.operators.jacobian.linearizations import Linearization, added
+from spectralshell.operators.problem import Evaluation
+from spectralshell.statuses import OK
 
 _BLOCK_BYTES = 2**28
 """Parameter tangents that a block may hold."""
@@ -32,11 +34,21 @@ _MAX_BLOCK = 64
 class Kernel(ABC):
     """M = J Jᵀ of one snapshot, a context manager that frees what the products need."""
 
-    n: int
-    n_parameters: int
-    residual: str
-    rung: str
-    dtype: torch.dtype
+    def __init__(self, evaluation: Evaluation, *, rung: str, chunk_size: int | None) -> None:
+        problem, function = evaluation.problem, evaluation.problem.function
+        self.residual_vector = evaluation.residual_vector
+        self.n = int(evaluation.residual_vector.numel())
+        self.n_rows = evaluation.targets.n_rows
+        self.n_samples = problem.n_samples
+        self.n_parameters = function.n_parameters
+        self.parameter_names = tuple(function.names)
+        self.residual = problem.residual.name
+        self.dynamics_exact = problem.residual.dynamics_exact
+        self.rung = rung
+        self.dtype = function.dtype
+        self.device = function.device
+        self.chunk_size = chunk_size
+        self.forward_flops = evaluation.forward_flops
 
     @abstractmethod
     def close(self) -> None:
@@ -68,12 +80,70 @@ class Kernel(ABC):
             )
 
 
-@dataclass
+@dataclass(frozen=True)
 class Part:
     """The entries of one chunk of samples, and how they are differentiated."""
 
     entries: slice
     linearization: Linearization
+
+
+class Jacobian:
+    """J over √N in parts, in the working dtype: products to be taken where it is :meth:`ready`.
+
+    ``reads_model``: a backward pass evaluates the model anew, and has to find its frozen state.
+    """
+
+    def __init__(
+        self, function: ModelFunction, parts: Sequence[Part], *, reads_model: bool = False
+    ) -> None:
+        self._function = function
+        self.parts = tuple(parts)
+        self.reads_model = reads_model
+        self.rung = parts[0].linearization.name
+
+    @contextmanager
+    def ready(self) -> Iterator[None]:
+        """Let products be taken inside: with the model guarded and installed where they need it."""
+        calls_model = any(part.linearization.calls_model for part in self.parts)
+        with exclusive(), full_precision(self._function.device), ExitStack() as stack:
+            if calls_model or self.reads_model:
+                stack.enter_context(self._function.guard())
+            if self.reads_model:
+                stack.enter_context(self._function.installed())
+            yield
+
+    def narrow(self, tensor: Tensor) -> Tensor:
+        """Return an operand in the working dtype, on the device."""
+        return cast(tensor.detach(), self._function.device, self._function.dtype)
+
+    def pull(self, vector: Tensor) -> Parameters:
+        """Return Jᵀv."""
+        total: Parameters = ()
+        for part in self.parts:
+            total = added(total, part.linearization.pull(vector[part.entries]))
+        return total
+
+    def pull_block(self, columns: Tensor) -> Parameters:
+        """Return Jᵀv for each row v of (k, n), stacked along the first dimension."""
+        total: Parameters = ()
+        for part in self.parts:
+            total = added(total, part.linearization.pull_block(columns[:, part.entries]))
+        return total
+
+    def push(self, tangents: Parameters) -> Tensor:
+        """Return J t."""
+        pushed = [part.linearization.push(tangents) for part in self.parts]
+        return pushed[0] if len(pushed) == 1 else torch.cat(pushed)
+
+    def push_block(self, tangents: Parameters) -> Tensor:
+        """Return J t for tangents stacked along the first dimension, as rows (k, n)."""
+        return torch.cat([part.linearization.push_block(tangents) for part in self.parts], dim=1)
+
+    def product(self, vector: Tensor) -> Tensor:
+        """Return J Jᵀ v in float64, from outside."""
+        with self.ready():
+            return widen(self.push(self.pull(self.narrow(vector))))
 
 
 class KernelOperator(Kernel):
@@ -121,42 +191,51 @@ class KernelOperator(Kernel):
 
     def __init__(
         self,
-        function: ModelFunction,
-        parts: list[Part],
-        residual: Residual,
-        n_rows: int,
-        residual_vector: Tensor,
-        values: Tensor,
+        evaluation: Evaluation,
+        jacobian: Jacobian,
+        *,
+        norm: float = 0.0,
+        noise: float = 0.0,
+        refused: Mapping[str, str] | None = None,
+        n_probes: int = 0,
+        status: str = OK,
     ) -> None:
-        self._function = function
-        self.parts = parts
-        self._residual = residual
-        self._values = values
-        self.reads_model = False
+        super().__init__(evaluation, rung=jacobian.rung, chunk_size=evaluation.chunk_size)
+        self._jacobian: Jacobian | None = jacobian
+        self._residual = evaluation.problem.residual
+        self._values = evaluation.values
+        self.norm = norm
+        self.noise = noise
+        self.refused = dict(refused or {})
+        self.status = status
+        self.n_matvecs = 0
+        self.n_probes = n_probes
         self.blocks_work: bool | None = None
         self.pull_blocks_work: bool | None = None
-        self.residual_vector = residual_vector
-        self.n = int(residual_vector.numel())
-        self.n_rows = n_rows
-        self.n_samples = 0
-        self.n_parameters = function.n_parameters
-        self.parameter_names = tuple(function.names)
-        self.rung = parts[0].linearization.name
-        self.refused: dict[str, str] = {}
-        self.dtype = function.dtype
-        self.device = function.device
-        self.residual = residual.name
-        self.dynamics_exact = residual.dynamics_exact
-        self.chunk_size: int | None = None
-        self.forward_flops = 0.0
-        self.noise = 0.0
-        self.norm = 0.0
-        self.n_matvecs = 0
-        self.n_probes = 0
         self.matrix_from: int | None = None
         self._build_matrix: Callable[[], Tensor] | None = None
         self._matrix: Tensor | None = None
-        self.status = "ok"
+
+    def with_matrix(self, matrix_from: int, build: Callable[[], Tensor]) -> Self:
+        """Return this kernel with M as a matrix, built when needed, for blocks of some columns on.
+
+        Parameters
+        ----------
+        matrix_from : int
+            Columns from which a block is multiplied with the matrix.
+        build : callable
+            Gives M in ``dtype``.
+        """
+        other = copy(self)
+        other.matrix_from, other._build_matrix, other._matrix = matrix_from, build, None
+        return other
+
+    @property
+    def jacobian(self) -> Jacobian:
+        """What the products are made of; an error when closed."""
+        if self._jacobian is None:
+            raise ValueError("this KernelOperator was closed; build it again.")
+        return self._jacobian
 
     def matvec(self, vector: Tensor) -> Tensor:
         """Return M v.
@@ -175,9 +254,10 @@ class KernelOperator(Kernel):
         ValueError
             If the shape is wrong, or the operator was closed.
         """
+        jacobian = self.jacobian
         self._check_rows(vector, 1)
         self.n_matvecs += 1
-        return self.product(vector)
+        return jacobian.product(vector)
 
     def matmat(self, block: Tensor) -> Tensor:
         """Return M V for a block V of shape (n, k), in float64.
@@ -188,18 +268,20 @@ class KernelOperator(Kernel):
         the operations of a forward pass and the number of parameters alone. That a block and its
         columns agree is checked once. When memory runs out, the block is halved.
         """
+        jacobian = self.jacobian
         self._check_rows(block, 2)
         self.n_matvecs += int(block.shape[1])
         if self.matrix_from is not None and block.shape[1] >= self.matrix_from:
             with full_precision(self.device):
-                return widen(self._as_matrix() @ self._narrow(block))
+                return widen(self._as_matrix() @ jacobian.narrow(block))
         return self._multiply(block)
 
     def rmatvec(self, vector: Tensor) -> Parameters:
         """Return Jᵀu as tensors in the shapes of the parameters, in ``dtype``."""
+        jacobian = self.jacobian
         self._check_rows(vector, 1)
-        with self._ready():
-            return self.pull(self._narrow(vector))
+        with jacobian.ready():
+            return jacobian.pull(jacobian.narrow(vector))
 
     def rmatmat(self, block: Tensor) -> Iterator[tuple[slice, Parameters]]:
         """Yield JᵀU for U of shape (n, k), a range of columns at a time.
@@ -211,13 +293,14 @@ class KernelOperator(Kernel):
         tangents : tuple of Tensor
             Stacked along the first dimension, in ``dtype``.
         """
+        jacobian = self.jacobian
         self._check_rows(block, 2)
-        columns = self._narrow(block).T
+        columns = jacobian.narrow(block).T
         start, size = 0, self._stack_size()
         while start < len(columns):
             part = columns[start : start + size]
             try:
-                with self._ready():
+                with jacobian.ready():
                     pulled = self._pull_columns(part)
             except Exception as error:
                 if not is_out_of_memory(error) or size == 1:
@@ -229,9 +312,9 @@ class KernelOperator(Kernel):
 
     def jvp(self, tangents: Sequence[Tensor]) -> Tensor:
         """Return J t in float64, shape (n,), for a tangent as :meth:`rmatvec` returns it."""
-        self._check_open()
-        with self._ready():
-            return widen(self.push(tuple(map(self._narrow, tangents))))
+        jacobian = self.jacobian
+        with jacobian.ready():
+            return widen(jacobian.push(tuple(map(jacobian.narrow, tangents))))
 
     def velocity(self) -> Parameters:
         """Return the parameter velocity dθ/dτ that the residual goes with (design table)."""
@@ -263,14 +346,9 @@ class KernelOperator(Kernel):
             columns.append(self._multiply(block))
         return torch.cat(columns, dim=1)
 
-    def offer_matrix(self, matrix_from: int, build: Callable[[], Tensor]) -> None:
-        """Let blocks of at least ``matrix_from`` columns use M as a matrix, built when needed."""
-        self.matrix_from = matrix_from
-        self._build_matrix = build
-
     def close(self) -> None:
         """Free the recorded graphs; products are errors afterwards."""
-        self.parts = []
+        self._jacobian = None
         self.forget_matrix()
         self._build_matrix = None
 
@@ -278,29 +356,12 @@ class KernelOperator(Kernel):
         """Free the matrix that wide blocks are multiplied with; the next one builds it again."""
         self._matrix = None
 
-    def product(self, vector: Tensor) -> Tensor:
-        """Return M v as :meth:`matvec` does, without counting it: for probes."""
-        with self._ready():
-            return widen(self.push(self.pull(self._narrow(vector))))
-
-    def pull(self, vector: Tensor) -> Parameters:
-        """Return Jᵀv in the working dtype; where the model is called, inside its guard."""
-        total: Parameters | None = None
-        for part in self.parts:
-            pulled = part.linearization.pull(vector[part.entries])
-            total = pulled if total is None else _added(total, pulled)
-        return total or ()
-
-    def push(self, tangents: Parameters) -> Tensor:
-        """Return J t in the working dtype; where the model is called, inside its guard."""
-        pushed = [part.linearization.push(tangents) for part in self.parts]
-        return pushed[0] if len(pushed) == 1 else torch.cat(pushed)
-
     def _multiply(self, block: Tensor) -> Tensor:
         if block.shape[1] == 0:
             return self.residual_vector.new_zeros(self.n, 0)
-        with self._ready():
-            product = self._apply_blockwise(self._narrow(block).T)
+        jacobian = self.jacobian
+        with jacobian.ready():
+            product = self._apply_blockwise(jacobian.narrow(block).T)
             return widen(product.T.contiguous())
 
     def _as_matrix(self) -> Tensor:
@@ -311,48 +372,37 @@ class KernelOperator(Kernel):
         return self._matrix
 
     def _apply_blockwise(self, columns: Tensor) -> Tensor:
+        jacobian = self.jacobian
         size = self._block_size()
         while True:
             try:
                 if columns.shape[0] > 1 and size > 1 and self._can_use_blocks(columns):
-                    blocks = [self._apply_block(part) for part in torch.split(columns, size)]
-                    return torch.cat(blocks)
-                return torch.stack([self.push(self.pull(column)) for column in columns])
+                    pieces = torch.split(columns, size)
+                    return torch.cat([jacobian.push_block(jacobian.pull_block(p)) for p in pieces])
+                return torch.stack([jacobian.push(jacobian.pull(column)) for column in columns])
             except Exception as error:
                 if not is_out_of_memory(error) or size == 1:
                     raise
                 size //= 2
 
-    def _apply_block(self, columns: Tensor) -> Tensor:
-        total = self._pull_block(columns)
-        pushed = [part.linearization.push_block(total) for part in self.parts]
-        return torch.cat(pushed, dim=1)
-
     def _pull_columns(self, columns: Tensor) -> Parameters:
         size = self._block_size()
         if len(columns) > 1 and size > 1 and self._can_pull_blocks(columns):
-            pieces = [self._pull_block(part) for part in torch.split(columns, size)]
+            pieces = map(self.jacobian.pull_block, torch.split(columns, size))
             return tuple(map(torch.cat, zip(*pieces, strict=True)))
-        singles = [self.pull(column) for column in columns]
+        singles = map(self.jacobian.pull, columns)
         return tuple(map(torch.stack, zip(*singles, strict=True)))
-
-    def _pull_block(self, columns: Tensor) -> Parameters:
-        total: Parameters | None = None
-        for part in self.parts:
-            pulled = part.linearization.pull_block(columns[:, part.entries])
-            total = pulled if total is None else _added(total, pulled)
-        return total or ()
 
     def _can_pull_blocks(self, columns: Tensor) -> bool:
         if self.pull_blocks_work is None:
-            part = self.parts[0]
+            part = self.jacobian.parts[0]
             self.pull_blocks_work = pulls_agree(part.linearization, columns[:2, part.entries])
             self.n_probes += 2
         return self.pull_blocks_work
 
     def _can_use_blocks(self, columns: Tensor) -> bool:
         if self.blocks_work is None:
-            part = self.parts[0]
+            part = self.jacobian.parts[0]
             self.blocks_work = blocks_agree(part.linearization, columns[:2, part.entries])
             self.n_probes += 2
         return self.blocks_work
@@ -364,29 +414,3 @@ class KernelOperator(Kernel):
     def _stack_size(self) -> int:
         per_column = (self.n_parameters + self.n) * self.dtype.itemsize
         return max(1, min(_MAX_BLOCK, _BLOCK_BYTES // max(1, per_column)))
-
-    @contextmanager
-    def _ready(self) -> Iterator[None]:
-        """Let products be taken inside: with the model guarded and installed where they need it."""
-        calls_model = any(part.linearization.calls_model for part in self.parts)
-        with exclusive(), full_precision(self.device), ExitStack() as stack:
-            if calls_model or self.reads_model:
-                stack.enter_context(self._function.guard())
-            if self.reads_model:
-                stack.enter_context(self._function.installed())
-            yield
-
-    def _narrow(self, vector: Tensor) -> Tensor:
-        return cast(vector.detach(), self.device, self.dtype)
-
-    def _check_rows(self, tensor: Tensor, ndim: int) -> None:
-        self._check_open()
-        super()._check_rows(tensor, ndim)
-
-    def _check_open(self) -> None:
-        if not self.parts:
-            raise ValueError("this KernelOperator was closed; build it again.")
-
-
-def _added(a: Parameters, b: Parameters) -> Parameters:
-    return tuple(x + y for x, y in zip(a, b, strict=True))

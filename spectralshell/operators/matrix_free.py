@@ -2,54 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
 
-import torch
-from torch import Tensor
-
-from spectralshell.models.guard import exclusive
 from spectralshell.operators.jacobian.faults import name_offending_module
 from spectralshell.operators.jacobian.ladder import Climb, DifferentiationError, climb
-from spectralshell.operators.kernel_operator import KernelOperator, Part
-from spectralshell.operators.noise import DoubleReference, backward_reads_model, measure_noise
-from spectralshell.operators.problem import (
-    Evaluation,
-    KernelProblem,
-    halve_until_it_fits,
-    pose_problem,
-)
-
-if TYPE_CHECKING:
-    from spectralshell.snapshots import Snapshot
+from spectralshell.operators.kernel_operator import Jacobian, KernelOperator, Part
+from spectralshell.operators.noise import Rounding, backward_reads_model, measure_rounding
+from spectralshell.operators.problem import Evaluation, KernelProblem, halve_until_it_fits
+from spectralshell.statuses import join_statuses, smaller_chunks
 
 
-def assemble_kernel(
-    snapshot: Snapshot,
-    *,
-    residual: str | Callable[[Tensor, Any], Tensor] = "mse",
-    parameters: Any = None,
-    chunk_size: int | None = None,
-    device: str | torch.device = "auto",
-    dtype: str | torch.dtype | None = None,
-    generator: torch.Generator | None = None,
-    rungs: Sequence[str] | None = None,
-) -> KernelOperator:
-    """Build a kernel that multiplies alone; ``rungs`` restricts the ladder, for tests of a rung."""
-    with exclusive():
-        problem = pose_problem(
-            snapshot,
-            residual=residual,
-            parameters=parameters,
-            chunk_size=chunk_size,
-            device=device,
-            dtype=dtype,
-            generator=generator,
-        )
-        return assemble(problem, problem.chunk_size, rungs=rungs)
-
-
-def assemble(
+def assemble_matrix_free(
     problem: KernelProblem,
     size: int | None,
     *,
@@ -57,61 +20,35 @@ def assemble(
     rungs: Sequence[str] | None = None,
     measured: bool = True,
 ) -> KernelOperator:
-    """Build the matrix-free kernel of a problem in chunks of ``size`` samples, or smaller ones.
+    """Build the kernel in chunks of ``size`` samples (None is all at once), or smaller ones.
 
-    Parameters
-    ----------
-    problem : KernelProblem
-    size : int or None
-        Samples of a chunk; None takes all at once.
-    evaluation : Evaluation, optional
-        Of the same problem, in chunks of ``size``.
-    rungs : sequence of str, optional
-        Restricts the ladder, for tests of a rung.
-    measured : bool, default=True
-        Whether to measure the norm and the noise, which takes about nine products.
+    An ``evaluation`` in such chunks is not repeated; measuring norm and noise takes nine products.
     """
 
-    def build(size: int | None) -> KernelOperator:
-        known = evaluation is not None and evaluation.chunk_size == size
-        taken = evaluation if known and evaluation else problem.evaluate(size)
-        return _assemble(taken, rungs, measured=measured)
-
-    kernel: KernelOperator
-    kernel, fitting = halve_until_it_fits(problem, size, build)
-    notes = list(problem.notes)
-    if fitting != size:
-        notes.append(f"memory ran out: computed in chunks of {fitting} samples")
-    if notes:
-        kernel.status = "; ".join(notes)
-    return kernel
-
-
-def _assemble(
-    evaluation: Evaluation, rungs: Sequence[str] | None, *, measured: bool
-) -> KernelOperator:
-    problem = evaluation.problem
-    function = problem.function
-
-    with function.guard(), function.installed():
-        parts, steps = _differentiate(evaluation, rungs)
-        kernel = KernelOperator(
-            function,
-            parts,
-            problem.residual,
-            evaluation.targets.n_rows,
-            evaluation.residual_vector,
-            evaluation.values,
+    def build(fitting: int | None) -> KernelOperator:
+        known = evaluation is not None and evaluation.chunk_size == fitting
+        taken = evaluation if known and evaluation else problem.evaluate(fitting)
+        notes = problem.notes if fitting == size else (*problem.notes, smaller_chunks(fitting))
+        with problem.function.guard(), problem.function.installed():
+            parts, steps = _differentiate(taken, rungs)
+            jacobian = Jacobian(
+                problem.function,
+                parts,
+                reads_model=backward_reads_model(taken, parts),
+            )
+            rounding = measure_rounding(jacobian, taken) if measured else Rounding()
+        return KernelOperator(
+            taken,
+            jacobian,
+            norm=rounding.norm,
+            noise=rounding.noise,
+            refused={name: why for step in steps for name, why in step.refused.items()},
+            n_probes=sum(step.n_probes for step in steps) + rounding.n_probes,
+            status=join_statuses(notes),
         )
-        kernel.refused = {name: why for step in steps for name, why in step.refused.items()}
-        kernel.n_probes = sum(step.n_probes for step in steps)
-        kernel.n_samples = problem.n_samples
-        kernel.chunk_size = evaluation.chunk_size
-        kernel.forward_flops = evaluation.forward_flops
-        kernel.reads_model = backward_reads_model(kernel, function, problem.draw)
-        if measured:
-            measure_noise(kernel, problem.draw, DoubleReference(kernel, evaluation))
-        return kernel
+
+    kernel: KernelOperator = halve_until_it_fits(problem, size, build)[0]
+    return kernel
 
 
 def _differentiate(

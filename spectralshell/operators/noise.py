@@ -1,10 +1,10 @@
-"""How exact a kernel is: its products and entries against float64."""
+"""Rounding errors of kernels: their products and entries against float64."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
+from dataclasses import dataclass
 from math import ceil
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -18,24 +18,24 @@ from spectralshell.operators.jacobian.linearizations import (
     Streamed,
     VectorFunction,
 )
-from spectralshell.operators.kernel_operator import KernelOperator, Part
+from spectralshell.operators.kernel_operator import Jacobian, Part
 from spectralshell.operators.layers.assembly import entry_samples
 from spectralshell.operators.problem import Evaluation
 
 NOISE_FLOOR = {torch.float64: 4e-15, torch.float32: 6e-7}
 """Least relative rounding error that is claimed."""
 
-NOISE_LIMIT = {torch.float64: 1e-8, torch.float32: 1e-3}
+_NOISE_LIMIT = {torch.float64: 1e-8, torch.float32: 1e-3}
 """Above this, products are not those of one symmetric matrix."""
 
 _NOISE_MARGIN = 2.0
 """A few steps of the power method underestimate the norm of the error."""
 
+_NORM_STEPS = 5
+
 _ERROR_STEPS = 3
 """From the largest mode and a random vector on: two fall short of the norm by more than the margin
 where the error lies in outputs that the largest mode does not reach, three by a factor of 1.3."""
-
-_NORM_STEPS = 5
 
 _WHOLE_FLOPS = 1e9
 """Operations of a forward pass up to which all samples are compared: convolutions in float64 are
@@ -44,91 +44,75 @@ ten times slower than in float32."""
 _FEWEST_SAMPLES = 8
 
 NOISE_SAMPLES = 4
-"""Samples whose entries are compared."""
+"""Samples of which a matrix is compared."""
 
-_NOISE_STEPS = 2
-
-
-class Reference(Protocol):
-    """A kernel in float64 to compare with."""
-
-    def build(self, image: Tensor) -> tuple[Tensor, KernelOperator]:
-        """Return the entries compared, by the sizes of a product's, and their kernel."""
+_MATRIX_ERROR_STEPS = 2
 
 
-def measure_noise(
-    kernel: KernelOperator,
-    draw: Callable[[int], Tensor],
-    reference: Reference,
-) -> None:
-    """Estimate ``kernel.norm`` and ``kernel.noise``; raise where products are not one matrix's.
+@dataclass(frozen=True)
+class Rounding:
+    """‖M‖ from below, the norm of its products' error relative to it, and products spent."""
 
-    ValueError is raised if they are not those of a symmetric linear map.
+    norm: float = 0.0
+    noise: float = 0.0
+    n_probes: int = 0
 
-    Compares M(w/3) with M w/3, whose roundings differ, and ⟨u, M w⟩ with ⟨w, M u⟩; a float32
-    kernel also with products in float64, which show the rounding of the activations. Cost: six
-    products, for float32 three more, and three in float64, of large models on some samples.
 
-    Parameters
-    ----------
-    kernel : KernelOperator
-    draw : callable
-        Gives a random vector of a length.
-    reference : Reference
-        The same kernel in float64, whole or on some samples; built for a float32 kernel.
+def measure_rounding(jacobian: Jacobian, evaluation: Evaluation) -> Rounding:
+    """Compare M(w/3) with M w/3 and ⟨u, M w⟩ with ⟨w, M u⟩; float32 products also with float64.
+
+    Cost: six products; for float32 three more, and three in float64, of large models on a part.
     """
-    kernel.noise = NOISE_FLOOR[kernel.dtype]
-    if kernel.device.type == "meta":
-        return
-    u = draw(kernel.n).to(kernel.residual_vector)
+    problem, dtype = evaluation.problem, evaluation.problem.function.dtype
+    floor = NOISE_FLOOR[dtype]
+    if problem.function.device.type == "meta":
+        return Rounding(noise=floor)
+    u = problem.draw(evaluation.residual_vector.numel()).to(evaluation.residual_vector)
     u = u / u.norm()
-    image_u = kernel.product(u)
-    kernel.n_probes += 1
+    image_u = jacobian.product(u)
     norm_u = float(image_u.norm())
     if norm_u == 0.0:
-        return
+        return Rounding(noise=floor, n_probes=1)
     # A step of the power method: the noise is relative to the largest eigenvalue.
     w = image_u / norm_u
-    image_w = kernel.product(w)
-    scaled = 3.0 * kernel.product(w / 3.0)
-    kernel.n_probes += 2
+    image_w = jacobian.product(w)
+    scaled = 3.0 * jacobian.product(w / 3.0)
+    n_probes = 3
     largest, mode, image = max(float(image_w.norm()), norm_u), w, image_w
     for _ in range(_NORM_STEPS - 2):
         if not 0.0 < float(image.norm()) < float("inf"):
             break
         mode = image / image.norm()
-        image = kernel.product(mode)
-        kernel.n_probes += 1
+        image = jacobian.product(mode)
+        n_probes += 1
         largest = max(largest, float(image.norm()))
-    kernel.norm = largest
     linear = float((image_w - scaled).norm()) / largest
     symmetric = abs(float(u @ image_w) - float(w @ image_u)) / largest
     defect = max(linear, symmetric)
-    if not defect <= NOISE_LIMIT[kernel.dtype]:
+    if not defect <= _NOISE_LIMIT[dtype]:
         raise ValueError(
             f"model: products with its kernel are not repeatable and symmetric (relative defect "
             f"{defect:.1e}); it may hold randomness, change its state when differentiated, or "
             "lower the precision inside, by autocast or a cast of its own."
         )
-    if kernel.dtype == torch.float32 and kernel.device.type != "mps":
-        defect = max(defect, _error_norm(kernel, mode + u, image_w, reference) / largest)
-    kernel.noise = max(kernel.noise, _NOISE_MARGIN * defect)
+    if dtype == torch.float32 and problem.function.device.type != "mps":
+        error, n_compared = _error_norm(jacobian, evaluation, mode + u, image_w)
+        defect, n_probes = max(defect, error / largest), n_probes + n_compared
+    return Rounding(largest, max(floor, _NOISE_MARGIN * defect), n_probes)
 
 
 def _error_norm(
-    kernel: KernelOperator, start: Tensor, image: Tensor, reference: Reference
-) -> float:
-    """Estimate the norm of the kernel's error, from below, by steps of the power method on it.
+    jacobian: Jacobian, evaluation: Evaluation, start: Tensor, image: Tensor
+) -> tuple[float, int]:
+    """Estimate the norm of M's error from below, by the power method; return products spent too.
 
-    M = J Jᵀ is wrong by δJ Jᵀ + J δJᵀ, where J is largest: the steps begin at the largest mode, and
-    at a random vector, for outputs that the mode does not reach. Where the reference has some
-    samples, they are those with the largest entries in ``image``, a product of the kernel, and the
-    norm is taken to grow to all as their number does: at most, as rounding goes with the entries.
+    M = J Jᵀ is wrong by δJ Jᵀ + J δJᵀ, where J is largest: ``start`` holds the largest mode.
     """
-    norm = 0.0
+    norm, n_probes = 0.0, 0
     try:
-        entries, exact = reference.build(image)
-        growth = kernel.n / len(entries)
+        entries, exact = _in_double(jacobian, evaluation, image)
+        # Rounding goes with the entries: the norm grows to all samples at most as their number.
+        growth = len(start) / len(entries)
         vector = start[entries]
         for _ in range(_ERROR_STEPS):
             size = float(vector.norm())
@@ -137,30 +121,59 @@ def _error_norm(
             vector = vector / size
             whole = torch.zeros_like(start)
             whole[entries] = vector
-            vector = kernel.product(whole)[entries] - exact.product(vector)
-            kernel.n_probes += 2
+            vector = jacobian.product(whole)[entries] - exact.product(vector)
+            n_probes += 2
             norm = max(norm, growth * float(vector.norm()))
     except (RuntimeError, TypeError, ValueError, MemoryError):
         # Some models fix their dtype inside, and memory may not reach: the other probes remain.
-        return norm
-    return norm
+        pass
+    return norm, n_probes
 
 
-def backward_reads_model(
-    kernel: KernelOperator, function: ModelFunction, draw: Callable[[int], Tensor]
-) -> bool:
-    """Tell whether a backward pass reads the model's parameters anew, as checkpointing does.
+def _in_double(
+    jacobian: Jacobian, evaluation: Evaluation, image: Tensor
+) -> tuple[Tensor, Jacobian]:
+    """Return J in float64 of all samples, or those that are largest in a product, and its rows."""
+    problem = evaluation.problem
+    function = problem.function.in_double()
+    # Storing a push-forward would cost more than the three products it is used for.
+    rung = DoubleReverse if jacobian.rung.startswith("double-vjp") else ForwardMode
 
-    Then products have to carry the frozen state through the backward pass too. Found by putting
-    NaN in the place of the parameters during one.
+    def linearize(vector: VectorFunction) -> Linearization:
+        if evaluation.chunk_size is None:
+            return rung(vector, function.parameters)
+        return Streamed(rung, vector, function.parameters)
+
+    share = _WHOLE_FLOPS / max(evaluation.forward_flops, 1.0)
+    n_few = max(_FEWEST_SAMPLES, ceil(share * problem.n_samples))
+    if n_few >= problem.n_samples:
+        entries = torch.arange(len(image), device=image.device)
+        labelled = [chunk for chunk in evaluation.chunks() if evaluation.count_entries(chunk)]
+        parts = [
+            Part(part.entries, linearize(evaluation.vector_function(chunk, function)))
+            for part, chunk in zip(jacobian.parts, labelled, strict=True)
+        ]
+    else:
+        chosen, entries = _largest_samples(evaluation, image.square(), n_few)
+        vector = _joined(evaluation, chosen, function)
+        parts = [Part(slice(0, len(entries)), linearize(vector))]
+    return entries, Jacobian(function, parts, reads_model=jacobian.reads_model)
+
+
+def backward_reads_model(evaluation: Evaluation, parts: Sequence[Part]) -> bool:
+    """Tell whether a backward pass reads the parameters anew, as checkpointing does.
+
+    Then products carry the frozen state through it too. Found by NaN in place of the parameters.
     """
-    if kernel.device.type == "meta":
+    function = evaluation.problem.function
+    if function.device.type == "meta":
         return False
-    vector = draw(kernel.n)
-    expected = kernel.pull(vector)
+    jacobian = Jacobian(function, parts)
+    vector = evaluation.problem.draw(evaluation.residual_vector.numel())
+    expected = jacobian.pull(vector)
     try:
         with function.poisoned():
-            found = kernel.pull(vector)
+            found = jacobian.pull(vector)
     except RuntimeError:  # the recomputed graph did not match the recorded one
         return True
     return any(
@@ -169,86 +182,10 @@ def backward_reads_model(
     )
 
 
-class DoubleReference:
-    """Builds the reference of :func:`~spectralshell.operators.noise.measure_noise`.
-
-    Parameters
-    ----------
-    kernel : KernelOperator
-        In float32.
-    evaluation : Evaluation
-        That it was built from.
-    """
-
-    def __init__(self, kernel: KernelOperator, evaluation: Evaluation) -> None:
-        self._kernel = kernel
-        self._evaluation = evaluation
-
-    def build(self, image: Tensor) -> tuple[Tensor, KernelOperator]:
-        """Return the entries of the samples compared, and their kernel in float64."""
-        evaluation = self._evaluation
-        function = evaluation.problem.function.in_double()
-        n_samples = evaluation.problem.n_samples
-        share = _WHOLE_FLOPS / max(evaluation.forward_flops, 1.0)
-        n_few = max(_FEWEST_SAMPLES, ceil(share * n_samples))
-        if n_few >= n_samples:
-            everything = torch.arange(self._kernel.n, device=image.device)
-            return everything, self._operator(function, self._whole(function))
-        samples = entry_samples(evaluation).to(image.device)
-        sizes = image.new_zeros(n_samples).index_add_(0, samples, image.square())
-        chosen = sizes.topk(n_few).indices.sort().values
-        entries = torch.isin(samples, chosen).nonzero().reshape(-1)
-        vector = _joined([self._of(sample, function) for sample in chosen.tolist()])
-        part = Part(slice(0, len(entries)), self._linearize(vector, function))
-        return entries, self._operator(function, [part])
-
-    def _whole(self, function: ModelFunction) -> list[Part]:
-        labelled = [
-            chunk for chunk in self._evaluation.chunks() if self._evaluation.count_entries(chunk)
-        ]
-        return [
-            Part(
-                part.entries,
-                self._linearize(self._evaluation.vector_function(chunk, function), function),
-            )
-            for part, chunk in zip(self._kernel.parts, labelled, strict=True)
-        ]
-
-    def _of(self, sample: int, function: ModelFunction) -> VectorFunction:
-        return self._evaluation.vector_function(self._evaluation.take(sample, sample + 1), function)
-
-    def _linearize(self, vector: VectorFunction, function: ModelFunction) -> Linearization:
-        # Storing a push-forward would cost more than the three products it is used for.
-        rung = DoubleReverse if self._kernel.rung.startswith("double-vjp") else ForwardMode
-        if self._kernel.chunk_size is None:
-            return rung(vector, function.parameters)
-        return Streamed(rung, vector, function.parameters)
-
-    def _operator(self, function: ModelFunction, parts: list[Part]) -> KernelOperator:
-        kernel = self._kernel
-        vector = kernel.residual_vector
-        reference = KernelOperator(
-            function, parts, self._evaluation.problem.residual, kernel.n_rows, vector, vector
-        )
-        reference.reads_model = kernel.reads_model
-        return reference
-
-
-def _joined(pieces: list[VectorFunction]) -> VectorFunction:
-    """Return one function of all samples, so that the parameters' gradients are held once."""
-
-    def vector(*parameters: Tensor) -> Tensor:
-        return torch.cat([piece(*parameters) for piece in pieces])
-
-    return vector
-
-
 def measure_exact_noise(evaluation: Evaluation, matrix: Tensor) -> float:
-    """Return the norm of the rounding error of a kernel, relative to its norm.
+    """Return the norm of a matrix's rounding error over its norm, from a few samples' block.
 
-    The block of the samples with the largest share of the trace is compared with float64 products,
-    by steps of the power method on the difference. Rounding goes with the entries, so the norm is
-    taken to grow to the whole matrix as the trace does.
+    Samples are those with the largest share of the trace, and the norm grows to all as it does.
     """
     floor = NOISE_FLOOR[matrix.dtype]
     function = evaluation.problem.function
@@ -258,13 +195,10 @@ def measure_exact_noise(evaluation: Evaluation, matrix: Tensor) -> float:
     largest, trace = spectral_norm(matrix), float(diagonal.sum())
     if largest == 0.0:
         return floor
-    samples = entry_samples(evaluation).to(diagonal.device)
-    shares = diagonal.new_zeros(evaluation.problem.n_samples).index_add_(0, samples, diagonal)
-    chosen = shares.topk(min(NOISE_SAMPLES, len(shares))).indices.sort().values
-    entries = torch.isin(samples, chosen).nonzero().reshape(-1)
+    chosen, entries = _largest_samples(evaluation, diagonal, NOISE_SAMPLES)
     block = widen(matrix[entries[:, None], entries])
     try:
-        norm = _difference_norm(evaluation, chosen.tolist(), block)
+        norm = _difference_norm(evaluation, chosen, block)
     except (RuntimeError, TypeError, ValueError, MemoryError):
         # Some models fix their dtype inside, and memory may not reach: the floor remains.
         return floor
@@ -272,10 +206,38 @@ def measure_exact_noise(evaluation: Evaluation, matrix: Tensor) -> float:
     return max(floor, _NOISE_MARGIN * growth * norm / largest)
 
 
-def _difference_norm(evaluation: Evaluation, samples: list[int], block: Tensor) -> float:
+def _difference_norm(evaluation: Evaluation, samples: Sequence[int], block: Tensor) -> float:
     """Estimate the norm of a block's error, from below, against products in float64."""
     function = evaluation.problem.function.in_double()
-    start = widen(evaluation.problem.draw(len(block)))
+    vector = widen(evaluation.problem.draw(len(block)))
+    norm = 0.0
+    with function.guard(), function.installed():
+        exact = DoubleReverse(_joined(evaluation, samples, function), function.parameters)
+        for _ in range(_MATRIX_ERROR_STEPS):
+            vector = vector / vector.norm()
+            vector = block @ vector - exact.push(exact.pull(vector))
+            size = float(vector.norm())
+            norm = max(norm, size)
+            if size == 0.0:
+                break
+    return norm
+
+
+def _largest_samples(
+    evaluation: Evaluation, weights: Tensor, n_few: int
+) -> tuple[list[int], Tensor]:
+    """Return the samples whose entries weigh most, in their order, and their entries' places."""
+    samples = entry_samples(evaluation).to(weights.device)
+    n_samples = evaluation.problem.n_samples
+    sizes = weights.new_zeros(n_samples).index_add_(0, samples, weights)
+    chosen = sizes.topk(min(n_few, n_samples)).indices.sort().values
+    return chosen.tolist(), torch.isin(samples, chosen).nonzero().reshape(-1)
+
+
+def _joined(
+    evaluation: Evaluation, samples: Sequence[int], function: ModelFunction
+) -> VectorFunction:
+    """Return one function of some samples, so that the parameters' gradients are held once."""
     chunks = [evaluation.take(sample, sample + 1) for sample in samples]
     pieces = [
         evaluation.vector_function(chunk, function)
@@ -283,21 +245,10 @@ def _difference_norm(evaluation: Evaluation, samples: list[int], block: Tensor) 
         if evaluation.count_entries(chunk)
     ]
 
-    with function.guard(), function.installed():
-        # One function of all samples, so that the parameters' gradients are held once.
-        exact = DoubleReverse(
-            lambda *parameters: torch.cat([piece(*parameters) for piece in pieces]),
-            function.parameters,
-        )
-        norm, vector = 0.0, start
-        for _ in range(_NOISE_STEPS):
-            vector = vector / vector.norm()
-            difference = block @ vector - exact.push(exact.pull(vector))
-            size = float(difference.norm())
-            norm, vector = max(norm, size), difference
-            if size == 0.0:
-                break
-        return norm
+    def vector(*parameters: Tensor) -> Tensor:
+        return torch.cat([piece(*parameters) for piece in pieces])
+
+    return vector
 
 
 def spectral_norm(matrix: Tensor) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,14 +24,13 @@ from spectralshell.operators.jacobian.ladder import is_out_of_memory
 from spectralshell.operators.jacobian.linearizations import VectorFunction
 from spectralshell.parameter_checks import check_integer
 from spectralshell.residuals import Residual, Targets, resolve_residual
+from spectralshell.statuses import measured_in
 
 if TYPE_CHECKING:
     from spectralshell.snapshots import Snapshot
 
 
 _DTYPES = {"float32": torch.float32, "float64": torch.float64}
-
-_FLOAT32_BYTES = 4
 
 REPEAT_TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
 """Relative difference of two evaluations: above what unordered sums on a GPU give."""
@@ -44,15 +43,7 @@ _CHUNK_TOLERANCE = 1e-10
 
 
 def resolve_device(device: str | torch.device, model: nn.Module) -> torch.device:
-    """Return the device to compute on; ``"auto"`` is where the model's parameters are.
-
-    Raises
-    ------
-    ValueError
-        If the device is unknown or not available, or the model's parameters lie on several.
-    TypeError
-        If ``device`` is neither a string nor a torch.device.
-    """
+    """Return the device to compute on; ``"auto"`` is where the model's parameters are."""
     if isinstance(device, torch.device):
         return _available(device)
     if not isinstance(device, str):
@@ -86,19 +77,25 @@ def _available(device: torch.device) -> torch.device:
     return device
 
 
-def resolve_dtype(
+def resolve_dtype(dtype: Any) -> torch.dtype | None:
+    """Return the number type that a parameter ``dtype`` stands for, None for the model's own."""
+    if dtype is None:
+        return None
+    chosen = _DTYPES.get(str(dtype).removeprefix("torch."))
+    if chosen is None:
+        raise ValueError(
+            f"dtype must be None, 'float32' or 'float64', got {dtype!r}; half precision cannot "
+            "resolve a spectrum."
+        )
+    return chosen
+
+
+def _working_dtype(
     dtype: Any, state: Mapping[str, Tensor], device: torch.device
-) -> tuple[torch.dtype, list[str]]:
+) -> tuple[torch.dtype, tuple[str, ...]]:
     """Return the dtype of products, and what the status should say about it.
 
     None takes the widest floating dtype in the state, at least float32.
-
-    Raises
-    ------
-    ValueError
-        If ``dtype`` is another than float32 and float64, or float64 is missing on the device.
-    TypeError
-        If the state holds complex numbers.
     """
     complex_names = [name for name, tensor in state.items() if tensor.is_complex()]
     if complex_names:
@@ -106,21 +103,15 @@ def resolve_dtype(
             f"model: {complex_names[0]!r} is complex; kernels are defined for real parameters."
         )
     own = {tensor.dtype for tensor in state.values() if tensor.is_floating_point()}
-    if dtype is not None:
-        chosen = _DTYPES.get(str(dtype).removeprefix("torch."))
-        if chosen is None:
-            raise ValueError(f"dtype must be None, 'float32' or 'float64', got {dtype!r}.")
-        if chosen is torch.float64 and device.type == "mps":
-            raise ValueError("dtype='float64' does not exist on this device; use 'float32'.")
-        return chosen, _precision_notes(own, chosen)
-    if torch.float64 in own and device.type != "mps":
-        return torch.float64, []
-    return torch.float32, _precision_notes(own, torch.float32)
-
-
-def _precision_notes(own: set[torch.dtype], chosen: torch.dtype) -> list[str]:
+    chosen = resolve_dtype(dtype)
+    if chosen is torch.float64 and device.type == "mps":
+        raise ValueError("dtype='float64' does not exist on this device; use 'float32'.")
+    if chosen is None:
+        if torch.float64 in own and device.type != "mps":
+            return torch.float64, ()
+        chosen = torch.float32
     half = sorted(_short(d) for d in own & {torch.float16, torch.bfloat16})
-    return [f"{', '.join(half)} model measured in {_short(chosen)}"] if half else []
+    return chosen, (measured_in(", ".join(half), _short(chosen)),) if half else ()
 
 
 def _short(dtype: torch.dtype) -> str:
@@ -157,32 +148,9 @@ def check_finite_inputs(inputs: Any) -> None:
 def evaluate(
     function: ModelFunction, inputs: Any, n_samples: int, size: int | None
 ) -> tuple[Tensor, float]:
-    """Evaluate a model twice, by chunks, and check what comes back.
+    """Return outputs, samples first, and operations of an evaluation in chunks, which is checked.
 
-    The second time the chunks begin elsewhere, so that every sample has other company.
-
-    Parameters
-    ----------
-    function : ModelFunction
-    inputs : object
-        Of the whole batch, on the device.
-    n_samples : int
-    size : int or None
-        Samples per chunk; None takes all at once.
-
-    Returns
-    -------
-    outputs : Tensor
-        Samples first.
-    forward_flops : float
-        Operations that matrix products and convolutions of one evaluation take, by shape.
-
-    Raises
-    ------
-    ValueError
-        If the model fails, its outputs are not finite, have no sample dimension, differ between
-        two evaluations (the message names the module where that starts), or depend on the other
-        samples of a chunk.
+    The second time chunks begin elsewhere, so that every sample has other company.
     """
     bounds = chunk_bounds(n_samples, size)
     with FlopCounterMode(display=False) as counter:
@@ -192,7 +160,7 @@ def evaluate(
         raise ValueError(
             f"model: the outputs have dtype {outputs.dtype}; a kernel needs floating ones."
         )
-    if function.dtype.itemsize > outputs.dtype.itemsize and outputs.dtype.itemsize < _FLOAT32_BYTES:
+    if outputs.dtype.itemsize < min(function.dtype.itemsize, torch.float32.itemsize):
         raise ValueError(
             f"model: the outputs have dtype {outputs.dtype} although weights and inputs are "
             f"{function.dtype}: the model lowers the precision inside, by autocast or a cast of "
@@ -306,13 +274,7 @@ def _evaluate_part(function: ModelFunction, inputs: Any, n_samples: int) -> Tens
 
 @dataclass(frozen=True)
 class Chunk:
-    """Some samples: inputs and targets on the device, and the model's outputs.
-
-    Attributes
-    ----------
-    samples : slice
-        Which ones.
-    """
+    """Some samples: inputs and targets on the device, and the model's outputs."""
 
     samples: slice
     inputs: Any
@@ -322,43 +284,24 @@ class Chunk:
 
 @dataclass(frozen=True)
 class KernelProblem:
-    """What a kernel is built from, whichever way; made by :func:`pose_problem`.
-
-    Attributes
-    ----------
-    function : ModelFunction
-    residual : Residual
-    inputs : object
-        Of the whole batch, on the device.
-    targets : Any
-        As the user gave them.
-    n_samples : int
-    chunk_size : int or None
-        As asked for; None where one chunk holds all samples.
-    draw : callable
-        ``draw(n)`` gives a random vector in the working dtype on the device.
-    notes : list of str
-        What the status should say.
-    """
+    """What a kernel is built from, whichever way; made by :func:`pose_problem`."""
 
     function: ModelFunction
     residual: Residual
+    # Of the whole batch, on the device.
     inputs: Any
+    # As the user gave them.
     targets: Any
     n_samples: int
+    # As asked for; None where one chunk holds all samples.
     chunk_size: int | None
+    # Gives a random vector of a length, in the working dtype on the device.
     draw: Callable[[int], Tensor]
-    notes: list[str] = field(default_factory=list)
+    # What the status should say.
+    notes: tuple[str, ...] = ()
 
     def evaluate(self, size: int | None) -> Evaluation:
-        """Evaluate the model in chunks of ``size`` samples, twice, and check what comes back.
-
-        Raises
-        ------
-        ValueError
-            If model, data and residual do not fit, something is not finite or not repeatable, or
-            samples depend on each other and cannot be taken in chunks.
-        """
+        """Evaluate the model in chunks of ``size`` samples, twice, and check what comes back."""
         function, residual = self.function, self.residual
         with function.guard():
             outputs, flops = evaluate(function, self.inputs, self.n_samples, size)
@@ -372,30 +315,19 @@ class KernelProblem:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """A problem with the model's outputs on the whole batch.
-
-    Attributes
-    ----------
-    problem : KernelProblem
-    chunk_size : int or None
-        Samples of a chunk; None takes all at once.
-    outputs : Tensor
-        Samples first.
-    targets : Targets
-    residual_vector : Tensor of float64, shape (n,)
-        e / √N.
-    values : Tensor
-        What J differentiates, without 1/√N.
-    flops : float
-        Operations of matrix products and convolutions in one evaluation.
-    """
+    """A problem with the model's outputs on the whole batch."""
 
     problem: KernelProblem
+    # Samples of a chunk; None takes all at once.
     chunk_size: int | None
+    # Samples first.
     outputs: Tensor
     targets: Targets
+    # e / √N in float64.
     residual_vector: Tensor
+    # What J differentiates, without 1/√N.
     values: Tensor
+    # Operations of matrix products and convolutions in one evaluation.
     flops: float
 
     @property
@@ -424,13 +356,7 @@ class Evaluation:
         return Chunk(slice(start, stop), inputs, targets, self.outputs[start:stop])
 
     def moved(self, parameters: Parameters) -> Evaluation:
-        """Evaluate the problem at other values of the parameters, once: its checks were made here.
-
-        Raises
-        ------
-        ValueError
-            If the outputs there are not finite.
-        """
+        """Evaluate the problem at other values of the parameters, once: it was checked here."""
         problem = replace(self.problem, function=self.problem.function.at(parameters))
         function, bounds = problem.function, chunk_bounds(problem.n_samples, self.chunk_size)
         with function.guard():
@@ -452,11 +378,7 @@ class Evaluation:
     ) -> VectorFunction:
         """Return what J differentiates, over √N, as a vector function of the parameters.
 
-        Parameters
-        ----------
-        chunk : Chunk
-        function : ModelFunction, optional
-            The model in another dtype; by default the problem's.
+        ``function`` is the model in another dtype; by default the problem's.
         """
         model = function or self.problem.function
         residual, scale = self.problem.residual, self.scale
@@ -481,15 +403,9 @@ def pose_problem(
     dtype: str | torch.dtype | None = None,
     generator: torch.Generator | None = None,
 ) -> KernelProblem:
-    """Check the arguments of a kernel and move the snapshot to the device.
+    """Check the arguments of a kernel (as ``build_kernel``), and move the snapshot to the device.
 
-    To be called where the model may be touched. The parameters are those of
-    :func:`~spectralshell.operators.build_kernel`.
-
-    Raises
-    ------
-    ValueError, TypeError
-        If an argument is not usable, the snapshot has changed, or its state is not finite.
+    To be called where the model may be touched.
     """
     resolved = resolve_residual(residual)
     if chunk_size is not None:
@@ -501,7 +417,7 @@ def pose_problem(
     trainable = {name for name, _ in snapshot.model.named_parameters()}
     check_finite_state(state, trainable)
     check_finite_inputs(snapshot.inputs)
-    working, notes = resolve_dtype(dtype, state, where)
+    working, notes = _working_dtype(dtype, state, where)
     function = ModelFunction(snapshot.model, state, names, where, working)
     inputs = map_tensors(lambda t: cast(t.detach(), where, working), snapshot.inputs)
     whole = chunk_size is None or chunk_size >= snapshot.n_samples
@@ -520,18 +436,9 @@ def pose_problem(
 def halve_until_it_fits(
     problem: KernelProblem, size: int | None, build: Callable[[int | None], Any]
 ) -> tuple[Any, int | None]:
-    """Call ``build(size)`` with smaller and smaller chunks until memory suffices.
+    """Return ``build(size)`` with the size halved until memory suffices, and that size.
 
-    Returns
-    -------
-    built : object
-    size : int or None
-        Samples of a chunk in the end.
-
-    Raises
-    ------
-    MemoryError
-        If a single sample does not fit.
+    None is all samples; MemoryError where a single one does not fit.
     """
     while True:
         try:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil
 from typing import TYPE_CHECKING, Any
 
@@ -23,8 +23,9 @@ from spectralshell.operators.costs import (
 from spectralshell.operators.exact_kernel import ExactKernel, assemble_exact
 from spectralshell.operators.kernel_operator import KernelOperator
 from spectralshell.operators.layers.units import resolve_layers
-from spectralshell.operators.matrix_free import assemble
+from spectralshell.operators.matrix_free import assemble_matrix_free
 from spectralshell.operators.problem import Evaluation, halve_until_it_fits, pose_problem
+from spectralshell.statuses import smaller_chunks
 
 if TYPE_CHECKING:
     from spectralshell.snapshots import Snapshot
@@ -36,13 +37,7 @@ _BLOCKS_EXPECTED = 4
 
 @dataclass(frozen=True)
 class KernelSurvey:
-    """An evaluated problem and its footprint, from which either kernel is built.
-
-    Attributes
-    ----------
-    evaluation : Evaluation
-    footprint : Footprint
-    """
+    """An evaluated problem and its footprint, from which either kernel is built."""
 
     evaluation: Evaluation
     footprint: Footprint
@@ -53,23 +48,20 @@ class KernelSurvey:
         return self.evaluation.problem.function.device
 
     def build_matrix_free(self, chunk_size: int | None) -> KernelOperator:
-        """Build the kernel that multiplies, in chunks of samples.
+        """Build the kernel that multiplies, in chunks of samples; wide blocks by the matrix.
 
-        Wide blocks are multiplied with the matrix, if half of the free memory holds it and building
-        it costs less than a few such blocks of products.
+        If half of the free memory holds it, and it costs less than a few such blocks of products.
         """
         with exclusive():
             problem = self.evaluation.problem
-            kernel = assemble(problem, chunk_size, evaluation=self.evaluation)
+            kernel = assemble_matrix_free(problem, chunk_size, evaluation=self.evaluation)
         budget = resolve_max_memory(None, self.device)
         plan = plan_exact(self.footprint, budget, problem.chunk_size)
-        if fits(plan.peak_bytes, budget):
-            product = product_cost(self.footprint, kernel.chunk_size)
-            kernel.offer_matrix(
-                max(2, ceil(plan.kernel_cost / (_BLOCKS_EXPECTED * product))),
-                lambda: self.build_exact(plan).matrix,
-            )
-        return kernel
+        if not fits(plan.peak_bytes, budget):
+            return kernel
+        product = product_cost(self.footprint, kernel.chunk_size)
+        matrix_from = max(2, ceil(plan.kernel_cost / (_BLOCKS_EXPECTED * product)))
+        return kernel.with_matrix(matrix_from, lambda: self.build_exact(plan).matrix)
 
     def build_exact(
         self,
@@ -96,13 +88,8 @@ def survey_kernel(
     dtype: str | torch.dtype | None = None,
     generator: torch.Generator | None = None,
 ) -> KernelSurvey:
-    """Evaluate a snapshot and count what its kernel costs.
+    """Evaluate a snapshot, with the parameters of ``build_exact_kernel``, and count its costs.
 
-    The parameters and exceptions are those of
-    :func:`~spectralshell.operators.build_exact_kernel`.
-
-    Notes
-    -----
     Cost: two evaluations of the model on the batch, and a recorded one on two samples.
     """
     with exclusive():
@@ -119,7 +106,8 @@ def survey_kernel(
         evaluation: Evaluation
         evaluation, size = halve_until_it_fits(problem, problem.chunk_size, problem.evaluate)
         if size != problem.chunk_size:
-            problem.notes.append(f"memory ran out: computed in chunks of {size} samples")
+            noted = replace(problem, notes=(*problem.notes, smaller_chunks(size)))
+            evaluation = replace(evaluation, problem=noted)
         with problem.function.guard(), problem.function.installed():
             footprint = measure_footprint(evaluation, label_of)
         return KernelSurvey(evaluation, footprint)

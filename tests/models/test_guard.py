@@ -8,9 +8,9 @@ from torch import nn
 
 from spectralshell.operators import build_exact_kernel, survey_motion
 from spectralshell.operators.build import build_kernel
-from spectralshell.operators.matrix_free import assemble_kernel
 from spectralshell.snapshots import Snapshot, make_snapshots
 from tests.fingerprints import model_fingerprint
+from tests.zoo import build_on_rungs
 
 X = torch.linspace(-1, 1, 24, dtype=torch.float64).reshape(6, 4)
 Y = torch.linspace(1, -1, 18, dtype=torch.float64).reshape(6, 3)
@@ -29,7 +29,7 @@ def test_threads_take_turns_with_a_model():
 
     def work(snapshot):
         # Forward mode calls the model in every product.
-        kernel = assemble_kernel(snapshot, rungs=["jvp"])
+        kernel = build_on_rungs(snapshot, rungs=["jvp"])
         return kernel.to_dense(), Snapshot(model, X, Y).load_state()["0.weight"]
 
     expected = [work(snapshot) for snapshot in snapshots]
@@ -114,9 +114,9 @@ def test_tensor_attributes_are_put_back():
 def test_autocast_of_the_caller_does_not_reach_inside(rung):
     model = network(nn.Tanh()).float()
     snapshot = Snapshot(model, X.float(), Y.float())
-    expected = assemble_kernel(snapshot, rungs=[rung]).to_dense()
+    expected = build_on_rungs(snapshot, rungs=[rung]).to_dense()
     with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(assemble_kernel(snapshot, rungs=[rung]).to_dense(), expected)
+        assert torch.equal(build_on_rungs(snapshot, rungs=[rung]).to_dense(), expected)
 
 
 def test_autocast_of_the_caller_does_not_reach_matrices():
@@ -125,7 +125,7 @@ def test_autocast_of_the_caller_does_not_reach_matrices():
 
     def measure():
         exact, free = build_exact_kernel(snapshot, layers="parameter"), build_kernel(snapshot)
-        free.offer_matrix(2, lambda: exact.matrix)
+        free = free.with_matrix(2, lambda: exact.matrix)
         with survey_motion(snapshot) as motion:
             direction = motion.direction("gradient-flow")
             ways = ("exact", "difference")
@@ -168,7 +168,7 @@ def test_half_precision_is_told(dtype):
 def test_sparse_embeddings_give_dense_gradients():
     model = nn.Sequential(nn.Embedding(5, 4, sparse=True), nn.Linear(4, 3)).double()
     snapshot = Snapshot(model, torch.tensor([0, 2, 4]), Y[:3])
-    found = [assemble_kernel(snapshot, rungs=[r]).to_dense() for r in ("linearize", "double-vjp")]
+    found = [build_on_rungs(snapshot, rungs=[r]).to_dense() for r in ("linearize", "double-vjp")]
     torch.testing.assert_close(*found, rtol=EXACT, atol=EXACT)
     assert model[0].sparse
 

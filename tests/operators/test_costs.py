@@ -5,7 +5,7 @@ import psutil
 import pytest
 import torch
 
-from spectralshell.operators.costs import FREE_SHARE, resolve_max_memory
+from spectralshell.operators.costs import FREE_SHARE, format_bytes, resolve_max_memory
 
 CPU = torch.device("cpu")
 
@@ -26,6 +26,13 @@ CPU = torch.device("cpu")
 )
 def test_sizes(size, expected):
     assert resolve_max_memory(size, CPU) == expected
+
+
+@pytest.mark.parametrize(
+    ("size", "text"), [(1_500_000_000, "1.5 GB"), (2.5e6, "2.5 MB"), (1000, "1 KB"), (512, "512 B")]
+)
+def test_sizes_in_messages(size, text):
+    assert format_bytes(size) == text
 
 
 @pytest.mark.parametrize("size", [0, -5, "0GB", "0.1 B"])

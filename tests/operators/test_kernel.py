@@ -4,13 +4,13 @@ import pytest
 import torch
 
 from spectralshell.operators import build_kernel
-from spectralshell.operators.matrix_free import assemble_kernel
 from spectralshell.snapshots import Snapshot
 from tests.zoo import (
     CASES,
     CASES_BY_NAME,
     RESIDUALS,
     build_model,
+    build_on_rungs,
     dense_reference,
     make_inputs,
     make_snapshot,
@@ -38,7 +38,7 @@ def relative(a: torch.Tensor, b: torch.Tensor) -> float:
 def test_products_equal_the_dense_kernel(case, kind, dtype):
     snapshot = make_snapshot(case, kind, dtype)
     reference = dense_reference(snapshot.model, snapshot.inputs, snapshot.targets, kind)
-    kernel = assemble_kernel(snapshot, residual=RESIDUALS[kind], rungs=LADDER_OF.get(kind))
+    kernel = build_on_rungs(snapshot, residual=RESIDUALS[kind], rungs=LADDER_OF.get(kind))
     block = torch.randn(kernel.n, 3, generator=torch.Generator().manual_seed(1)).double()
     expected = reference["kernel"] @ block
     assert relative(kernel.matmat(block), expected) < TOLERANCE[dtype]
@@ -55,7 +55,7 @@ def test_products_equal_the_dense_kernel(case, kind, dtype):
 def test_every_rung_gives_the_same_kernel(name, rung):
     snapshot = make_snapshot(CASES_BY_NAME[name], "brier")
     reference = dense_reference(snapshot.model, snapshot.inputs, snapshot.targets, "brier")
-    kernel = assemble_kernel(snapshot, residual="brier", rungs=[rung])
+    kernel = build_on_rungs(snapshot, residual="brier", rungs=[rung])
     assert kernel.rung == rung
     assert relative(kernel.to_dense(), reference["kernel"]) < TOLERANCE[torch.float64]
 
@@ -228,7 +228,7 @@ def test_a_kernel_survives_training_of_the_model():
         with torch.no_grad():
             for parameter in snapshot.model.parameters():
                 parameter.mul_(0.5)
-        assert kernel.reads_model is (name == "checkpointed")
+        assert kernel.jacobian.reads_model is (name == "checkpointed")
         assert relative(kernel.to_dense(), before) < 1e-14
 
 
@@ -251,7 +251,7 @@ def test_operands_of_another_length_are_named():
 def test_noise_covers_the_error_of_the_products(name, kind, dtype):
     snapshot = make_snapshot(CASES_BY_NAME[name], kind, dtype)
     reference = dense_reference(snapshot.model, snapshot.inputs, snapshot.targets, kind)["kernel"]
-    kernel = assemble_kernel(snapshot, residual=RESIDUALS[kind], rungs=["double-vjp"])
+    kernel = build_on_rungs(snapshot, residual=RESIDUALS[kind], rungs=["double-vjp"])
     assert kernel.noise >= {torch.float64: 4e-15, torch.float32: 6e-7}[dtype]
     error = torch.linalg.matrix_norm(kernel.to_dense() - reference, 2)
     assert float(error / torch.linalg.matrix_norm(reference, 2)) <= kernel.noise

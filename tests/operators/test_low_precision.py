@@ -4,7 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from spectralshell.operators import build_kernel
+from spectralshell import ShellEnergyEstimator
+from spectralshell.measurements.settings import measurement_config
+from spectralshell.operators import build_exact_kernel, build_kernel
 from spectralshell.snapshots import Snapshot
 
 X = torch.linspace(-1, 1, 24).reshape(6, 4)
@@ -33,3 +35,39 @@ def test_compiled_modules_are_refused():
     for model in (scripted, nn.Sequential(scripted)):
         with pytest.raises(TypeError, match=r"compiled by torch\.jit"):
             Snapshot(model, X, torch.zeros(6, 3))
+
+
+@pytest.mark.parametrize(
+    ("spelled", "dtype"),
+    [
+        ("float32", torch.float32),
+        ("torch.float32", torch.float32),
+        (torch.float32, torch.float32),
+        ("float64", torch.float64),
+        ("torch.float64", torch.float64),
+        (torch.float64, torch.float64),
+        (None, None),
+    ],
+)
+def test_a_dtype_is_spelled_the_same_everywhere(spelled, dtype):
+    snapshot = Snapshot(nn.Linear(4, 3), X, torch.zeros(6, 3))
+    for build in (build_kernel, build_exact_kernel):
+        assert build(snapshot, dtype=spelled).dtype == (dtype or torch.float32)
+    estimator = ShellEnergyEstimator(dtype=spelled)
+    assert measurement_config(estimator).dtype == dtype
+    assert estimator.fit([snapshot]).n_shells_ > 0
+
+
+@pytest.mark.parametrize("dtype", ["float16", "torch.bfloat16", torch.float16, "double", 64, float])
+def test_another_dtype_is_one_error_everywhere(dtype):
+    snapshot = Snapshot(nn.Linear(4, 3), X, torch.zeros(6, 3))
+    texts = set()
+    for act in (
+        lambda: build_kernel(snapshot, dtype=dtype),
+        lambda: build_exact_kernel(snapshot, dtype=dtype),
+        lambda: ShellEnergyEstimator(dtype=dtype).fit([snapshot]),
+    ):
+        with pytest.raises(ValueError, match="dtype must be None, 'float32' or 'float64'") as found:
+            act()
+        texts.add(str(found.value))
+    assert len(texts) == 1

@@ -5,8 +5,7 @@ import torch
 
 from spectralshell.krylov.recurrence import lanczos_recurrence
 from spectralshell.operators.build import build_kernel
-from spectralshell.operators.matrix_free import assemble_kernel
-from tests.zoo import CASES, CASES_BY_NAME, RESIDUALS, make_snapshot
+from tests.zoo import CASES, CASES_BY_NAME, RESIDUALS, build_on_rungs, make_snapshot
 
 
 @pytest.mark.parametrize(
@@ -16,7 +15,7 @@ from tests.zoo import CASES, CASES_BY_NAME, RESIDUALS, make_snapshot
 def test_products_run_without_values(case, kind):
     snapshot = make_snapshot(case, kind)
     rungs = None if kind == "mse" else ["double-vjp"]
-    kernel = assemble_kernel(snapshot, residual=RESIDUALS[kind], device="meta", rungs=rungs)
+    kernel = build_on_rungs(snapshot, residual=RESIDUALS[kind], device="meta", rungs=rungs)
     vector = kernel.residual_vector
     for _ in range(3):
         vector = kernel.matvec(vector) / vector.norm()

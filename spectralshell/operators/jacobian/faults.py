@@ -20,12 +20,9 @@ def name_offending_module(
     *,
     attempt: Callable[..., object] = climb,
 ) -> str:
-    """Name the innermost module that cannot be differentiated alone.
+    """Name the innermost module for which ``attempt`` raises DifferentiationError, children first.
 
-    ``attempt`` raises DifferentiationError where it cannot; by default, every rung was refused.
-
-    Each module is differentiated alone, with respect to its parameters and its floating inputs at
-    the place where the model calls it, children before parents.
+    Each is differentiated alone by its parameters and floating inputs, where the model calls it.
     """
     calls: list[tuple[str, nn.Module, Any]] = []
 

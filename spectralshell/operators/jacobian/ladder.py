@@ -8,18 +8,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from spectralshell.models.function import widen
+from spectralshell.models.function import Parameters, widen
 from spectralshell.operators.jacobian.linearizations import (
     RUNGS,
     STREAMED_RUNGS,
     Linearization,
-    Parameters,
     PullBack,
     Streamed,
     VectorFunction,
+    inner,
 )
 
-GATE_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
+ACCEPTANCE_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
 """Largest |⟨u, M v⟩ − ⟨Jᵀu, Jᵀv⟩| / (‖Jᵀu‖ ‖Jᵀv‖): a hundred times the rounding of deep models."""
 
 BLOCK_TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4}
@@ -49,38 +49,9 @@ def climb(
     streamed: bool = False,
     rungs: Sequence[str] | None = None,
 ) -> Climb:
-    """Try the rungs in order; return the first that agrees with plain reverse mode.
+    """Return the first rung that agrees with plain reverse mode; ``streamed`` keeps no graphs.
 
-    A rung can be wrong without an exception: double reverse mode through a function that is
-    differentiable once only is, and symmetrically so. Each is therefore tested by
-    ⟨u, M v⟩ = ⟨Jᵀu, Jᵀv⟩, the right side by plain reverse mode, on random u and v, and again after
-    further products, which must not change it.
-
-    Parameters
-    ----------
-    function : callable
-        Maps parameter tensors to a vector.
-    parameters : tuple of Tensor
-    names : list of str
-        Names of the parameters, for messages.
-    draw : callable
-        ``draw(n)`` gives a random vector in the working dtype on the device.
-    streamed : bool
-        Whether graphs may not be kept.
-    rungs : sequence of str, optional
-        Names of the rungs to try; by default all.
-
-    Raises
-    ------
-    DifferentiationError
-        If none passes; ``args[0]`` lists the reasons.
-    ValueError
-        If the output does not depend on the parameters.
-
-    Notes
-    -----
-    Cost: two reverse passes and three products for each rung tried. On the meta device there are no
-    values to compare, and the first rung that runs is taken.
+    Cost: two reverse passes, and three products a rung. On the meta device, the first that runs.
     """
     plain = PullBack(function, parameters)
     check_depends(plain.output)
@@ -95,13 +66,13 @@ def climb(
             candidate = (
                 Streamed(rung, function, parameters) if streamed else rung(function, parameters)
             )
-            defect = _gate_defect(candidate, u, v, pulled_u, pulled_v)
+            defect = _acceptance_defect(candidate, u, v, pulled_u, pulled_v)
         except Exception as error:  # any failure inside torch sends us to the next rung
             if is_out_of_memory(error):
                 raise
             refused[name] = f"{type(error).__name__}: {first_line(error)}"
             continue
-        if defect is None or defect <= GATE_TOLERANCE[u.dtype]:
+        if defect is None or defect <= ACCEPTANCE_TOLERANCE[u.dtype]:
             return Climb(candidate, name, refused, n_probes=3 * (len(refused) + 1))
         refused[name] = f"its products are wrong (relative defect {defect:.1e})"
     raise DifferentiationError("; ".join(f"{name}: {why}" for name, why in refused.items()))
@@ -139,8 +110,8 @@ def pulls_agree(linearization: PullBack, block: Tensor) -> bool:
     if block.is_meta:
         return True
     difference = tuple(a - b for a, b in zip(together, apart, strict=True))
-    scale = float(_inner(apart, apart).sqrt())
-    return float(_inner(difference, difference).sqrt()) <= BLOCK_TOLERANCE[block.dtype] * scale
+    tolerance = BLOCK_TOLERANCE[block.dtype]
+    return inner(difference, difference) <= tolerance**2 * inner(apart, apart)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -177,9 +148,11 @@ def check_finite_gradient(names: list[str], gradient: Parameters) -> None:
             )
 
 
-def _gate_defect(
+def _acceptance_defect(
     candidate: Linearization, u: Tensor, v: Tensor, pulled_u: Parameters, pulled_v: Parameters
 ) -> float | None:
+    # A rung can be wrong without an exception: double reverse mode through a function that is
+    # differentiable once only is, and symmetrically so. So ⟨u, M v⟩ = ⟨Jᵀu, Jᵀv⟩ is asked.
     # A map may change with use, by writing to its own constants: the first pair is asked for again
     # at the end, from a pull-back of the candidate's own. All rungs share the plain one.
     products = [(u, candidate.push(pulled_v)), (v, candidate.push(pulled_u))]
@@ -189,16 +162,11 @@ def _gate_defect(
             raise ValueError(f"the product has shape {tuple(product.shape)}, not {tuple(a.shape)}")
     if u.is_meta:
         return None
-    scale = float((_inner(pulled_u, pulled_u) * _inner(pulled_v, pulled_v)).sqrt())
-    expected = _inner(pulled_u, pulled_v)
-    defects = [abs(float(widen(a) @ widen(product) - expected)) for a, product in products]
+    scale = (inner(pulled_u, pulled_u) * inner(pulled_v, pulled_v)) ** 0.5
+    expected = inner(pulled_u, pulled_v)
+    defects = [abs(float(widen(a) @ widen(product)) - expected) for a, product in products]
     worst = max(defects) if all(d < float("inf") for d in defects) else float("inf")
     return worst / scale if scale > 0.0 else worst
-
-
-def _inner(a: Parameters, b: Parameters) -> Tensor:
-    terms = [(widen(x) * widen(y)).sum() for x, y in zip(a, b, strict=True)]
-    return torch.stack(terms).sum()
 
 
 def first_line(error: BaseException) -> str:

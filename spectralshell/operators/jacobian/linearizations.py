@@ -14,24 +14,15 @@ import torch
 from torch import Tensor
 from torch.func import jvp, vmap
 
+from spectralshell.models.function import Parameters, widen
 from spectralshell.models.guard import quiet_differentiation
 from spectralshell.operators.jacobian.tapes import Tape
-
-Parameters = tuple[Tensor, ...]
 
 VectorFunction = Callable[..., Tensor]
 
 
 class PullBack:
-    """Jᵀ along a recorded graph, by plain reverse mode: what every rung is tested against.
-
-    Parameters
-    ----------
-    function : callable
-        Maps the parameter tensors to a vector (n,).
-    parameters : tuple of Tensor
-        The point at which to differentiate.
-    """
+    """Jᵀ at a point along a recorded graph, by plain reverse mode: rungs are tested against it."""
 
     def __init__(self, function: VectorFunction, parameters: Parameters) -> None:
         self.function = function
@@ -99,8 +90,7 @@ class Linearization(PullBack, ABC):
 class LinearizedForward(Linearization):
     """Rung 1: forward mode once, on tape; a push-forward replays what depends on the tangent.
 
-    The tape takes one jvp to make, where ``torch.func.linearize`` takes seconds to trace, and
-    holds what the tangents meet, not what the model computes.
+    It takes one jvp to make, where ``torch.func.linearize`` takes seconds to trace.
     """
 
     name = "linearize"
@@ -210,3 +200,14 @@ RUNGS: dict[str, type[Linearization]] = {
 
 STREAMED_RUNGS = ("jvp", "double-vjp")
 """Order for chunks: tracing a tangent map anew for each product would cost more than it saves."""
+
+
+def added(total: Parameters, more: Parameters) -> Parameters:
+    """Return the sum of two tangents; nothing yet counts as zero."""
+    return tuple(a + b for a, b in zip(total, more, strict=True)) if total else tuple(more)
+
+
+def inner(a: Parameters, b: Parameters) -> float:
+    """Return the inner product of two tangents, in float64."""
+    terms = [(widen(x) * widen(y)).sum() for x, y in zip(a, b, strict=True)]
+    return float(torch.stack(terms).sum())

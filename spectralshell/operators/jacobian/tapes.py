@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 from torch.utils.weak import WeakIdKeyDictionary
 
-Parameters = tuple[Tensor, ...]
+from spectralshell.models.function import Parameters
 
 _SHAPE_QUESTIONS = frozenset(
     {torch.ops.aten.is_same_size.default, torch.ops.aten._has_same_storage_numel.default}
@@ -76,25 +76,9 @@ class _Step:
 
 
 class Tape:
-    """A linear map of tensors, recorded while it was computed once.
+    """A linear map of tensors, recorded while ``compute`` mapped some tangents once.
 
-    Parameters
-    ----------
-    compute : callable
-        Maps tangents to a tensor, linearly.
-    tangents : tuple of Tensor
-        Any values; the tape does not keep them.
-
-    Raises
-    ------
-    TapeError
-        If a value of a tangent is looked at, a tangent is written into a constant, an argument is
-        overwritten, or the result does not depend on the tangents.
-
-    Notes
-    -----
-    Cost: one run of ``compute``. Memory: the constants that its linear part needs, of which those
-    that are overwritten afterwards are copied.
+    TapeError where it looks at values of a tangent, writes one into a constant, or does not use it.
     """
 
     def __init__(self, compute: Callable[..., Tensor], tangents: Parameters) -> None:
@@ -152,8 +136,7 @@ class Tape:
 class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Keeps what depends on the tangents, by the storage of what an operation reads and writes.
 
-    References to tensors and storages are weak: what autograd would free while it runs is freed
-    here too, and no address is taken for another's.
+    References are weak: what autograd would free is freed, and no address is taken for another's.
     """
 
     def __init__(self, tangents: Parameters) -> None:

@@ -36,21 +36,9 @@ SLICES = 8
 def add_sample_gradients(
     total: KernelSum, record: RecordSample, sizes: Sequence[int], max_bytes: int
 ) -> None:
-    """Add J Jᵀ of some parameters, each sample alone, one backward pass for each entry.
+    """Add J Jᵀ of some parameters of ``sizes``, one sample and one entry at a time.
 
-    Parameters
-    ----------
-    total : KernelSum
-    record : callable
-        Evaluates one sample, and returns its entries, their slots, and the leaves that count.
-    sizes : sequence of int
-        Numbers of each leaf.
-    max_bytes : int
-        For the table of gradients; columns are taken in turns where it does not suffice.
-
-    Notes
-    -----
-    Cost: n backward passes of one sample for each turn, and n² p / 2 multiplications.
+    Columns are taken in turns of ``max_bytes``: each costs n backward passes, and all n² p / 2.
     """
     layout = total.layout
     width = max(1, max_bytes // (layout.n * layout.itemsize))
@@ -109,31 +97,20 @@ class UnitPlan:
 
 @dataclass(frozen=True)
 class LayerKernels:
-    """Kernels by label, and how they were found.
-
-    Attributes
-    ----------
-    kernels : dict of str to Tensor, each of shape (n, n)
-    orders : dict of str to str
-        Order of contraction by name of the first parameter; ``"samples"`` for per-sample gradients.
-    units : tuple of tuples of str
-        The parameters that were contracted together.
-    rung : str
-    n_matvecs, n_probes : int
-        Products behind the kernels, and products spent on checks.
-    noise : float or None
-        Relative rounding error, where it is known.
-    notes : tuple of str
-        What the status should say.
-    """
+    """Kernels by label, and how they were found."""
 
     kernels: dict[str, Tensor]
+    # By the unit's first parameter; ``"samples"`` for per-sample gradients.
     orders: dict[str, str]
+    # Parameters that were contracted together.
     units: tuple[tuple[str, ...], ...]
     rung: str = "layers"
+    # Products behind the kernels, and products spent on checks.
     n_matvecs: int = 0
     n_probes: int = 1
+    # Relative rounding error, where it is known.
     noise: float | None = None
+    # What the status should say.
     notes: tuple[str, ...] = ()
 
     def total(self) -> Tensor:
@@ -157,30 +134,9 @@ def contract_layers(
     record_size: int | None = None,
     on_record: OnRecord | None = None,
 ) -> LayerKernels:
-    """Build the kernel of every label.
+    """Build the kernel of every label, of the parameters in ``only``, without ``refused`` units.
 
-    Parameters
-    ----------
-    evaluation : Evaluation
-    label_of : callable
-        Label of a parameter.
-    refused : collection of str
-        Parameters that must not be contracted by layers.
-    only : collection of str, optional
-        Parameters that count, by default all.
-    max_bytes : int
-        For what is kept of the layers; where it does not suffice, they are taken in groups, and
-        the passes are repeated for each.
-    record_size : int, optional
-        Samples recorded at a time, by default the evaluation's chunks.
-    on_record : callable
-        Called with each chunk's entries, their graph and its leaves, once for each chunk.
-
-    Notes
-    -----
-    Cost: for each group a forward pass and C backward passes, C the most entries of a sample, and
-    the contractions; see :func:`~spectralshell.operators.layers.units.choose_order`. To be called
-    inside the model's guard.
+    Inside the model's guard; ``on_record`` sees each chunk's graph once, with its leaves.
     """
     names = evaluation.problem.function.names if only is None else only
     chunks = [c for c in evaluation.chunks(record_size) if evaluation.count_entries(c)]
@@ -191,6 +147,7 @@ def contract_layers(
     kept: Recording | None = first
     del first  # the graph must go when ``kept`` goes
     sums = {label_of(name): KernelSum(layout) for name in names}
+    # A group costs a forward pass, and as many backward passes as a sample has entries.
     # Without a unit there is still a pass to be watched.
     for turn, group in enumerate(group_units(plans, max_bytes) or [slice(0, 0)]):
         stores = [

@@ -27,20 +27,7 @@ from spectralshell.operators.layers.rules import (
 class ParameterUse:
     """One use of one parameter: ``gradient`` of a sample follows from the output's gradient.
 
-    Attributes
-    ----------
-    name : str
-        The parameter.
-    geometry : Geometry
-        How the parameter's gradient follows from that of the output, and the input it needs.
-    edge : GradientEdge
-        Where the output's gradient arrives. Taken before anything could change the output in
-        place, it stays that of this output.
-    call : int
-        Number of the call; the weight and the bias of one call share it.
-    output_shape : tuple of int
-    n_samples : int
-        Samples of the recorded pass.
+    ``call`` is shared by the weight and the bias of one call.
     """
 
     def __init__(
@@ -91,19 +78,9 @@ class ParameterUse:
 
 
 class UseRecorder(TorchFunctionMode):
-    """While active, notes every use of the given parameters that has a known geometry.
+    """While active, notes every use of the parameters, by ``id``, that has a known geometry.
 
-    It works on functions, not on modules: a module called twice, a weight passed to
-    ``torch.nn.functional`` by hand, or a subclass of a layer are seen as what they compute. What is
-    not seen here (other functions, kernels of fused attention) shows as a difference from the
-    number of places in the recorded graph that lead to the parameter, :func:`count_graph_uses`.
-
-    Parameters
-    ----------
-    names : mapping of int to str
-        Names by ``id`` of the leaf tensors.
-    n_samples : int
-        Samples of the pass.
+    Functions are seen, not modules; others, as fused kernels, only by :func:`count_graph_uses`.
     """
 
     def __init__(self, names: Mapping[int, str], n_samples: int) -> None:
@@ -126,7 +103,7 @@ class UseRecorder(TorchFunctionMode):
         given = [*args, *kwargs.values()]
         if not any(id(value) in self._names for value in given if isinstance(value, Tensor)):
             return
-        edge = get_gradient_edge(output)
+        edge = get_gradient_edge(output)  # of this output, whatever is written to it later
         try:
             with torch.no_grad():
                 found = describe(*args, output=output, **kwargs)
@@ -141,15 +118,7 @@ class UseRecorder(TorchFunctionMode):
 
 
 def count_graph_uses(output: Tensor, names: Mapping[int, str]) -> Counter[str]:
-    """Count the places in a recorded graph that lead directly to each leaf.
-
-    Parameters
-    ----------
-    output : Tensor
-        End of the graph.
-    names : mapping of int to str
-        Names by ``id`` of the leaf tensors.
-    """
+    """Count the places in a recorded graph that lead directly to each leaf, named by ``id``."""
     counts: Counter[str] = Counter()
     pending, seen = [output.grad_fn], set()
     while pending:

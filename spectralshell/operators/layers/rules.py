@@ -1,4 +1,4 @@
-"""How a parameter's gradient for each sample follows from a layer's input and output gradient."""
+"""Rules for a parameter's gradient of each sample, from a layer's input and output gradient."""
 
 from __future__ import annotations
 
@@ -11,42 +11,22 @@ from torch.nn import functional as F
 
 
 class Geometry(ABC):
-    """Rule of one use of a parameter.
-
-    Attributes
-    ----------
-    sources : tuple of Tensor
-        Tensors of the forward pass that the rule reads.
-    """
+    """Rule of one use of a parameter, and the tensors of the forward pass that it reads."""
 
     sources: tuple[Tensor, ...] = ()
 
     @abstractmethod
     def gradient(self, cotangent: Tensor, n_samples: int, rows: slice | None = None) -> Tensor:
-        """Return the parameter's gradient for each sample.
+        """Return the parameter's gradient for each sample, of some rows of it or of all.
 
-        Parameters
-        ----------
-        cotangent : Tensor
-            Gradient of the output, in its shape.
-        n_samples : int
-        rows : slice, optional
-            Only these rows of the parameter (its first dimension).
-
-        Returns
-        -------
-        Tensor, shape (n_samples, n_rows, n_columns)
-            The parameter flattened behind its first dimension.
+        Shape (n_samples, n_rows, n_columns): the parameter flattened behind its first dimension.
         """
 
 
 class Positions(Geometry):
     """A matrix applied at positions: gradient = Σ_p g_p a_pᵀ, in blocks for groups.
 
-    Attributes
-    ----------
-    n_groups, fan_in, fan_out : int
-        Blocks, and inputs and outputs of one block.
+    ``fan_in`` and ``fan_out`` are those of one block.
     """
 
     n_groups = 1

@@ -21,19 +21,11 @@ _SLOTS_TOGETHER = 4
 
 @dataclass(frozen=True)
 class EntryLayout:
-    """Entries of the residual as a table of samples and slots.
-
-    Attributes
-    ----------
-    n_samples, n_slots : int
-    kept : Tensor of int64 or None
-        Places of the table that are entries, in the order of the entries; None keeps all.
-    dtype, device
-        Of the kernel.
-    """
+    """Entries of the residual as a table of samples and slots."""
 
     n_samples: int
     n_slots: int
+    # Places of the table that are entries, in the order of the entries; None keeps all.
     kept: Tensor | None
     dtype: torch.dtype
     device: torch.device
@@ -56,10 +48,9 @@ class EntryLayout:
 
 
 class KernelSum:
-    """Σ M_l of some layers, in the dtype of the products.
+    """Σ M_l of some layers, entries by sample for gradients and pairs, by slot for Gram matrices.
 
-    Two orders of the entries are in use: by sample for gradients and pairs of samples, by slot for
-    Gram matrices, whose entrywise product then runs along samples.
+    By slot, the entrywise product of Gram matrices runs along samples.
     """
 
     def __init__(self, layout: EntryLayout) -> None:
@@ -76,13 +67,7 @@ class KernelSum:
             total[rows, rows.start :].addmm_(flat[rows], flat[rows.start :].T)
 
     def add_gram(self, inputs: Tensor, outputs: Tensor) -> None:
-        """Add (A Aᵀ) ∘ (G Gᵀ).
-
-        Parameters
-        ----------
-        inputs : Tensor, shape (n_samples, fan_in)
-        outputs : Tensor, shape (n_slots, n_samples, fan_out)
-        """
+        """Add (A Aᵀ) ∘ (G Gᵀ) for A (n_samples, fan_in) and G (n_slots, n_samples, fan_out)."""
         n_slots, n_samples = outputs.shape[:2]
         gram = inputs @ inputs.T
         total = self._in_order_of_slots()
@@ -103,13 +88,7 @@ class KernelSum:
     def add_pairs(self, inputs: Tensor, outputs: Tensor, max_bytes: int) -> None:
         """Add Σ_pp' (a_p · a_p') (g_p · g_p') over the positions of each pair of samples.
 
-        Parameters
-        ----------
-        inputs : Tensor, shape (n_samples, fan_in, n_positions)
-        outputs : Tensor, shape (n_samples, n_slots, fan_out, n_positions)
-        max_bytes : int
-            For the Gram matrices of some samples' inputs with the others', and again for their
-            products with the output gradients.
+        Inputs (n_samples, fan_in, positions), outputs (n_samples, n_slots, fan_out, positions).
         """
         n_samples, n_slots, fan_out, positions = outputs.shape
         total = self._in_order_of_samples()
@@ -184,11 +163,7 @@ def _mirror(matrix: Tensor) -> None:
 class LayerStore(ABC):
     """Inputs and output gradients of one unit, filled pass by pass.
 
-    Parameters
-    ----------
-    unit : Unit
-        As found in the first chunk; later chunks have other uses of the same form.
-    layout : EntryLayout
+    Later chunks have other uses of the same form as the unit's, which is found in the first.
     """
 
     def __init__(self, unit: Unit, layout: EntryLayout) -> None:
@@ -399,19 +374,7 @@ class MatrixGradientStore(LayerStore):
 def make_store(
     unit: Unit, layout: EntryLayout, order: str, n_numbers: int, slice_bytes: int
 ) -> LayerStore:
-    """Return the store that a unit's order of contraction needs.
-
-    Parameters
-    ----------
-    unit : Unit
-    layout : EntryLayout
-    order : str
-        As :func:`~spectralshell.operators.layers.units.choose_order` gives it.
-    n_numbers : int
-        Size of the unit's parameters.
-    slice_bytes : int
-        Largest table that a contraction makes at a time.
-    """
+    """Return the store for a unit's order of contraction; its tables take ``slice_bytes``."""
     if unit.matrix is not None and order == GRAM:
         return GramStore(unit, unit.matrix, layout)
     if unit.matrix is not None and _keeps_positions(unit.matrix, order, n_numbers):

@@ -16,8 +16,14 @@ LAYER_OPTIONS = ("module", "parameter")
 WHOLE = ""
 """Label of everything where no layers are asked for."""
 
-GRAM, PAIRS, GRADIENTS = "gram", "pairs", "gradients"
-"""Orders of contraction; see :func:`choose_order`."""
+GRAM = "gram"
+"""At one position: the Gram matrices of inputs and of output gradients, multiplied by entries."""
+
+PAIRS = "pairs"
+"""For each pair of samples, the Gram matrix of their inputs between their output gradients."""
+
+GRADIENTS = "gradients"
+"""The gradients of all entries, and one symmetric product."""
 
 # The pairs' products are many and narrow: measured at half the rate of the large ones.
 _PAIRS_PENALTY = 2.0
@@ -26,29 +32,9 @@ _PAIRS_PENALTY = 2.0
 def resolve_layers(
     layers: str | Mapping[str, str] | Callable[[str], str] | None, names: Sequence[str]
 ) -> Callable[[str], str]:
-    r"""Return the function from a parameter's name to its label.
+    """Return the function from a parameter's name to its label.
 
-    Parameters
-    ----------
-    layers : {None, "module", "parameter"}, mapping or callable
-        A mapping takes regular expressions to labels; the first that finds the name counts.
-    names : sequence of str
-        The parameters that count.
-
-    Raises
-    ------
-    ValueError
-        If the option is unknown, an expression is malformed, or a mapping leaves a name out.
-    TypeError
-        If ``layers`` has another type, or a label is not a string.
-
-    Examples
-    --------
-    >>> names = ["conv.weight", "head.weight", "head.bias"]
-    >>> list(map(resolve_layers("module", names), names))
-    ['conv', 'head', 'head']
-    >>> list(map(resolve_layers({r"^conv": "body", "": "rest"}, names), names))
-    ['body', 'rest', 'rest']
+    A mapping takes regular expressions to labels; the first that finds the name counts.
     """
     if layers is None:
         return _constantly(WHOLE)
@@ -106,44 +92,28 @@ def _itself(name: str) -> str:
 
 @dataclass(frozen=True)
 class Unit:
-    """Parameters whose kernels are found in one contraction.
-
-    Attributes
-    ----------
-    names : tuple of str
-        A parameter, or a weight and the bias merged into it.
-    label : str
-        Of the kernel that the unit adds to.
-    merged : bool
-        Whether the bias is in: it is the weight of an input that is 1.
-    matrix : MatrixForm or None
-        Sizes, where every use applies a matrix of the same form at positions.
-    """
+    """Parameters whose kernels are found in one contraction: one, or a weight and its bias."""
 
     names: tuple[str, ...]
+    # Of the kernel that the unit adds to.
     label: str
+    # Whether the bias is in: it is the weight of an input that is 1.
     merged: bool
+    # Where every use applies a matrix of the same form at positions.
     matrix: MatrixForm | None
 
 
 @dataclass(frozen=True)
 class MatrixForm:
-    """A matrix applied at positions, in blocks for groups.
-
-    Attributes
-    ----------
-    n_groups, fan_in, fan_out : int
-        Blocks, and inputs and outputs of one; the bias's 1 is not counted.
-    n_positions : int
-        Positions at which it is applied to one sample, over all uses.
-    unfolds : bool
-        Whether the inputs at positions take more memory than the input, as patches do.
-    """
+    """A matrix applied at positions, in blocks for groups."""
 
     n_groups: int
+    # Of one block; the bias's 1 is not counted.
     fan_in: int
     fan_out: int
+    # Positions at which it is applied to one sample, over all uses.
     n_positions: int
+    # Whether the inputs at positions take more memory than the input, as patches do.
     unfolds: bool
 
 
@@ -162,27 +132,9 @@ def find_units(
     label_of: Callable[[str], str],
     refused: Collection[str] = (),
 ) -> tuple[list[RecordedUnit], list[str]]:
-    """Sort parameters into units, and those that only per-sample gradients can answer for.
+    """Sort parameters into units in the order of the forward pass, and into others.
 
-    Parameters
-    ----------
-    uses : sequence of ParameterUse
-        As recorded.
-    graph_uses : Counter of str
-        Number of places in the graph that lead to each parameter.
-    names : collection of str
-        The parameters that count.
-    label_of : callable
-        Label of a parameter; weight and bias are merged where they share it.
-    refused : collection of str
-        Parameters that may not be contracted by layers.
-
-    Returns
-    -------
-    units : list of RecordedUnit
-        In the order of the forward pass.
-    others : list of str
-        Names without a unit, for which the graph has a place.
+    The others can only be answered for by the gradients of each sample.
     """
     seen: dict[str, list[ParameterUse]] = defaultdict(list)
     for use in uses:
@@ -220,27 +172,7 @@ def find_units(
 
 
 def choose_order(unit: Unit, n_samples: int, n_slots: int) -> str:
-    """Choose the order of contraction with the fewest operations.
-
-    With n = B C entries, P positions, D inputs and O outputs:
-
-    - ``"gram"`` (one position): the Gram matrix of the inputs times that of the output gradients,
-      entry by entry; B² D / 2 + n² O / 2.
-    - ``"pairs"``: for each pair of samples, the Gram matrix of their inputs (P × P) between their
-      output gradients; B² (P² D + C O P² + C² O P) / 2.
-    - ``"gradients"``: the gradients of all entries, and one symmetric product;
-      n P O D + n² O D / 2.
-
-    Parameters
-    ----------
-    unit : Unit
-    n_samples, n_slots : int
-        Samples B of the batch, and entries C of a sample.
-
-    Returns
-    -------
-    str
-    """
+    """Choose the order of contraction with the fewest operations; see :func:`operation_counts`."""
     if unit.matrix is None:
         return GRADIENTS
     costs = operation_counts(unit.matrix, unit.merged, n_samples, n_slots)

@@ -13,15 +13,16 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from spectralshell.models.function import cast, widen
+from spectralshell.models.function import Parameters, cast, widen
 from spectralshell.models.guard import full_precision
 from spectralshell.operators.costs import ExactPlan
 from spectralshell.operators.exact_kernel import ExactKernel
-from spectralshell.operators.jacobian.linearizations import Parameters, PullBack
+from spectralshell.operators.jacobian.linearizations import PullBack
 from spectralshell.operators.kernel_operator import KernelOperator
 from spectralshell.operators.layers.units import WHOLE, resolve_layers
 from spectralshell.operators.motion.directions import Direction
 from spectralshell.operators.motion.rate import ZeroRate
+from spectralshell.operators.noise import Rounding
 from spectralshell.operators.problem import Chunk, Evaluation
 from spectralshell.operators.survey import KernelSurvey
 
@@ -547,7 +548,7 @@ class ExactDerivative(KernelDerivative):
     shared : SharedPullBack
         Of ``kernel``.
     measured : callable
-        Gives ``kernel`` with its norm and noise.
+        Gives the norm and noise of ``kernel``.
 
     Attributes
     ----------
@@ -563,7 +564,7 @@ class ExactDerivative(KernelDerivative):
         kernel: KernelOperator,
         rate: KernelOperator,
         shared: SharedPullBack,
-        measured: Callable[[], KernelOperator],
+        measured: Callable[[], Rounding],
     ) -> None:
         super().__init__(kernel.n, kernel.residual_vector.device)
         self._kernel = kernel
@@ -571,7 +572,7 @@ class ExactDerivative(KernelDerivative):
         self._shared = shared
         self._measured = measured
         self.form = rate.rung
-        if all(isinstance(part.linearization, ZeroRate) for part in rate.parts):
+        if all(isinstance(part.linearization, ZeroRate) for part in rate.jacobian.parts):
             self.status = "frozen kernel"
 
     def layers(self, layers: Layers = "module") -> dict[str, Tensor]:
@@ -592,8 +593,8 @@ class ExactDerivative(KernelDerivative):
         if self.status != "ok" or self._device.type == "meta":
             return 0.0
         # J and J̇ each lose about half of what M does, and each stands in both terms.
-        kernel = self._measured()
-        return 2.0 * kernel.noise * math.sqrt(kernel.norm * self._rate_norm())
+        rounding = self._measured()
+        return 2.0 * rounding.noise * math.sqrt(rounding.norm * self._rate_norm())
 
     def _rate_norm(self) -> float:
         """Return ‖J̇J̇ᵀ‖, from below, by steps of the power method."""

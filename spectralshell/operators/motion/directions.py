@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from spectralshell.models.function import ModelFunction, cast, widen
+from spectralshell.models.function import ModelFunction, Parameters, cast, widen
 from spectralshell.operators.jacobian.ladder import check_finite_gradient
-from spectralshell.operators.jacobian.linearizations import Parameters, PullBack
+from spectralshell.operators.jacobian.linearizations import PullBack
 from spectralshell.operators.problem import Evaluation
 from spectralshell.residuals import resolve_residual
 

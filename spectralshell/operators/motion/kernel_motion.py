@@ -9,12 +9,11 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 from torch import Tensor
 
-from spectralshell.models.function import cast, widen
+from spectralshell.models.function import Parameters, cast, widen
 from spectralshell.models.guard import exclusive
 from spectralshell.operators.costs import ROOM, fits, plan_exact, product_cost
-from spectralshell.operators.jacobian.linearizations import Parameters
 from spectralshell.operators.kernel_operator import KernelOperator
-from spectralshell.operators.matrix_free import assemble
+from spectralshell.operators.matrix_free import assemble_matrix_free
 from spectralshell.operators.motion.derivative import (
     DifferenceDerivative,
     ExactDerivative,
@@ -40,7 +39,7 @@ from spectralshell.operators.motion.rate import (
     take_reference,
     working_forms,
 )
-from spectralshell.operators.noise import DoubleReference, measure_noise
+from spectralshell.operators.noise import Rounding, measure_rounding
 from spectralshell.operators.problem import Evaluation, halve_until_it_fits
 from spectralshell.operators.survey import KernelSurvey
 from spectralshell.parameter_checks import check_option, check_real
@@ -73,6 +72,7 @@ class MotionParts:
         self._max_bytes = max_bytes
         self._evaluation = survey.evaluation
         self._kernel: KernelOperator | None = None
+        self._rounding: Rounding | None = None
         self._shared: SharedPullBack | None = None
         self._forms: dict[str, str] | None = None
         self._reference: tuple[int | None, PlainReference] | None = None
@@ -90,7 +90,7 @@ class MotionParts:
         """Build the matrix-free kernel of a survey, its noise not measured."""
         with exclusive():
             problem, size = survey.evaluation.problem, self.fitting_chunk
-            return assemble(problem, size, evaluation=survey.evaluation, measured=False)
+            return assemble_matrix_free(problem, size, evaluation=survey.evaluation, measured=False)
 
     def kernel(self) -> KernelOperator:
         """Return the matrix-free kernel; its graphs stay until :meth:`close`."""
@@ -100,22 +100,21 @@ class MotionParts:
                 self._evaluation = self._evaluation_in(self._kernel.chunk_size)
         return self._kernel
 
-    def measured_kernel(self) -> KernelOperator:
-        """Return the matrix-free kernel with its norm and noise, measured once.
+    def measured(self) -> Rounding:
+        """Return the norm and noise of the matrix-free kernel, measured once.
 
         Cost: about nine products the first time, and three in float64 for float32.
         """
-        kernel, problem = self.kernel(), self._evaluation.problem
-        if kernel.noise == 0.0:
-            reference = DoubleReference(kernel, self._evaluation)
-            with problem.function.guard(), problem.function.installed():
-                measure_noise(kernel, problem.draw, reference)
-        return kernel
+        if self._rounding is None:
+            kernel, function = self.kernel(), self._evaluation.problem.function
+            with function.guard(), function.installed():
+                self._rounding = measure_rounding(kernel.jacobian, self._evaluation)
+        return self._rounding
 
     def rounding(self) -> float:
         """Return the 2-norm of the rounding error of M; 0.0 on the meta device."""
-        kernel = self.measured_kernel()
-        return kernel.noise * kernel.norm
+        measured = self.measured()
+        return measured.noise * measured.norm
 
     def differentiate_twice(self, direction: Direction) -> ExactDerivative:
         """Return the exact derivative along a direction."""
@@ -129,7 +128,7 @@ class MotionParts:
                 self._evaluation.chunk_size,
                 lambda size: self._build_rate(kernel, direction.tangents, size),
             )
-        return ExactDerivative(kernel, rate, shared, self.measured_kernel)
+        return ExactDerivative(kernel, rate, shared, self.measured)
 
     def close(self) -> None:
         """Free the recorded graphs."""

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 from torch.func import jvp
 
-from spectralshell.models.function import widen
+from spectralshell.models.function import Parameters, widen
 from spectralshell.models.guard import quiet_differentiation
 from spectralshell.operators.jacobian.faults import name_offending_module
 from spectralshell.operators.jacobian.ladder import (
-    GATE_TOLERANCE,
+    ACCEPTANCE_TOLERANCE,
     DifferentiationError,
     IndependenceError,
     climb,
@@ -27,11 +27,10 @@ from spectralshell.operators.jacobian.linearizations import (
     STREAMED_RUNGS,
     DoubleReverse,
     Linearization,
-    Parameters,
     PullBack,
     VectorFunction,
 )
-from spectralshell.operators.kernel_operator import KernelOperator, Part
+from spectralshell.operators.kernel_operator import Jacobian, KernelOperator, Part
 from spectralshell.operators.problem import Chunk, Evaluation
 
 _REVERSE = "the transpose of reverse mode twice"
@@ -602,19 +601,8 @@ def build_rate(
             rate = ZeroRate(n_entries, vector, problem.function.parameters)
         parts.append(Part(slice(first, first + n_entries), rate))
         first += n_entries
-    operator = KernelOperator(
-        problem.function,
-        parts,
-        problem.residual,
-        evaluation.targets.n_rows,
-        evaluation.residual_vector,
-        evaluation.values,
-    )
-    operator.n_samples = problem.n_samples
-    operator.chunk_size = evaluation.chunk_size
-    operator.forward_flops = evaluation.forward_flops
-    operator.reads_model = kernel.reads_model
-    return operator
+    reads_model = kernel.jacobian.reads_model
+    return KernelOperator(evaluation, Jacobian(problem.function, parts, reads_model=reads_model))
 
 
 def _choose(
@@ -639,7 +627,7 @@ def _choose(
                 raise
             refused[form] = f"{type(error).__name__}: {first_line(error)}"
             continue
-        if defect <= GATE_TOLERANCE[evaluation.problem.function.dtype]:
+        if defect <= ACCEPTANCE_TOLERANCE[evaluation.problem.function.dtype]:
             return form, rate
         refused[form] = f"its products are wrong (relative defect {defect:.1e})"
     raise second_derivative_error(evaluation, chunk, refused)

@@ -1,11 +1,14 @@
 """The gate of the ladder, and how many columns go through a model together."""
 
+import dataclasses
+
 import pytest
 import torch
 
 from spectralshell.operators import build_kernel
 from spectralshell.operators.jacobian.linearizations import RUNGS, ForwardMode
-from spectralshell.operators.matrix_free import assemble_kernel
+from spectralshell.operators.matrix_free import assemble_matrix_free
+from spectralshell.operators.problem import pose_problem
 from tests.zoo import CASES_BY_NAME, make_snapshot
 
 
@@ -39,11 +42,12 @@ def test_a_rung_that_is_wrong_at_any_time_is_refused(rung, monkeypatch):
 
 @pytest.mark.parametrize(("forward_flops", "widths"), [(1e3, [64, 6]), (1e8, [10] * 7), (1e12, [])])
 def test_width_of_blocks_follows_from_operations_alone(forward_flops, widths, monkeypatch):
-    kernel = assemble_kernel(make_snapshot(CASES_BY_NAME["mlp"]))
+    problem = pose_problem(make_snapshot(CASES_BY_NAME["mlp"]))
+    evaluation = dataclasses.replace(problem.evaluate(None), flops=forward_flops)
+    kernel = assemble_matrix_free(problem, None, evaluation=evaluation)
     block = torch.randn(kernel.n, 70, generator=torch.Generator().manual_seed(0)).double()
     expected = kernel.to_dense() @ block
-    kernel.forward_flops = forward_flops
-    linearization, seen = kernel.parts[0].linearization, []
+    linearization, seen = kernel.jacobian.parts[0].linearization, []
     pull_block = linearization.pull_block
 
     def watched(cotangents):

@@ -7,9 +7,8 @@ from torch.func import jvp, vmap
 
 from spectralshell.operators.jacobian.linearizations import RUNGS
 from spectralshell.operators.jacobian.tapes import Tape, TapeError
-from spectralshell.operators.matrix_free import assemble_kernel
 from spectralshell.snapshots import Snapshot
-from tests.zoo import dense_reference
+from tests.zoo import build_on_rungs, dense_reference
 
 TOLERANCE = 1e-12
 """Float64, a few layers."""
@@ -59,7 +58,7 @@ def test_models_that_write_in_place(name):
         torch.manual_seed(0)
         model = build().double()
     targets = torch.zeros_like(model(x.clone())).detach()
-    kernel = assemble_kernel(Snapshot(model, x, targets))
+    kernel = build_on_rungs(Snapshot(model, x, targets))
     reference = dense_reference(model, x, targets, "mse")["kernel"]
     assert kernel.rung == "linearize"
     for _ in range(2):
