@@ -124,6 +124,21 @@ class ModelFunction:
         return outputs
 
 
+def _call(model: nn.Module, inputs: Any) -> Any:
+    if isinstance(inputs, Mapping):
+        return model(**inputs)
+    if isinstance(inputs, tuple):
+        return model(*inputs)
+    return model(inputs)
+
+
+def _nan_like(tensor: Tensor) -> Tensor:
+    if not tensor.is_floating_point():
+        return tensor
+    # One number seen in every place: no memory.
+    return torch.full((), torch.nan, dtype=tensor.dtype, device=tensor.device).expand(tensor.shape)
+
+
 def select_parameters(
     model: nn.Module, parameters: Any, trainable: Collection[str] | None = None
 ) -> list[str]:
@@ -157,6 +172,25 @@ def select_parameters(
     return selected
 
 
+def _name_filter(parameters: Any) -> Callable[[str], bool]:
+    if parameters is None:
+        return lambda name: True
+    if isinstance(parameters, str):
+        try:
+            pattern = re.compile(parameters)
+        except re.error as error:
+            raise ValueError(
+                f"parameters={parameters!r} is not a regular expression: {error}."
+            ) from error
+        return lambda name: pattern.search(name) is not None
+    if callable(parameters):
+        return lambda name: bool(parameters(name))
+    raise TypeError(
+        "parameters must be None, a regular expression, or a callable over names, got "
+        f"{type(parameters).__name__}."
+    )
+
+
 def cast(tensor: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
     """Move a tensor to a device, floating ones in ``dtype``; never an inference tensor."""
     moved = tensor.to(device, dtype) if tensor.is_floating_point() else tensor.to(device)
@@ -183,13 +217,6 @@ def map_tensors(function: Callable[[Tensor], Tensor], value: Any) -> Any:
     return value
 
 
-def _nan_like(tensor: Tensor) -> Tensor:
-    if not tensor.is_floating_point():
-        return tensor
-    # One number seen in every place: no memory.
-    return torch.full((), torch.nan, dtype=tensor.dtype, device=tensor.device).expand(tensor.shape)
-
-
 def iterate_tensors(value: Any) -> Iterator[Tensor]:
     """Yield the tensors inside a tensor, tuple, list or mapping."""
     if isinstance(value, Tensor):
@@ -200,30 +227,3 @@ def iterate_tensors(value: Any) -> Iterator[Tensor]:
     elif isinstance(value, (tuple, list)):
         for item in value:
             yield from iterate_tensors(item)
-
-
-def _call(model: nn.Module, inputs: Any) -> Any:
-    if isinstance(inputs, Mapping):
-        return model(**inputs)
-    if isinstance(inputs, tuple):
-        return model(*inputs)
-    return model(inputs)
-
-
-def _name_filter(parameters: Any) -> Callable[[str], bool]:
-    if parameters is None:
-        return lambda name: True
-    if isinstance(parameters, str):
-        try:
-            pattern = re.compile(parameters)
-        except re.error as error:
-            raise ValueError(
-                f"parameters={parameters!r} is not a regular expression: {error}."
-            ) from error
-        return lambda name: pattern.search(name) is not None
-    if callable(parameters):
-        return lambda name: bool(parameters(name))
-    raise TypeError(
-        "parameters must be None, a regular expression, or a callable over names, got "
-        f"{type(parameters).__name__}."
-    )

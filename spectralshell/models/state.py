@@ -22,85 +22,6 @@ _WRAPPER_PREFIXES = ("module.", "_orig_mod.")
 _NESTED_KEYS = ("model_state_dict", "state_dict", "model")
 
 
-def unwrap(model: nn.Module) -> nn.Module:
-    """Return the module inside DataParallel, DistributedDataParallel and torch.compile wrappers.
-
-    They scatter inputs or trace the forward pass; the bare module holds the same parameters.
-    """
-    while True:
-        if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
-            model = model.module
-        elif isinstance(getattr(model, "_orig_mod", None), nn.Module):
-            model = model._orig_mod  # type: ignore[assignment]
-        else:
-            return model
-
-
-def copy_state(model: nn.Module) -> dict[str, Tensor]:
-    """Copy a model's parameters and buffers, each tied tensor once, under its first name."""
-    with torch.inference_mode(False):  # its tensors could never take part in a derivative
-        return {names[0]: tensor.detach().clone() for names, tensor in tied_groups(model)}
-
-
-def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """Read a safetensors file, or a pickled one that holds nothing but tensors, onto the CPU.
-
-    Recognised by content; weights may be nested under a usual key of a pickled checkpoint.
-    """
-    file = Path(path)
-    if not file.is_file():
-        raise FileNotFoundError(f"state: there is no checkpoint file at {str(file)!r}.")
-    content = _read_safetensors(file) if _is_safetensors(file) else _read_pickle(file)
-    return _tensors_of(content, f"the checkpoint {str(file)!r}")
-
-
-def match_state(
-    model: nn.Module, tensors: Mapping[str, Any], source: str = "the mapping"
-) -> dict[str, Tensor]:
-    """Return a checkpoint's tensors in the model's dtypes, each tied one once, by its first name.
-
-    Any of its names is enough. Buffers that a model does not save come from the model.
-    """
-    available = _strip_prefixes(_tensors_of(tensors, source), model)
-    saved = set(model.state_dict(keep_vars=True))
-    state: dict[str, Tensor] = {}
-    missing: list[str] = []
-    wrong_shapes: list[str] = []
-    known: set[str] = set()
-    for names, own in tied_groups(model):
-        known.update(names)
-        present = [name for name in names if name in available]
-        if not present:
-            if saved.isdisjoint(names):
-                state[names[0]] = own.detach().clone()
-            else:
-                missing.append(names[0])
-            continue
-        value = available[present[0]]
-        if value.shape != own.shape:
-            wrong_shapes.append(f"{present[0]} {tuple(value.shape)} instead of {tuple(own.shape)}")
-            continue
-        _check_tied_values(available, present, source)
-        state[names[0]] = value.detach().to(own.dtype)
-    unexpected = [key for key in available if key not in known and not key.endswith("_extra_state")]
-    problems = [
-        f"{label}: {_listed(items)}"
-        for label, items in (
-            ("missing keys", missing),
-            ("unexpected keys", unexpected),
-            ("different shapes", wrong_shapes),
-        )
-        if items
-    ]
-    if problems:
-        raise ValueError(
-            f"state: {source} does not fit {type(model).__name__}; "
-            + "; ".join(problems)
-            + ". Pass a checkpoint of this architecture."
-        )
-    return state
-
-
 class ModelState:
     """A model state that several snapshots share: tensors in memory, or a file read when needed.
 
@@ -175,31 +96,95 @@ def _unsaved_buffers(model: nn.Module) -> dict[str, Tensor]:
     }
 
 
-def tied_groups(model: nn.Module) -> list[tuple[list[str], Tensor]]:
-    """Return the names of each parameter and buffer, tied ones together, with its tensor.
+def copy_state(model: nn.Module) -> dict[str, Tensor]:
+    """Copy a model's parameters and buffers, each tied tensor once, under its first name."""
+    with torch.inference_mode(False):  # its tensors could never take part in a derivative
+        return {names[0]: tensor.detach().clone() for names, tensor in tied_groups(model)}
 
-    Tied is what is one object, or another view of the same memory.
+
+def match_state(
+    model: nn.Module, tensors: Mapping[str, Any], source: str = "the mapping"
+) -> dict[str, Tensor]:
+    """Return a checkpoint's tensors in the model's dtypes, each tied one once, by its first name.
+
+    Any of its names is enough. Buffers that a model does not save come from the model.
     """
-    groups: dict[Any, tuple[list[str], Tensor]] = {}
-    for named in (
-        model.named_parameters(remove_duplicate=False),
-        model.named_buffers(remove_duplicate=False),
-    ):
-        for name, tensor in named:
-            if nn.parameter.is_lazy(tensor):
-                raise ValueError(
-                    f"model: {name!r} is a lazy parameter without a shape; run the model once on "
-                    "data first."
-                )
-            groups.setdefault(_identity(tensor), ([], tensor))[0].append(name)
-    return list(groups.values())
+    available = _strip_prefixes(_tensors_of(tensors, source), model)
+    saved = set(model.state_dict(keep_vars=True))
+    state: dict[str, Tensor] = {}
+    missing: list[str] = []
+    wrong_shapes: list[str] = []
+    known: set[str] = set()
+    for names, own in tied_groups(model):
+        known.update(names)
+        present = [name for name in names if name in available]
+        if not present:
+            if saved.isdisjoint(names):
+                state[names[0]] = own.detach().clone()
+            else:
+                missing.append(names[0])
+            continue
+        value = available[present[0]]
+        if value.shape != own.shape:
+            wrong_shapes.append(f"{present[0]} {tuple(value.shape)} instead of {tuple(own.shape)}")
+            continue
+        _check_tied_values(available, present, source)
+        state[names[0]] = value.detach().to(own.dtype)
+    unexpected = [key for key in available if key not in known and not key.endswith("_extra_state")]
+    problems = [
+        f"{label}: {_listed(items)}"
+        for label, items in (
+            ("missing keys", missing),
+            ("unexpected keys", unexpected),
+            ("different shapes", wrong_shapes),
+        )
+        if items
+    ]
+    if problems:
+        raise ValueError(
+            f"state: {source} does not fit {type(model).__name__}; "
+            + "; ".join(problems)
+            + ". Pass a checkpoint of this architecture."
+        )
+    return state
 
 
-def _identity(tensor: Tensor) -> Any:
-    if tensor.is_meta or tensor.layout != torch.strided or tensor.numel() == 0:
-        return id(tensor)  # no memory to compare
-    place = (tensor.device, tensor.data_ptr())
-    return (isinstance(tensor, nn.Parameter), *place, tensor.shape, tensor.stride(), tensor.dtype)
+def _strip_prefixes(tensors: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    own = {name for names, _ in tied_groups(model) for name in names}
+    stripped = True
+    while stripped:
+        stripped = False
+        for prefix in _WRAPPER_PREFIXES:
+            wrapped = tensors and all(key.startswith(prefix) for key in tensors)
+            if wrapped and not any(name.startswith(prefix) for name in own):
+                tensors = {key.removeprefix(prefix): value for key, value in tensors.items()}
+                stripped = True
+    return tensors
+
+
+def _check_tied_values(available: Mapping[str, Tensor], names: list[str], source: str) -> None:
+    first = available[names[0]]
+    for name in names[1:]:
+        other = available[name]
+        if other is not first and not (
+            other.shape == first.shape and torch.equal(other, first.to(other.device))
+        ):
+            raise ValueError(
+                f"state: {names[0]!r} and {name!r} are one tied tensor in the model, but differ in "
+                f"{source}; tie them in the checkpoint or untie them in the model."
+            )
+
+
+def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """Read a safetensors file, or a pickled one that holds nothing but tensors, onto the CPU.
+
+    Recognised by content; weights may be nested under a usual key of a pickled checkpoint.
+    """
+    file = Path(path)
+    if not file.is_file():
+        raise FileNotFoundError(f"state: there is no checkpoint file at {str(file)!r}.")
+    content = _read_safetensors(file) if _is_safetensors(file) else _read_pickle(file)
+    return _tensors_of(content, f"the checkpoint {str(file)!r}")
 
 
 def _is_safetensors(file: Path) -> bool:
@@ -258,32 +243,6 @@ def _tensors_of(content: Any, source: str) -> dict[str, Tensor]:
     return tensors
 
 
-def _strip_prefixes(tensors: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    own = {name for names, _ in tied_groups(model) for name in names}
-    stripped = True
-    while stripped:
-        stripped = False
-        for prefix in _WRAPPER_PREFIXES:
-            wrapped = tensors and all(key.startswith(prefix) for key in tensors)
-            if wrapped and not any(name.startswith(prefix) for name in own):
-                tensors = {key.removeprefix(prefix): value for key, value in tensors.items()}
-                stripped = True
-    return tensors
-
-
-def _check_tied_values(available: Mapping[str, Tensor], names: list[str], source: str) -> None:
-    first = available[names[0]]
-    for name in names[1:]:
-        other = available[name]
-        if other is not first and not (
-            other.shape == first.shape and torch.equal(other, first.to(other.device))
-        ):
-            raise ValueError(
-                f"state: {names[0]!r} and {name!r} are one tied tensor in the model, but differ in "
-                f"{source}; tie them in the checkpoint or untie them in the model."
-            )
-
-
 def _file_stamp(path: str) -> tuple[int, int]:
     status = os.stat(path)
     return status.st_size, status.st_mtime_ns
@@ -302,3 +261,44 @@ def _first_line(text: str) -> str:
 def _first_global(text: str) -> str:
     lines = [line.strip() for line in text.splitlines() if "GLOBAL" in line]
     return lines[0] if lines else _first_line(text)
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """Return the module inside DataParallel, DistributedDataParallel and torch.compile wrappers.
+
+    They scatter inputs or trace the forward pass; the bare module holds the same parameters.
+    """
+    while True:
+        if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            model = model.module
+        elif isinstance(getattr(model, "_orig_mod", None), nn.Module):
+            model = model._orig_mod  # type: ignore[assignment]
+        else:
+            return model
+
+
+def tied_groups(model: nn.Module) -> list[tuple[list[str], Tensor]]:
+    """Return the names of each parameter and buffer, tied ones together, with its tensor.
+
+    Tied is what is one object, or another view of the same memory.
+    """
+    groups: dict[Any, tuple[list[str], Tensor]] = {}
+    for named in (
+        model.named_parameters(remove_duplicate=False),
+        model.named_buffers(remove_duplicate=False),
+    ):
+        for name, tensor in named:
+            if nn.parameter.is_lazy(tensor):
+                raise ValueError(
+                    f"model: {name!r} is a lazy parameter without a shape; run the model once on "
+                    "data first."
+                )
+            groups.setdefault(_identity(tensor), ([], tensor))[0].append(name)
+    return list(groups.values())
+
+
+def _identity(tensor: Tensor) -> Any:
+    if tensor.is_meta or tensor.layout != torch.strided or tensor.numel() == 0:
+        return id(tensor)  # no memory to compare
+    place = (tensor.device, tensor.data_ptr())
+    return (isinstance(tensor, nn.Parameter), *place, tensor.shape, tensor.stride(), tensor.dtype)

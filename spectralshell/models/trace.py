@@ -14,20 +14,6 @@ from torch.nn.modules.module import register_module_forward_hook
 from spectralshell.models.function import ModelFunction, map_tensors
 
 
-@dataclass(frozen=True)
-class ModuleCall:
-    """Fingerprints of one module's inputs and outputs in one call."""
-
-    name: str
-    inputs: tuple[float, ...]
-    outputs: tuple[float, ...]
-
-    @property
-    def finite(self) -> bool:
-        """Whether all outputs are finite."""
-        return all(value - value == 0.0 for value in self.outputs)
-
-
 def first_nonfinite_module(function: ModelFunction, parts: list[Any]) -> str:
     """Name the innermost module whose outputs stop being finite first."""
     for call in _trace(function, parts):
@@ -42,6 +28,44 @@ def first_random_module(function: ModelFunction, parts: list[Any]) -> str:
         if first.inputs == second.inputs and first.outputs != second.outputs:
             return first.name
     return type(function.model).__name__
+
+
+def _trace(function: ModelFunction, parts: list[Any]) -> list[_ModuleCall]:
+    calls: list[_ModuleCall] = []
+
+    def note(name: str, module: nn.Module, inputs: Any, outputs: Any) -> None:
+        calls.append(_ModuleCall(name, _fingerprint(inputs), _fingerprint(outputs)))
+
+    with torch.no_grad(), watching(function.model, note):
+        for part in parts:
+            function.outputs(function.parameters, part)
+    return calls
+
+
+@dataclass(frozen=True)
+class _ModuleCall:
+    """Fingerprints of one module's inputs and outputs in one call."""
+
+    name: str
+    inputs: tuple[float, ...]
+    outputs: tuple[float, ...]
+
+    @property
+    def finite(self) -> bool:
+        """Whether all outputs are finite."""
+        return all(value - value == 0.0 for value in self.outputs)
+
+
+def _fingerprint(value: Any) -> tuple[float, ...]:
+    sums: list[float] = []
+
+    def note(tensor: Tensor) -> Tensor:
+        if tensor.is_floating_point():
+            sums.extend((float(tensor.sum()), float(tensor.abs().sum())))
+        return tensor
+
+    map_tensors(note, getattr(value, "logits", value))
+    return tuple(sums)
 
 
 @contextmanager
@@ -66,27 +90,3 @@ def watching(model: nn.Module, note: Callable[[str, nn.Module, Any, Any], None])
 def describe(name: str, module: nn.Module) -> str:
     """Return a module's name and type for messages."""
     return f"module {name!r} ({type(module).__name__})" if name else type(module).__name__
-
-
-def _trace(function: ModelFunction, parts: list[Any]) -> list[ModuleCall]:
-    calls: list[ModuleCall] = []
-
-    def note(name: str, module: nn.Module, inputs: Any, outputs: Any) -> None:
-        calls.append(ModuleCall(name, _fingerprint(inputs), _fingerprint(outputs)))
-
-    with torch.no_grad(), watching(function.model, note):
-        for part in parts:
-            function.outputs(function.parameters, part)
-    return calls
-
-
-def _fingerprint(value: Any) -> tuple[float, ...]:
-    sums: list[float] = []
-
-    def note(tensor: Tensor) -> Tensor:
-        if tensor.is_floating_point():
-            sums.extend((float(tensor.sum()), float(tensor.abs().sum())))
-        return tensor
-
-    map_tensors(note, getattr(value, "logits", value))
-    return tuple(sums)

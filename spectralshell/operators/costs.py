@@ -32,9 +32,12 @@ from spectralshell.operators.problem import Chunk, Evaluation
 FREE_SHARE = 0.5
 """Part of the free memory that is taken where no limit was given."""
 
-_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
-
-_UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12} | {
+    "KIB": 2**10,
+    "MIB": 2**20,
+    "GIB": 2**30,
+    "TIB": 2**40,
+}
 
 _META_BYTES = 2**40
 
@@ -43,14 +46,14 @@ _COUNTED_SAMPLES = 2
 
 # Rates of a reference machine with two cores: they weigh the parts, and are never measured, so that
 # the same problem always gets the same plan. Halved in float64.
-MODEL_RATE = 1e11
+_MODEL_RATE = 1e11
 """Operations a second of a model's forward and backward passes."""
 
 _CONTRACTION_RATE = 1e11
 
 _MEMORY_RATE = 5e9
 
-NODE_SECONDS = 1.5e-5
+_NODE_SECONDS = 1.5e-5
 """Overhead of an operation of the model."""
 
 _EIGEN_RATE = 6e10
@@ -117,13 +120,13 @@ def resolve_max_memory(max_memory: int | str | None, device: torch.device) -> in
     """
     if max_memory is None:
         return int(FREE_SHARE * _free_bytes(device))
-    size = parse_bytes(max_memory)
+    size = _parse_bytes(max_memory)
     if size <= 0:
         raise ValueError(f"max_memory must be positive, got {max_memory!r}.")
     return size
 
 
-def parse_bytes(size: int | str) -> int:
+def _parse_bytes(size: int | str) -> int:
     """Return a size in bytes; see :func:`resolve_max_memory`."""
     if isinstance(size, Integral) and not isinstance(size, bool):
         return int(size)
@@ -142,20 +145,20 @@ def parse_bytes(size: int | str) -> int:
     return int(float(match[1]) * unit)
 
 
-def format_bytes(size: float) -> str:
-    """Return a size for a message: three digits of the largest unit that it fills."""
-    for unit in ("GB", "MB", "KB"):
-        if size >= _UNITS[unit]:
-            return f"{size / _UNITS[unit]:.3g} {unit}"
-    return f"{int(size)} B"
-
-
 def _free_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     if device.type == "meta":
         return _META_BYTES
     return int(psutil.virtual_memory().available)
+
+
+def format_bytes(size: float) -> str:
+    """Return a size for a message: three digits of the largest unit that it fills."""
+    for unit in ("GB", "MB", "KB"):
+        if size >= _UNITS[unit]:
+            return f"{size / _UNITS[unit]:.3g} {unit}"
+    return f"{int(size)} B"
 
 
 @dataclass(frozen=True)
@@ -246,8 +249,7 @@ def _record_counting(
         for use in found.uses
         if isinstance(use.geometry, Affine)
     }
-    n_samples = chunk.samples.stop - chunk.samples.start
-    return recording, sum(held.values()) + sum(factors.values()), int(n_samples)
+    return recording, sum(held.values()) + sum(factors.values()), chunk.n_samples
 
 
 def _count_nodes(output: Tensor) -> int:
@@ -260,6 +262,11 @@ def _count_nodes(output: Tensor) -> int:
         seen[node] += 1
         pending += [following for following, _ in node.next_functions]
     return len(seen)
+
+
+def fits(peak_bytes: int, max_bytes: int) -> bool:
+    """Tell whether a predicted peak stays within a limit, with room for what it is too low."""
+    return peak_bytes <= int(ROOM * max_bytes)
 
 
 @dataclass(frozen=True)
@@ -293,14 +300,15 @@ def plan_exact(footprint: Footprint, max_bytes: int, chunk_size: int | None = No
     return min(plans, key=lambda plan: plan.peak_bytes)
 
 
-def fits(peak_bytes: int, max_bytes: int) -> bool:
-    """Tell whether a predicted peak stays within a limit, with room for what it is too low."""
-    return peak_bytes <= int(ROOM * max_bytes)
-
-
-def eigen_cost(n: int) -> float:
-    """Return the reference seconds of a dense symmetric eigenproblem in float64."""
-    return _EIGENPROBLEM * float(n) ** 3 / _EIGEN_RATE
+def _chunk_sizes(footprint: Footprint) -> list[int]:
+    """Return the sizes to choose from: halvings, the first with graphs that stay near the cores."""
+    size = footprint.n_samples
+    while size > _FEWEST_SAMPLES and size * footprint.graph_bytes > _GRAPH_BYTES:
+        size = (size + 1) // 2
+    sizes = [size]
+    while sizes[-1] > 1:
+        sizes.append((sizes[-1] + 1) // 2)
+    return sizes
 
 
 def _plan_chunks(footprint: Footprint, max_bytes: int, size: int) -> ExactPlan:
@@ -330,34 +338,8 @@ def _plan_chunks(footprint: Footprint, max_bytes: int, size: int) -> ExactPlan:
         n_groups=len(groups),
         peak_bytes=int(peak),
         kernel_cost=cost,
-        cost=cost + eigen_cost(footprint.n_entries),
+        cost=cost + _eigen_cost(footprint.n_entries),
     )
-
-
-def _exact_cost(footprint: Footprint, n_groups: int, n_chunks: int) -> float:
-    n, slots = footprint.n_samples * footprint.n_slots, footprint.n_slots
-    slower = footprint.itemsize / 4
-    passes = n_groups * (1 + slots) + _CHECK_PASSES
-    samples = footprint.n_samples * (1 + slots) if footprint.n_others else 0
-    model = (passes + (1 + slots if samples else 0)) * footprint.forward_flops
-    contraction = sum(_operations(plan, footprint) for plan in footprint.units)
-    contraction += float(n) ** 2 * footprint.n_others
-    additions = 2.0 * footprint.itemsize * n**2 * len(footprint.units) / 2
-    return (
-        slower * model / MODEL_RATE
-        + slower * contraction / _CONTRACTION_RATE
-        + additions / _MEMORY_RATE
-        + NODE_SECONDS * footprint.n_nodes * (n_chunks * passes + samples)
-    )
-
-
-def _operations(plan: UnitPlan, footprint: Footprint) -> float:
-    """Return the floating-point operations of a contraction, two for a multiplication."""
-    slots, samples = footprint.n_slots, footprint.n_samples
-    matrix = plan.unit.matrix
-    if matrix is None:
-        return float(samples * slots) ** 2 * plan.n_numbers
-    return 2.0 * operation_counts(matrix, plan.unit.merged, samples, slots)[plan.order]
 
 
 def _fixed_bytes(footprint: Footprint) -> int:
@@ -406,15 +388,35 @@ def _held(plans: Sequence[UnitPlan]) -> int:
     return sum(plan.held_bytes for plan in plans)
 
 
-def _chunk_sizes(footprint: Footprint) -> list[int]:
-    """Return the sizes to choose from: halvings, the first with graphs that stay near the cores."""
-    size = footprint.n_samples
-    while size > _FEWEST_SAMPLES and size * footprint.graph_bytes > _GRAPH_BYTES:
-        size = (size + 1) // 2
-    sizes = [size]
-    while sizes[-1] > 1:
-        sizes.append((sizes[-1] + 1) // 2)
-    return sizes
+def _exact_cost(footprint: Footprint, n_groups: int, n_chunks: int) -> float:
+    n, slots = footprint.n_samples * footprint.n_slots, footprint.n_slots
+    slower = footprint.itemsize / 4
+    passes = n_groups * (1 + slots) + _CHECK_PASSES
+    samples = footprint.n_samples * (1 + slots) if footprint.n_others else 0
+    model = (passes + (1 + slots if samples else 0)) * footprint.forward_flops
+    contraction = sum(_operations(plan, footprint) for plan in footprint.units)
+    contraction += float(n) ** 2 * footprint.n_others
+    additions = 2.0 * footprint.itemsize * n**2 * len(footprint.units) / 2
+    return (
+        slower * model / _MODEL_RATE
+        + slower * contraction / _CONTRACTION_RATE
+        + additions / _MEMORY_RATE
+        + _NODE_SECONDS * footprint.n_nodes * (n_chunks * passes + samples)
+    )
+
+
+def _operations(plan: UnitPlan, footprint: Footprint) -> float:
+    """Return the floating-point operations of a contraction, two for a multiplication."""
+    slots, samples = footprint.n_slots, footprint.n_samples
+    matrix = plan.unit.matrix
+    if matrix is None:
+        return float(samples * slots) ** 2 * plan.n_numbers
+    return 2.0 * operation_counts(matrix, plan.unit.merged, samples, slots)[plan.order]
+
+
+def _eigen_cost(n: int) -> float:
+    """Return the reference seconds of a dense symmetric eigenproblem in float64."""
+    return _EIGENPROBLEM * float(n) ** 3 / _EIGEN_RATE
 
 
 @dataclass(frozen=True)
@@ -459,18 +461,18 @@ def _peak_bytes(footprint: Footprint, n_steps: int, size: int) -> int:
     return int(graphs + parameters + basis)
 
 
-def product_cost(footprint: Footprint, chunk_size: int | None) -> float:
-    """Return the reference seconds of one product, its graphs stored or recorded in chunks."""
-    n_chunks = 1 if chunk_size is None else -(-footprint.n_samples // chunk_size)
-    passes = _PRODUCT_PASSES if n_chunks == 1 else _STREAMED_PASSES
-    return (
-        passes * footprint.forward_flops * footprint.itemsize / 4 / MODEL_RATE
-        + _NODES_PER_PRODUCT * footprint.n_nodes * n_chunks * NODE_SECONDS
-    )
-
-
 def _lanczos_cost(footprint: Footprint, n_steps: int, size: int) -> float:
     steps = min(n_steps, footprint.n_entries)
     product = product_cost(footprint, None if size >= footprint.n_samples else size)
     dense = 4.0 * footprint.n_entries * float(steps) ** 2 / _DENSE_RATE
     return (steps + _SETUP_PRODUCTS) * product + dense
+
+
+def product_cost(footprint: Footprint, chunk_size: int | None) -> float:
+    """Return the reference seconds of one product, its graphs stored or recorded in chunks."""
+    n_chunks = 1 if chunk_size is None else -(-footprint.n_samples // chunk_size)
+    passes = _PRODUCT_PASSES if n_chunks == 1 else _STREAMED_PASSES
+    return (
+        passes * footprint.forward_flops * footprint.itemsize / 4 / _MODEL_RATE
+        + _NODES_PER_PRODUCT * footprint.n_nodes * n_chunks * _NODE_SECONDS
+    )

@@ -35,258 +35,17 @@ from spectralshell.operators.layers.assembly import (
 )
 from spectralshell.operators.matrix_free import assemble_matrix_free
 from spectralshell.operators.noise import measure_exact_noise
-from spectralshell.operators.problem import Chunk, Evaluation, halve_until_it_fits
+from spectralshell.operators.problem import Evaluation, halve_until_it_fits
 from spectralshell.statuses import COLUMNS_ARE_PRODUCTS, join_statuses
 from spectralshell.warning_categories import KernelWarning
 
-AGREEMENT_TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
+_AGREEMENT_TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
 """Largest ‖M v − J Jᵀ v‖ / ‖J Jᵀ v‖: ten times the float32 rounding of deep models."""
 
 _FORMS = 2
 
 _VANISHING = 100.0
 """Gradients below this many roundings of the whole are nothing but rounding."""
-
-
-def verified_kernels(
-    evaluation: Evaluation, *, label_of: LabelOf, max_bytes: int, record_size: int | None = None
-) -> LayerKernels:
-    """Contract the layers, compare M v with automatic differentiation, and mend what differs.
-
-    Units that differ go through each sample's gradients, else all columns are products.
-    """
-    wrong: list[str] = []
-    irregular: list[str] = []
-    problem = evaluation.problem
-    probe = _Probe(evaluation)
-    attempts = 2
-    while attempts:
-        try:
-            found = contract_layers(
-                evaluation,
-                label_of=label_of,
-                refused=[*wrong, *irregular],
-                max_bytes=max_bytes,
-                record_size=record_size,
-                on_record=probe.watch(),
-            )
-        except IndependenceError:
-            raise
-        except StructureError as error:  # each time about other parameters: it comes to an end
-            irregular += error.args[1]
-            continue
-        except (RuntimeError, ValueError, IndexError, TypeError) as error:
-            if is_out_of_memory(error):
-                raise
-            break
-        if probe.agrees(found, label_of):
-            if wrong:
-                _warn(wrong, "the gradients of each sample were used for them")
-            return found
-        blamed = probe.find_wrong_units(found, [*wrong, *irregular], max_bytes)
-        del found
-        if not blamed:
-            break
-        wrong += blamed
-        attempts -= 1
-    _warn(wrong or problem.function.names, "every column of the kernel is a product")
-    return _by_products(evaluation, label_of)
-
-
-class _Probe:
-    """A random vector with its gradient by plain reverse mode, and its product."""
-
-    def __init__(self, evaluation: Evaluation) -> None:
-        self._evaluation = evaluation
-        problem = evaluation.problem
-        n = evaluation.residual_vector.numel()
-        self.vector = problem.draw(n)
-        self.gradient: Parameters = ()
-        self._chunks: list[tuple[slice, Chunk]] = []
-        first = 0
-        for chunk in evaluation.chunks():
-            n_entries = evaluation.count_entries(chunk)
-            if n_entries:
-                self._chunks.append((slice(first, first + n_entries), chunk))
-            first += n_entries
-        self._squares: dict[str, float] = {}
-
-    def watch(self) -> OnRecord:
-        """Return what takes the gradient ⟨v, entries⟩ along the graphs recorded for the layers."""
-        self.gradient = ()
-        first = 0
-
-        def pull(entries: Tensor, leaves: Parameters) -> None:
-            nonlocal first
-            last = first + entries.numel()
-            with quiet_differentiation():
-                pulled = torch.autograd.grad(
-                    entries,
-                    leaves,
-                    self.vector[first:last],
-                    retain_graph=True,
-                    allow_unused=True,
-                    materialize_grads=True,
-                )
-            first = last
-            self.gradient = added(self.gradient, pulled)
-
-        return pull
-
-    def _measure_gradient(self) -> None:
-        names = self._evaluation.problem.function.names
-        check_finite_gradient(names, self.gradient)
-        self._squares = {
-            name: 0.0 if part.is_meta else float(widen(part).square().sum())
-            for name, part in zip(names, self.gradient, strict=True)
-        }
-
-    def agrees(self, found: LayerKernels, label_of: LabelOf) -> bool:
-        """Tell whether M v is J Jᵀ v, and the form of each label that of its gradient."""
-        matrix = found.total()
-        if matrix.is_meta:
-            return True
-        self._measure_gradient()
-        squares: dict[str, float] = defaultdict(float)
-        for name, square in self._squares.items():
-            squares[label_of(name)] += square
-        if any(self._differs(kernel, squares[name]) for name, kernel in found.kernels.items()):
-            return False
-        image = widen(matrix @ self.vector)
-        tolerance = AGREEMENT_TOLERANCE[matrix.dtype]
-        for rung in (ForwardMode, DoubleReverse):
-            try:
-                expected = widen(self._push(rung))
-            except Exception as error:  # a rung that cannot differentiate this model
-                if is_out_of_memory(error):
-                    raise
-                continue
-            if float((image - expected).norm()) <= tolerance * float(expected.norm()):
-                return True
-            if self._is_product(expected, tolerance):
-                return False
-        return self._forms_agree(matrix)
-
-    def _is_product(self, product: Tensor, tolerance: float) -> bool:
-        """Tell whether a rung's J Jᵀ v passes ⟨u, J Jᵀ v⟩ = ⟨Jᵀu, Jᵀv⟩."""
-        u = self._evaluation.problem.draw(len(product))
-        pulled = self._pull(u)
-        form, expected = float(widen(u) @ product), inner(pulled, self.gradient)
-        scale = (inner(pulled, pulled) * inner(self.gradient, self.gradient)) ** 0.5
-        return bool(abs(form - expected) <= tolerance * scale)
-
-    def _forms_agree(self, matrix: Tensor) -> bool:
-        """Tell whether ⟨u, M w⟩ is ⟨Jᵀu, Jᵀw⟩, where reverse mode alone is to be trusted.
-
-        Through functions that are differentiable once no rung gives a product, or a wrong one.
-        """
-        for _ in range(_FORMS):
-            u, w = (self._evaluation.problem.draw(len(matrix)) for _ in range(2))
-            pulled_u, pulled_w = self._pull(u), self._pull(w)
-            scale = (inner(pulled_u, pulled_u) * inner(pulled_w, pulled_w)) ** 0.5
-            form = float(widen(u) @ widen(matrix @ w))
-            tolerance = AGREEMENT_TOLERANCE[matrix.dtype]
-            if not abs(form - inner(pulled_u, pulled_w)) <= tolerance * scale:
-                return False
-        return True
-
-    def find_wrong_units(
-        self, found: LayerKernels, refused: Collection[str], max_bytes: int
-    ) -> list[str]:
-        """Name the parameters of units whose own quadratic form is not that of their gradient."""
-        wrong: list[str] = []
-        for unit in found.units:
-            if not set(unit).isdisjoint(refused):
-                continue
-            try:
-                # Under one label, so that a bias is merged as it was.
-                alone = contract_layers(
-                    self._evaluation, label_of=lambda name: "", only=unit, max_bytes=max_bytes
-                ).total()
-            except (RuntimeError, ValueError, IndexError, TypeError) as error:
-                if is_out_of_memory(error):
-                    raise
-                wrong += unit
-                continue
-            if self._differs(alone, sum(self._squares[name] for name in unit)):
-                wrong += unit
-        return wrong
-
-    def _differs(self, kernel: Tensor, expected: float) -> bool:
-        """Tell whether vᵀM_l v is not ‖J_lᵀv‖²; what vanishes but for rounding is right."""
-        v = widen(self.vector)
-        form = float(v @ widen(kernel @ self.vector))
-        rounding = (_VANISHING * torch.finfo(kernel.dtype).eps) ** 2 * sum(self._squares.values())
-        tolerance = AGREEMENT_TOLERANCE[kernel.dtype] * max(form, expected) + rounding
-        return not abs(form - expected) <= tolerance
-
-    def _pull(self, vector: Tensor) -> Parameters:
-        function = self._evaluation.problem.function
-        total: Parameters = ()
-        for entries, chunk in self._chunks:
-            plain = PullBack(self._evaluation.vector_function(chunk), function.parameters)
-            total = added(total, plain.pull(vector[entries]))
-        return total
-
-    def _push(self, rung: Callable[..., ForwardMode | DoubleReverse]) -> Tensor:
-        function = self._evaluation.problem.function
-        return torch.cat(
-            [
-                rung(self._evaluation.vector_function(chunk), function.parameters).push(
-                    self.gradient
-                )
-                for _, chunk in self._chunks
-            ]
-        )
-
-
-def _by_products(evaluation: Evaluation, label_of: LabelOf) -> LayerKernels:
-    problem = evaluation.problem
-    labels: dict[str, list[str]] = {}
-    for name in problem.function.names:
-        labels.setdefault(label_of(name), []).append(name)
-    with assemble_matrix_free(problem, evaluation.chunk_size) as kernel:
-        if len(labels) == 1:
-            kernels = dict.fromkeys(labels, kernel.to_dense().to(kernel.dtype))
-        else:
-            kernels = _products_by_label(kernel, labels)
-        found = (kernel.rung, kernel.n_matvecs, kernel.n_probes, kernel.noise)
-    rung, n_matvecs, n_probes, noise = found
-    return LayerKernels(
-        kernels,
-        orders=dict.fromkeys(problem.function.names, "products"),
-        units=(),
-        rung=rung,
-        n_matvecs=n_matvecs,
-        n_probes=n_probes,
-        noise=noise,
-        notes=(COLUMNS_ARE_PRODUCTS,),
-    )
-
-
-def _products_by_label(
-    kernel: KernelOperator, labels: Mapping[str, Collection[str]]
-) -> dict[str, Tensor]:
-    """Return J_l J_lᵀ for each label, column by column; one alone may vanish but for rounding."""
-    columns: dict[str, list[Tensor]] = {label: [] for label in labels}
-    identity = torch.eye(kernel.n, dtype=torch.float64, device=kernel.residual_vector.device)
-    for unit in identity:
-        named = dict(zip(kernel.parameter_names, kernel.rmatvec(unit), strict=True))
-        for label, names in labels.items():
-            tangents = [t if name in names else torch.zeros_like(t) for name, t in named.items()]
-            columns[label].append(kernel.jvp(tangents).to(kernel.dtype))
-    return {label: torch.stack(found, dim=1) for label, found in columns.items()}
-
-
-def _warn(names: Collection[str], remedy: str) -> None:
-    modules = sorted({name.rpartition(".")[0] or name for name in names})
-    warnings.warn(
-        f"the kernels of {', '.join(map(repr, modules))} contracted by layers differ from "
-        f"automatic differentiation; {remedy}, which is slower. It so looks where samples "
-        "interact, or where a layer's first dimension does not count samples.",
-        KernelWarning,
-        stacklevel=2,
-    )
 
 
 class ExactKernel(Kernel):
@@ -388,10 +147,242 @@ def assemble_exact(
 
     def build(size: int | None) -> ExactKernel:
         with problem.function.guard(), problem.function.installed():
-            found = verified_kernels(
+            found = _verified_kernels(
                 evaluation, label_of=label_of, max_bytes=plan.layer_bytes, record_size=size
             )
         return ExactKernel(evaluation, found, size, keep_layers=keep_layers)
 
-    kernel: ExactKernel = halve_until_it_fits(problem, plan.chunk_size, build)[0]
-    return kernel
+    return halve_until_it_fits(problem, plan.chunk_size, build)[0]
+
+
+def _verified_kernels(
+    evaluation: Evaluation, *, label_of: LabelOf, max_bytes: int, record_size: int | None = None
+) -> LayerKernels:
+    """Contract the layers, compare M v with automatic differentiation, and mend what differs.
+
+    Units that differ go through each sample's gradients, else all columns are products.
+    """
+    wrong: list[str] = []
+    irregular: list[str] = []
+    problem = evaluation.problem
+    probe = _Probe(evaluation)
+    attempts = 2
+    while attempts:
+        try:
+            found = contract_layers(
+                evaluation,
+                label_of=label_of,
+                refused=[*wrong, *irregular],
+                max_bytes=max_bytes,
+                record_size=record_size,
+                on_record=probe.watch(),
+            )
+        except IndependenceError:
+            raise
+        except StructureError as error:  # each time about other parameters: it comes to an end
+            irregular += error.args[1]
+            continue
+        except (RuntimeError, ValueError, IndexError, TypeError) as error:
+            if is_out_of_memory(error):
+                raise
+            break
+        if probe.agrees(found, label_of):
+            if wrong:
+                _warn(wrong, "the gradients of each sample were used for them")
+            return found
+        blamed = probe.find_wrong_units(found, [*wrong, *irregular], max_bytes)
+        del found
+        if not blamed:
+            break
+        wrong += blamed
+        attempts -= 1
+    _warn(wrong or problem.function.names, "every column of the kernel is a product")
+    return _by_products(evaluation, label_of)
+
+
+class _Probe:
+    """A random vector with its gradient by plain reverse mode, and its product."""
+
+    def __init__(self, evaluation: Evaluation) -> None:
+        self._evaluation = evaluation
+        self.vector = evaluation.problem.draw(evaluation.residual_vector.numel())
+        self.gradient: Parameters = ()
+        self._chunks = evaluation.chunks_with_entries()
+        self._squares: dict[str, float] = {}
+
+    def watch(self) -> OnRecord:
+        """Return what takes the gradient ⟨v, entries⟩ along the graphs recorded for the layers."""
+        self.gradient = ()
+        first = 0
+
+        def pull(entries: Tensor, leaves: Parameters) -> None:
+            nonlocal first
+            last = first + entries.numel()
+            with quiet_differentiation():
+                pulled = torch.autograd.grad(
+                    entries,
+                    leaves,
+                    self.vector[first:last],
+                    retain_graph=True,
+                    allow_unused=True,
+                    materialize_grads=True,
+                )
+            first = last
+            self.gradient = added(self.gradient, pulled)
+
+        return pull
+
+    def _measure_gradient(self) -> None:
+        names = self._evaluation.problem.function.names
+        check_finite_gradient(names, self.gradient)
+        self._squares = {
+            name: 0.0 if part.is_meta else float(widen(part).square().sum())
+            for name, part in zip(names, self.gradient, strict=True)
+        }
+
+    def agrees(self, found: LayerKernels, label_of: LabelOf) -> bool:
+        """Tell whether M v is J Jᵀ v, and the form of each label that of its gradient."""
+        matrix = found.total()
+        if matrix.is_meta:
+            return True
+        self._measure_gradient()
+        squares: dict[str, float] = defaultdict(float)
+        for name, square in self._squares.items():
+            squares[label_of(name)] += square
+        if any(self._differs(kernel, squares[name]) for name, kernel in found.kernels.items()):
+            return False
+        image = widen(matrix @ self.vector)
+        tolerance = _AGREEMENT_TOLERANCE[matrix.dtype]
+        for rung in (ForwardMode, DoubleReverse):
+            try:
+                expected = widen(self._push(rung))
+            except Exception as error:  # a rung that cannot differentiate this model
+                if is_out_of_memory(error):
+                    raise
+                continue
+            if float((image - expected).norm()) <= tolerance * float(expected.norm()):
+                return True
+            if self._is_product(expected, tolerance):
+                return False
+        return self._forms_agree(matrix)
+
+    def _is_product(self, product: Tensor, tolerance: float) -> bool:
+        """Tell whether a rung's J Jᵀ v passes ⟨u, J Jᵀ v⟩ = ⟨Jᵀu, Jᵀv⟩."""
+        u = self._evaluation.problem.draw(len(product))
+        pulled = self._pull(u)
+        form, expected = float(widen(u) @ product), inner(pulled, self.gradient)
+        scale = (inner(pulled, pulled) * inner(self.gradient, self.gradient)) ** 0.5
+        return bool(abs(form - expected) <= tolerance * scale)
+
+    def _forms_agree(self, matrix: Tensor) -> bool:
+        """Tell whether ⟨u, M w⟩ is ⟨Jᵀu, Jᵀw⟩, where reverse mode alone is to be trusted.
+
+        Through functions that are differentiable once no rung gives a product, or a wrong one.
+        """
+        for _ in range(_FORMS):
+            u, w = (self._evaluation.problem.draw(len(matrix)) for _ in range(2))
+            pulled_u, pulled_w = self._pull(u), self._pull(w)
+            scale = (inner(pulled_u, pulled_u) * inner(pulled_w, pulled_w)) ** 0.5
+            form = float(widen(u) @ widen(matrix @ w))
+            tolerance = _AGREEMENT_TOLERANCE[matrix.dtype]
+            if not abs(form - inner(pulled_u, pulled_w)) <= tolerance * scale:
+                return False
+        return True
+
+    def find_wrong_units(
+        self, found: LayerKernels, refused: Collection[str], max_bytes: int
+    ) -> list[str]:
+        """Name the parameters of units whose own quadratic form is not that of their gradient."""
+        wrong: list[str] = []
+        for unit in found.units:
+            if not set(unit).isdisjoint(refused):
+                continue
+            try:
+                # Under one label, so that a bias is merged as it was.
+                alone = contract_layers(
+                    self._evaluation, label_of=lambda name: "", only=unit, max_bytes=max_bytes
+                ).total()
+            except (RuntimeError, ValueError, IndexError, TypeError) as error:
+                if is_out_of_memory(error):
+                    raise
+                wrong += unit
+                continue
+            if self._differs(alone, sum(self._squares[name] for name in unit)):
+                wrong += unit
+        return wrong
+
+    def _differs(self, kernel: Tensor, expected: float) -> bool:
+        """Tell whether vᵀM_l v is not ‖J_lᵀv‖²; what vanishes but for rounding is right."""
+        v = widen(self.vector)
+        form = float(v @ widen(kernel @ self.vector))
+        rounding = (_VANISHING * torch.finfo(kernel.dtype).eps) ** 2 * sum(self._squares.values())
+        tolerance = _AGREEMENT_TOLERANCE[kernel.dtype] * max(form, expected) + rounding
+        return not abs(form - expected) <= tolerance
+
+    def _pull(self, vector: Tensor) -> Parameters:
+        function = self._evaluation.problem.function
+        total: Parameters = ()
+        for entries, chunk in self._chunks:
+            plain = PullBack(self._evaluation.vector_function(chunk), function.parameters)
+            total = added(total, plain.pull(vector[entries]))
+        return total
+
+    def _push(self, rung: Callable[..., ForwardMode | DoubleReverse]) -> Tensor:
+        function = self._evaluation.problem.function
+        return torch.cat(
+            [
+                rung(self._evaluation.vector_function(chunk), function.parameters).push(
+                    self.gradient
+                )
+                for _, chunk in self._chunks
+            ]
+        )
+
+
+def _by_products(evaluation: Evaluation, label_of: LabelOf) -> LayerKernels:
+    problem = evaluation.problem
+    labels: dict[str, list[str]] = {}
+    for name in problem.function.names:
+        labels.setdefault(label_of(name), []).append(name)
+    with assemble_matrix_free(problem, evaluation.chunk_size) as kernel:
+        if len(labels) == 1:
+            kernels = dict.fromkeys(labels, kernel.to_dense().to(kernel.dtype))
+        else:
+            kernels = _products_by_label(kernel, labels)
+        found = (kernel.rung, kernel.n_matvecs, kernel.n_probes, kernel.noise)
+    rung, n_matvecs, n_probes, noise = found
+    return LayerKernels(
+        kernels,
+        orders=dict.fromkeys(problem.function.names, "products"),
+        units=(),
+        rung=rung,
+        n_matvecs=n_matvecs,
+        n_probes=n_probes,
+        noise=noise,
+        notes=(COLUMNS_ARE_PRODUCTS,),
+    )
+
+
+def _products_by_label(
+    kernel: KernelOperator, labels: Mapping[str, Collection[str]]
+) -> dict[str, Tensor]:
+    """Return J_l J_lᵀ for each label, column by column; one alone may vanish but for rounding."""
+    columns: dict[str, list[Tensor]] = {label: [] for label in labels}
+    identity = torch.eye(kernel.n, dtype=torch.float64, device=kernel.residual_vector.device)
+    for unit in identity:
+        named = dict(zip(kernel.parameter_names, kernel.rmatvec(unit), strict=True))
+        for label, names in labels.items():
+            tangents = [t if name in names else torch.zeros_like(t) for name, t in named.items()]
+            columns[label].append(kernel.jvp(tangents).to(kernel.dtype))
+    return {label: torch.stack(found, dim=1) for label, found in columns.items()}
+
+
+def _warn(names: Collection[str], remedy: str) -> None:
+    modules = sorted({name.rpartition(".")[0] or name for name in names})
+    warnings.warn(
+        f"the kernels of {', '.join(map(repr, modules))} contracted by layers differ from "
+        f"automatic differentiation; {remedy}, which is slower. It so looks where samples "
+        "interact, or where a layer's first dimension does not count samples.",
+        KernelWarning,
+        stacklevel=2,
+    )

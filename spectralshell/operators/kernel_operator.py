@@ -80,72 +80,6 @@ class Kernel(ABC):
             )
 
 
-@dataclass(frozen=True)
-class Part:
-    """The entries of one chunk of samples, and how they are differentiated."""
-
-    entries: slice
-    linearization: Linearization
-
-
-class Jacobian:
-    """J over √N in parts, in the working dtype: products to be taken where it is :meth:`ready`.
-
-    ``reads_model``: a backward pass evaluates the model anew, and has to find its frozen state.
-    """
-
-    def __init__(
-        self, function: ModelFunction, parts: Sequence[Part], *, reads_model: bool = False
-    ) -> None:
-        self._function = function
-        self.parts = tuple(parts)
-        self.reads_model = reads_model
-        self.rung = parts[0].linearization.name
-
-    @contextmanager
-    def ready(self) -> Iterator[None]:
-        """Let products be taken inside: with the model guarded and installed where they need it."""
-        calls_model = any(part.linearization.calls_model for part in self.parts)
-        with exclusive(), full_precision(self._function.device), ExitStack() as stack:
-            if calls_model or self.reads_model:
-                stack.enter_context(self._function.guard())
-            if self.reads_model:
-                stack.enter_context(self._function.installed())
-            yield
-
-    def narrow(self, tensor: Tensor) -> Tensor:
-        """Return an operand in the working dtype, on the device."""
-        return cast(tensor.detach(), self._function.device, self._function.dtype)
-
-    def pull(self, vector: Tensor) -> Parameters:
-        """Return Jᵀv."""
-        total: Parameters = ()
-        for part in self.parts:
-            total = added(total, part.linearization.pull(vector[part.entries]))
-        return total
-
-    def pull_block(self, columns: Tensor) -> Parameters:
-        """Return Jᵀv for each row v of (k, n), stacked along the first dimension."""
-        total: Parameters = ()
-        for part in self.parts:
-            total = added(total, part.linearization.pull_block(columns[:, part.entries]))
-        return total
-
-    def push(self, tangents: Parameters) -> Tensor:
-        """Return J t."""
-        pushed = [part.linearization.push(tangents) for part in self.parts]
-        return pushed[0] if len(pushed) == 1 else torch.cat(pushed)
-
-    def push_block(self, tangents: Parameters) -> Tensor:
-        """Return J t for tangents stacked along the first dimension, as rows (k, n)."""
-        return torch.cat([part.linearization.push_block(tangents) for part in self.parts], dim=1)
-
-    def product(self, vector: Tensor) -> Tensor:
-        """Return J Jᵀ v in float64, from outside."""
-        with self.ready():
-            return widen(self.push(self.pull(self.narrow(vector))))
-
-
 class KernelOperator(Kernel):
     """M = J Jᵀ of one snapshot, matrix-free; made by :func:`~spectralshell.operators.build_kernel`.
 
@@ -414,3 +348,69 @@ class KernelOperator(Kernel):
     def _stack_size(self) -> int:
         per_column = (self.n_parameters + self.n) * self.dtype.itemsize
         return max(1, min(_MAX_BLOCK, _BLOCK_BYTES // max(1, per_column)))
+
+
+class Jacobian:
+    """J over √N in parts, in the working dtype: products to be taken where it is :meth:`ready`.
+
+    ``reads_model``: a backward pass evaluates the model anew, and has to find its frozen state.
+    """
+
+    def __init__(
+        self, function: ModelFunction, parts: Sequence[Part], *, reads_model: bool = False
+    ) -> None:
+        self._function = function
+        self.parts = tuple(parts)
+        self.reads_model = reads_model
+        self.rung = parts[0].linearization.name
+
+    @contextmanager
+    def ready(self) -> Iterator[None]:
+        """Let products be taken inside: with the model guarded and installed where they need it."""
+        calls_model = any(part.linearization.calls_model for part in self.parts)
+        with exclusive(), full_precision(self._function.device), ExitStack() as stack:
+            if calls_model or self.reads_model:
+                stack.enter_context(self._function.guard())
+            if self.reads_model:
+                stack.enter_context(self._function.installed())
+            yield
+
+    def narrow(self, tensor: Tensor) -> Tensor:
+        """Return an operand in the working dtype, on the device."""
+        return cast(tensor.detach(), self._function.device, self._function.dtype)
+
+    def pull(self, vector: Tensor) -> Parameters:
+        """Return Jᵀv."""
+        total: Parameters = ()
+        for part in self.parts:
+            total = added(total, part.linearization.pull(vector[part.entries]))
+        return total
+
+    def pull_block(self, columns: Tensor) -> Parameters:
+        """Return Jᵀv for each row v of (k, n), stacked along the first dimension."""
+        total: Parameters = ()
+        for part in self.parts:
+            total = added(total, part.linearization.pull_block(columns[:, part.entries]))
+        return total
+
+    def push(self, tangents: Parameters) -> Tensor:
+        """Return J t."""
+        pushed = [part.linearization.push(tangents) for part in self.parts]
+        return pushed[0] if len(pushed) == 1 else torch.cat(pushed)
+
+    def push_block(self, tangents: Parameters) -> Tensor:
+        """Return J t for tangents stacked along the first dimension, as rows (k, n)."""
+        return torch.cat([part.linearization.push_block(tangents) for part in self.parts], dim=1)
+
+    def product(self, vector: Tensor) -> Tensor:
+        """Return J Jᵀ v in float64, from outside."""
+        with self.ready():
+            return widen(self.push(self.pull(self.narrow(vector))))
+
+
+@dataclass(frozen=True)
+class Part:
+    """The entries of one chunk of samples, and how they are differentiated."""
+
+    entries: slice
+    linearization: Linearization

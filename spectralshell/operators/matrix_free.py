@@ -26,16 +26,14 @@ def assemble_matrix_free(
     """
 
     def build(fitting: int | None) -> KernelOperator:
-        known = evaluation is not None and evaluation.chunk_size == fitting
-        taken = evaluation if known and evaluation else problem.evaluate(fitting)
+        taken = evaluation
+        if taken is None or taken.chunk_size != fitting:
+            taken = problem.evaluate(fitting)
         notes = problem.notes if fitting == size else (*problem.notes, smaller_chunks(fitting))
         with problem.function.guard(), problem.function.installed():
             parts, steps = _differentiate(taken, rungs)
-            jacobian = Jacobian(
-                problem.function,
-                parts,
-                reads_model=backward_reads_model(taken, parts),
-            )
+            reads_model = backward_reads_model(taken, parts)
+            jacobian = Jacobian(problem.function, parts, reads_model=reads_model)
             rounding = measure_rounding(jacobian, taken) if measured else Rounding()
         return KernelOperator(
             taken,
@@ -47,8 +45,7 @@ def assemble_matrix_free(
             status=join_statuses(notes),
         )
 
-    kernel: KernelOperator = halve_until_it_fits(problem, size, build)[0]
-    return kernel
+    return halve_until_it_fits(problem, size, build)[0]
 
 
 def _differentiate(
@@ -58,11 +55,7 @@ def _differentiate(
     function = problem.function
     parts: list[Part] = []
     steps: list[Climb] = []
-    first = 0
-    for chunk in evaluation.chunks():
-        n_entries = evaluation.count_entries(chunk)
-        if n_entries == 0:
-            continue  # no row of this chunk is labelled
+    for entries, chunk in evaluation.chunks_with_entries():
         vector = evaluation.vector_function(chunk)
         try:
             step = climb(
@@ -82,6 +75,5 @@ def _differentiate(
                 f"autocast or a cast of its own. Tried {failure}"
             ) from failure
         steps.append(step)
-        parts.append(Part(slice(first, first + n_entries), step.linearization))
-        first += n_entries
+        parts.append(Part(entries, step.linearization))
     return parts, steps

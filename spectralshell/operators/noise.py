@@ -148,38 +148,15 @@ def _in_double(
     n_few = max(_FEWEST_SAMPLES, ceil(share * problem.n_samples))
     if n_few >= problem.n_samples:
         entries = torch.arange(len(image), device=image.device)
-        labelled = [chunk for chunk in evaluation.chunks() if evaluation.count_entries(chunk)]
         parts = [
-            Part(part.entries, linearize(evaluation.vector_function(chunk, function)))
-            for part, chunk in zip(jacobian.parts, labelled, strict=True)
+            Part(places, linearize(evaluation.vector_function(chunk, function)))
+            for places, chunk in evaluation.chunks_with_entries()
         ]
     else:
         chosen, entries = _largest_samples(evaluation, image.square(), n_few)
         vector = _joined(evaluation, chosen, function)
         parts = [Part(slice(0, len(entries)), linearize(vector))]
     return entries, Jacobian(function, parts, reads_model=jacobian.reads_model)
-
-
-def backward_reads_model(evaluation: Evaluation, parts: Sequence[Part]) -> bool:
-    """Tell whether a backward pass reads the parameters anew, as checkpointing does.
-
-    Then products carry the frozen state through it too. Found by NaN in place of the parameters.
-    """
-    function = evaluation.problem.function
-    if function.device.type == "meta":
-        return False
-    jacobian = Jacobian(function, parts)
-    vector = evaluation.problem.draw(evaluation.residual_vector.numel())
-    expected = jacobian.pull(vector)
-    try:
-        with function.poisoned():
-            found = jacobian.pull(vector)
-    except RuntimeError:  # the recomputed graph did not match the recorded one
-        return True
-    return any(
-        not torch.allclose(a, b, rtol=1e-3, atol=1e-6 * float(a.abs().max()) if a.numel() else 0.0)
-        for a, b in zip(expected, found, strict=True)
-    )
 
 
 def measure_exact_noise(evaluation: Evaluation, matrix: Tensor) -> float:
@@ -263,3 +240,25 @@ def spectral_norm(matrix: Tensor) -> float:
             vector = matrix @ (vector / size)
             norm = max(norm, float(vector.norm()))
     return norm
+
+
+def backward_reads_model(evaluation: Evaluation, parts: Sequence[Part]) -> bool:
+    """Tell whether a backward pass reads the parameters anew, as checkpointing does.
+
+    Then products carry the frozen state through it too. Found by NaN in place of the parameters.
+    """
+    function = evaluation.problem.function
+    if function.device.type == "meta":
+        return False
+    jacobian = Jacobian(function, parts)
+    vector = evaluation.problem.draw(evaluation.residual_vector.numel())
+    expected = jacobian.pull(vector)
+    try:
+        with function.poisoned():
+            found = jacobian.pull(vector)
+    except RuntimeError:  # the recomputed graph did not match the recorded one
+        return True
+    return any(
+        not torch.allclose(a, b, rtol=1e-3, atol=1e-6 * float(a.abs().max()) if a.numel() else 0.0)
+        for a, b in zip(expected, found, strict=True)
+    )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -30,19 +30,197 @@ if TYPE_CHECKING:
     from spectralshell.snapshots import Snapshot
 
 
+_Built = TypeVar("_Built")
+
 _DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
-REPEAT_TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
+_REPEAT_TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
 """Relative difference of two evaluations: above what unordered sums on a GPU give."""
 
-COUPLING_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
+_COUPLING_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
 """Relative difference of a sample's output alone and in company: above that of other kernels."""
 
 _CHUNK_TOLERANCE = 1e-10
 """Relative difference of float64 errors from the same outputs: far above rounding."""
 
 
-def resolve_device(device: str | torch.device, model: nn.Module) -> torch.device:
+@dataclass(frozen=True)
+class KernelProblem:
+    """What a kernel is built from, whichever way; made by :func:`pose_problem`."""
+
+    function: ModelFunction
+    residual: Residual
+    # Of the whole batch, on the device.
+    inputs: Any
+    # As the user gave them.
+    targets: Any
+    n_samples: int
+    # As asked for; None where one chunk holds all samples.
+    chunk_size: int | None
+    # Gives a random vector of a length, in the working dtype on the device.
+    draw: Callable[[int], Tensor]
+    # What the status should say.
+    notes: tuple[str, ...] = ()
+
+    def evaluate(self, size: int | None) -> Evaluation:
+        """Evaluate the model in chunks of ``size`` samples, twice, and check what comes back."""
+        function, residual = self.function, self.residual
+        with function.guard():
+            outputs, flops = _evaluate_twice(function, self.inputs, self.n_samples, size)
+            targets = residual.prepare(self.targets, outputs)
+            error, values = _error_and_values(residual, outputs, targets)
+            evaluation = Evaluation(self, size, outputs, targets, error, values, flops)
+            if size is not None:
+                _check_chunks(evaluation)
+        return evaluation
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A problem with the model's outputs on the whole batch."""
+
+    problem: KernelProblem
+    # Samples of a chunk; None takes all at once.
+    chunk_size: int | None
+    # Samples first.
+    outputs: Tensor
+    targets: Targets
+    # e / √N in float64.
+    residual_vector: Tensor
+    # What J differentiates, without 1/√N.
+    values: Tensor
+    # Operations of matrix products and convolutions in one evaluation.
+    flops: float
+
+    @property
+    def scale(self) -> float:
+        """1/√N."""
+        return float(self.targets.n_rows**-0.5)
+
+    @property
+    def forward_flops(self) -> float:
+        """Operations of one evaluation, at least two for each parameter and sample."""
+        return max(self.flops, 2.0 * self.problem.n_samples * self.problem.function.n_parameters)
+
+    def chunks(self, size: int | None = None) -> list[Chunk]:
+        """Return all samples in chunks of ``size``, by default those of the evaluation."""
+        bounds = _chunk_bounds(self.problem.n_samples, size or self.chunk_size)
+        return [self.take(start, stop) for start, stop in bounds]
+
+    def chunks_with_entries(self, size: int | None = None) -> list[tuple[slice, Chunk]]:
+        """Return the chunks that have labelled rows, each with its places in the residual."""
+        found, first = [], 0
+        for chunk in self.chunks(size):
+            n_entries = self.count_entries(chunk)
+            if n_entries:
+                found.append((slice(first, first + n_entries), chunk))
+            first += n_entries
+        return found
+
+    def take(self, start: int, stop: int) -> Chunk:
+        """Return some samples as a chunk."""
+        problem, function = self.problem, self.problem.function
+        inputs = _take_samples(problem.inputs, slice(start, stop), problem.n_samples)
+        rows_per_sample = self.outputs.shape[1:-1].numel()
+        # Taken before the move to the device, which may hold no values to select by.
+        part = self.targets.samples(start, stop, problem.n_samples, rows_per_sample)
+        targets = part.to(function.device, function.dtype)
+        return Chunk(slice(start, stop), inputs, targets, self.outputs[start:stop])
+
+    def moved(self, parameters: Parameters) -> Evaluation:
+        """Evaluate the problem at other values of the parameters, once: it was checked here."""
+        problem = replace(self.problem, function=self.problem.function.at(parameters))
+        function, bounds = problem.function, _chunk_bounds(problem.n_samples, self.chunk_size)
+        with function.guard():
+            outputs = _evaluate_chunks(function, problem.inputs, bounds)
+        if not outputs.is_meta and not bool(torch.isfinite(outputs).all()):
+            raise ValueError(
+                "model: the outputs hold NaN or infinite values where the parameters were "
+                "displaced to; take a smaller step."
+            )
+        error, values = _error_and_values(problem.residual, outputs, self.targets)
+        return replace(self, problem=problem, outputs=outputs, residual_vector=error, values=values)
+
+    def count_entries(self, chunk: Chunk) -> int:
+        """Return the number of the chunk's entries in the residual."""
+        return self.problem.residual.jacobian_of(chunk.outputs, chunk.targets).numel()
+
+    def vector_function(
+        self, chunk: Chunk, function: ModelFunction | None = None
+    ) -> VectorFunction:
+        """Return what J differentiates, over √N, as a vector function of the parameters.
+
+        ``function`` is the model in another dtype; by default the problem's.
+        """
+        model = function or self.problem.function
+        residual, scale = self.problem.residual, self.scale
+        inputs = map_tensors(lambda t: cast(t, model.device, model.dtype), chunk.inputs)
+        targets = chunk.targets.to(model.device, model.dtype)
+
+        def vector(*parameters: Tensor) -> Tensor:
+            values = residual.jacobian_of(model.outputs(parameters, inputs), targets)
+            scaled: Tensor = values.reshape(-1) * scale
+            return scaled
+
+        return vector
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Some samples: inputs and targets on the device, and the model's outputs."""
+
+    samples: slice
+    inputs: Any
+    targets: Targets
+    outputs: Tensor
+
+    @property
+    def n_samples(self) -> int:
+        """Number of its samples."""
+        return int(self.samples.stop - self.samples.start)
+
+
+def pose_problem(
+    snapshot: Snapshot,
+    *,
+    residual: str | Callable[[Tensor, Any], Tensor] = "mse",
+    parameters: Any = None,
+    chunk_size: int | None = None,
+    device: str | torch.device = "auto",
+    dtype: str | torch.dtype | None = None,
+    generator: torch.Generator | None = None,
+) -> KernelProblem:
+    """Check the arguments of a kernel (as ``build_kernel``), and move the snapshot to the device.
+
+    To be called where the model may be touched.
+    """
+    resolved = resolve_residual(residual)
+    if chunk_size is not None:
+        chunk_size = check_integer("chunk_size", chunk_size, low=1)
+    snapshot.check_unchanged()
+    names = select_parameters(snapshot.model, parameters, snapshot.state.trainable)
+    where = _resolve_device(device, snapshot.model)
+    state = snapshot.load_state()
+    trainable = {name for name, _ in snapshot.model.named_parameters()}
+    _check_finite_state(state, trainable)
+    _check_finite_inputs(snapshot.inputs)
+    working, notes = _working_dtype(dtype, state, where)
+    function = ModelFunction(snapshot.model, state, names, where, working)
+    inputs = map_tensors(lambda t: cast(t.detach(), where, working), snapshot.inputs)
+    whole = chunk_size is None or chunk_size >= snapshot.n_samples
+    return KernelProblem(
+        function=function,
+        residual=resolved,
+        inputs=inputs,
+        targets=snapshot.targets,
+        n_samples=snapshot.n_samples,
+        chunk_size=None if whole else chunk_size,
+        draw=_drawing(generator, where, working),
+        notes=notes,
+    )
+
+
+def _resolve_device(device: str | torch.device, model: nn.Module) -> torch.device:
     """Return the device to compute on; ``"auto"`` is where the model's parameters are."""
     if isinstance(device, torch.device):
         return _available(device)
@@ -118,7 +296,7 @@ def _short(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def check_finite_state(state: Mapping[str, Tensor], parameters: set[str]) -> None:
+def _check_finite_state(state: Mapping[str, Tensor], parameters: set[str]) -> None:
     """Raise ValueError naming the first tensor of a state with NaN (or, a parameter, infinity).
 
     Buffers may be infinite: attention masks are.
@@ -134,7 +312,7 @@ def check_finite_state(state: Mapping[str, Tensor], parameters: set[str]) -> Non
             )
 
 
-def check_finite_inputs(inputs: Any) -> None:
+def _check_finite_inputs(inputs: Any) -> None:
     """Raise ValueError if a floating input holds NaN."""
 
     def check(tensor: Tensor) -> Tensor:
@@ -145,16 +323,30 @@ def check_finite_inputs(inputs: Any) -> None:
     map_tensors(check, inputs)
 
 
-def evaluate(
+def _drawing(
+    generator: torch.Generator | None, device: torch.device, dtype: torch.dtype
+) -> Callable[[int], Tensor]:
+    source = generator if generator is not None else torch.Generator().manual_seed(0)
+
+    def draw(n: int) -> Tensor:
+        if device.type == "meta":
+            return torch.empty(n, dtype=dtype, device=device)
+        numbers = torch.randn(n, generator=source, device=source.device, dtype=torch.float32)
+        return numbers.to(device, dtype)
+
+    return draw
+
+
+def _evaluate_twice(
     function: ModelFunction, inputs: Any, n_samples: int, size: int | None
 ) -> tuple[Tensor, float]:
     """Return outputs, samples first, and operations of an evaluation in chunks, which is checked.
 
     The second time chunks begin elsewhere, so that every sample has other company.
     """
-    bounds = chunk_bounds(n_samples, size)
+    bounds = _chunk_bounds(n_samples, size)
     with FlopCounterMode(display=False) as counter:
-        outputs = evaluate_chunks(function, inputs, bounds)
+        outputs = _evaluate_chunks(function, inputs, bounds)
     flops = float(counter.get_total_flops())
     if not outputs.is_floating_point():
         raise ValueError(
@@ -169,7 +361,7 @@ def evaluate(
     if outputs.is_meta:
         return outputs, flops
     if not bool(torch.isfinite(outputs).all()):
-        parts = [take_samples(inputs, slice(*bound), n_samples) for bound in bounds]
+        parts = [_take_samples(inputs, slice(*bound), n_samples) for bound in bounds]
         where = first_nonfinite_module(function, parts)
         raise ValueError(
             f"model: the outputs hold NaN or infinite values, first in {where}; check inputs and "
@@ -177,8 +369,8 @@ def evaluate(
         )
     if size is not None and _differ(
         outputs,
-        evaluate_chunks(function, inputs, _shifted_bounds(n_samples, size)),
-        COUPLING_TOLERANCE[function.dtype],
+        _evaluate_chunks(function, inputs, _shifted_bounds(n_samples, size)),
+        _COUPLING_TOLERANCE[function.dtype],
     ):
         _check_repeatable(function, inputs, outputs, bounds)
         raise ValueError(
@@ -194,10 +386,10 @@ def evaluate(
 def _check_repeatable(
     function: ModelFunction, inputs: Any, outputs: Tensor, bounds: list[tuple[int, int]]
 ) -> None:
-    again = evaluate_chunks(function, inputs, bounds)
-    if _differ(outputs, again, REPEAT_TOLERANCE[function.dtype]):
+    again = _evaluate_chunks(function, inputs, bounds)
+    if _differ(outputs, again, _REPEAT_TOLERANCE[function.dtype]):
         n_samples = bounds[-1][1]
-        parts = [take_samples(inputs, slice(*bound), n_samples) for bound in bounds]
+        parts = [_take_samples(inputs, slice(*bound), n_samples) for bound in bounds]
         where = first_random_module(function, parts)
         difference, scale = float((outputs - again).abs().max()), float(outputs.abs().max())
         raise ValueError(
@@ -213,40 +405,14 @@ def _differ(outputs: Tensor, again: Tensor, tolerance: float) -> bool:
     return not float((outputs - again).abs().max()) <= tolerance * float(outputs.abs().max())
 
 
-def chunk_bounds(n_samples: int, size: int | None) -> list[tuple[int, int]]:
-    """Return (start, stop) of each chunk."""
-    step = size or n_samples
-    return [(start, min(start + step, n_samples)) for start in range(0, n_samples, step)]
-
-
-def _shifted_bounds(n_samples: int, size: int) -> list[tuple[int, int]]:
-    """Chunks that begin in the middle of those of :func:`chunk_bounds`; single samples in pairs."""
-    if size == 1:
-        return chunk_bounds(n_samples, 2)
-    first = size // 2
-    later = chunk_bounds(n_samples - first, size)
-    return [(0, first), *((start + first, stop + first) for start, stop in later)]
-
-
-def take_samples(inputs: Any, positions: slice, n_samples: int) -> Any:
-    """Take samples from every tensor whose first dimension counts samples."""
-
-    def take(tensor: Tensor) -> Tensor:
-        if tensor.ndim == 0 or tensor.shape[0] != n_samples:
-            return tensor
-        return tensor[positions]
-
-    return map_tensors(take, inputs)
-
-
-def evaluate_chunks(function: ModelFunction, inputs: Any, bounds: list[tuple[int, int]]) -> Tensor:
-    """Evaluate a model once, by the ranges of :func:`chunk_bounds`, without a graph."""
+def _evaluate_chunks(function: ModelFunction, inputs: Any, bounds: list[tuple[int, int]]) -> Tensor:
+    """Evaluate a model once, by the ranges of :func:`_chunk_bounds`, without a graph."""
     n_samples = bounds[-1][1]
     with torch.no_grad():
         return torch.cat(
             [
                 _evaluate_part(
-                    function, take_samples(inputs, slice(start, stop), n_samples), stop - start
+                    function, _take_samples(inputs, slice(start, stop), n_samples), stop - start
                 )
                 for start, stop in bounds
             ]
@@ -272,190 +438,30 @@ def _evaluate_part(function: ModelFunction, inputs: Any, n_samples: int) -> Tens
     return outputs
 
 
-@dataclass(frozen=True)
-class Chunk:
-    """Some samples: inputs and targets on the device, and the model's outputs."""
-
-    samples: slice
-    inputs: Any
-    targets: Targets
-    outputs: Tensor
+def _chunk_bounds(n_samples: int, size: int | None) -> list[tuple[int, int]]:
+    """Return (start, stop) of each chunk."""
+    step = size or n_samples
+    return [(start, min(start + step, n_samples)) for start in range(0, n_samples, step)]
 
 
-@dataclass(frozen=True)
-class KernelProblem:
-    """What a kernel is built from, whichever way; made by :func:`pose_problem`."""
-
-    function: ModelFunction
-    residual: Residual
-    # Of the whole batch, on the device.
-    inputs: Any
-    # As the user gave them.
-    targets: Any
-    n_samples: int
-    # As asked for; None where one chunk holds all samples.
-    chunk_size: int | None
-    # Gives a random vector of a length, in the working dtype on the device.
-    draw: Callable[[int], Tensor]
-    # What the status should say.
-    notes: tuple[str, ...] = ()
-
-    def evaluate(self, size: int | None) -> Evaluation:
-        """Evaluate the model in chunks of ``size`` samples, twice, and check what comes back."""
-        function, residual = self.function, self.residual
-        with function.guard():
-            outputs, flops = evaluate(function, self.inputs, self.n_samples, size)
-            targets = residual.prepare(self.targets, outputs)
-            error, values = _error_and_values(residual, outputs, targets)
-            evaluation = Evaluation(self, size, outputs, targets, error, values, flops)
-            if size is not None:
-                _check_chunks(evaluation)
-        return evaluation
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """A problem with the model's outputs on the whole batch."""
-
-    problem: KernelProblem
-    # Samples of a chunk; None takes all at once.
-    chunk_size: int | None
-    # Samples first.
-    outputs: Tensor
-    targets: Targets
-    # e / √N in float64.
-    residual_vector: Tensor
-    # What J differentiates, without 1/√N.
-    values: Tensor
-    # Operations of matrix products and convolutions in one evaluation.
-    flops: float
-
-    @property
-    def scale(self) -> float:
-        """1/√N."""
-        return float(self.targets.n_rows**-0.5)
-
-    @property
-    def forward_flops(self) -> float:
-        """Operations of one evaluation, at least two for each parameter and sample."""
-        return max(self.flops, 2.0 * self.problem.n_samples * self.problem.function.n_parameters)
-
-    def chunks(self, size: int | None = None) -> list[Chunk]:
-        """Return all samples in chunks of ``size``, by default those of the evaluation."""
-        bounds = chunk_bounds(self.problem.n_samples, size or self.chunk_size)
-        return [self.take(start, stop) for start, stop in bounds]
-
-    def take(self, start: int, stop: int) -> Chunk:
-        """Return some samples as a chunk."""
-        problem, function = self.problem, self.problem.function
-        inputs = take_samples(problem.inputs, slice(start, stop), problem.n_samples)
-        rows_per_sample = self.outputs.shape[1:-1].numel()
-        # Taken before the move to the device, which may hold no values to select by.
-        part = self.targets.samples(start, stop, problem.n_samples, rows_per_sample)
-        targets = part.to(function.device, function.dtype)
-        return Chunk(slice(start, stop), inputs, targets, self.outputs[start:stop])
-
-    def moved(self, parameters: Parameters) -> Evaluation:
-        """Evaluate the problem at other values of the parameters, once: it was checked here."""
-        problem = replace(self.problem, function=self.problem.function.at(parameters))
-        function, bounds = problem.function, chunk_bounds(problem.n_samples, self.chunk_size)
-        with function.guard():
-            outputs = evaluate_chunks(function, problem.inputs, bounds)
-        if not outputs.is_meta and not bool(torch.isfinite(outputs).all()):
-            raise ValueError(
-                "model: the outputs hold NaN or infinite values where the parameters were "
-                "displaced to; take a smaller step."
-            )
-        error, values = _error_and_values(problem.residual, outputs, self.targets)
-        return replace(self, problem=problem, outputs=outputs, residual_vector=error, values=values)
-
-    def count_entries(self, chunk: Chunk) -> int:
-        """Return the number of the chunk's entries in the residual."""
-        return self.problem.residual.jacobian_of(chunk.outputs, chunk.targets).numel()
-
-    def vector_function(
-        self, chunk: Chunk, function: ModelFunction | None = None
-    ) -> VectorFunction:
-        """Return what J differentiates, over √N, as a vector function of the parameters.
-
-        ``function`` is the model in another dtype; by default the problem's.
-        """
-        model = function or self.problem.function
-        residual, scale = self.problem.residual, self.scale
-        inputs = map_tensors(lambda t: cast(t, model.device, model.dtype), chunk.inputs)
-        targets = chunk.targets.to(model.device, model.dtype)
-
-        def vector(*parameters: Tensor) -> Tensor:
-            values = residual.jacobian_of(model.outputs(parameters, inputs), targets)
-            scaled: Tensor = values.reshape(-1) * scale
-            return scaled
-
-        return vector
-
-
-def pose_problem(
-    snapshot: Snapshot,
-    *,
-    residual: str | Callable[[Tensor, Any], Tensor] = "mse",
-    parameters: Any = None,
-    chunk_size: int | None = None,
-    device: str | torch.device = "auto",
-    dtype: str | torch.dtype | None = None,
-    generator: torch.Generator | None = None,
-) -> KernelProblem:
-    """Check the arguments of a kernel (as ``build_kernel``), and move the snapshot to the device.
-
-    To be called where the model may be touched.
-    """
-    resolved = resolve_residual(residual)
-    if chunk_size is not None:
-        chunk_size = check_integer("chunk_size", chunk_size, low=1)
-    snapshot.check_unchanged()
-    names = select_parameters(snapshot.model, parameters, snapshot.state.trainable)
-    where = resolve_device(device, snapshot.model)
-    state = snapshot.load_state()
-    trainable = {name for name, _ in snapshot.model.named_parameters()}
-    check_finite_state(state, trainable)
-    check_finite_inputs(snapshot.inputs)
-    working, notes = _working_dtype(dtype, state, where)
-    function = ModelFunction(snapshot.model, state, names, where, working)
-    inputs = map_tensors(lambda t: cast(t.detach(), where, working), snapshot.inputs)
-    whole = chunk_size is None or chunk_size >= snapshot.n_samples
-    return KernelProblem(
-        function=function,
-        residual=resolved,
-        inputs=inputs,
-        targets=snapshot.targets,
-        n_samples=snapshot.n_samples,
-        chunk_size=None if whole else chunk_size,
-        draw=_drawing(generator, where, working),
-        notes=notes,
-    )
-
-
-def halve_until_it_fits(
-    problem: KernelProblem, size: int | None, build: Callable[[int | None], Any]
-) -> tuple[Any, int | None]:
-    """Return ``build(size)`` with the size halved until memory suffices, and that size.
-
-    None is all samples; MemoryError where a single one does not fit.
-    """
-    while True:
-        try:
-            return build(size), size
-        except Exception as error:
-            if not is_out_of_memory(error):
-                raise
-            size = _halved(size or problem.n_samples, error)
-
-
-def _halved(size: int, error: Exception) -> int:
+def _shifted_bounds(n_samples: int, size: int) -> list[tuple[int, int]]:
+    """Chunks that begin in the middle of the others; single samples in pairs."""
     if size == 1:
-        raise MemoryError(
-            "memory ran out with a single sample; use a smaller model, dtype float32, or another "
-            "device."
-        ) from error
-    return (size + 1) // 2
+        return _chunk_bounds(n_samples, 2)
+    first = size // 2
+    later = _chunk_bounds(n_samples - first, size)
+    return [(0, first), *((start + first, stop + first) for start, stop in later)]
+
+
+def _take_samples(inputs: Any, positions: slice, n_samples: int) -> Any:
+    """Take samples from every tensor whose first dimension counts samples."""
+
+    def take(tensor: Tensor) -> Tensor:
+        if tensor.ndim == 0 or tensor.shape[0] != n_samples:
+            return tensor
+        return tensor[positions]
+
+    return map_tensors(take, inputs)
 
 
 def _error_and_values(
@@ -502,15 +508,26 @@ def _check_chunks(evaluation: Evaluation) -> None:
         )
 
 
-def _drawing(
-    generator: torch.Generator | None, device: torch.device, dtype: torch.dtype
-) -> Callable[[int], Tensor]:
-    source = generator if generator is not None else torch.Generator().manual_seed(0)
+def halve_until_it_fits(
+    problem: KernelProblem, size: int | None, build: Callable[[int | None], _Built]
+) -> tuple[_Built, int | None]:
+    """Return ``build(size)`` with the size halved until memory suffices, and that size.
 
-    def draw(n: int) -> Tensor:
-        if device.type == "meta":
-            return torch.empty(n, dtype=dtype, device=device)
-        numbers = torch.randn(n, generator=source, device=source.device, dtype=torch.float32)
-        return numbers.to(device, dtype)
+    None is all samples; MemoryError where a single one does not fit.
+    """
+    while True:
+        try:
+            return build(size), size
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            size = _halved(size or problem.n_samples, error)
 
-    return draw
+
+def _halved(size: int, error: Exception) -> int:
+    if size == 1:
+        raise MemoryError(
+            "memory ran out with a single sample; use a smaller model, dtype float32, or another "
+            "device."
+        ) from error
+    return (size + 1) // 2

@@ -103,7 +103,6 @@ def survey_kernel(
             generator=generator,
         )
         label_of = resolve_layers(layers, problem.function.names)
-        evaluation: Evaluation
         evaluation, size = halve_until_it_fits(problem, problem.chunk_size, problem.evaluate)
         if size != problem.chunk_size:
             noted = replace(problem, notes=(*problem.notes, smaller_chunks(size)))

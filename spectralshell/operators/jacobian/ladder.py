@@ -22,12 +22,16 @@ from spectralshell.operators.jacobian.linearizations import (
 ACCEPTANCE_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
 """Largest |⟨u, M v⟩ − ⟨Jᵀu, Jᵀv⟩| / (‖Jᵀu‖ ‖Jᵀv‖): a hundred times the rounding of deep models."""
 
-BLOCK_TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4}
+_BLOCK_TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4}
 """Largest relative difference of a block product from single ones."""
 
 
 class DifferentiationError(ValueError):
     """No rung of the ladder multiplies by the Jacobian correctly."""
+
+
+class IndependenceError(ValueError):
+    """The residual does not depend on the parameters."""
 
 
 @dataclass(frozen=True)
@@ -78,54 +82,25 @@ def climb(
     raise DifferentiationError("; ".join(f"{name}: {why}" for name, why in refused.items()))
 
 
-def blocks_agree(linearization: Linearization, block: Tensor) -> bool:
-    """Tell whether products of a block (k, n) run and equal products of its rows."""
-    try:
-        together = linearization.push_block(linearization.pull_block(block))
-    except Exception as error:  # vmap has no rule for some operation: fall back on a loop
-        if is_out_of_memory(error):
-            raise
-        return False
-    apart = torch.stack([linearization.push(linearization.pull(row)) for row in block])
-    if together.shape != apart.shape:
-        return False
-    if together.is_meta:
-        return True
-    difference = float(widen(together - apart).norm())
-    return difference <= BLOCK_TOLERANCE[block.dtype] * float(widen(apart).norm())
-
-
-def pulls_agree(linearization: PullBack, block: Tensor) -> bool:
-    """Tell whether the pull-back of a block (k, n) runs and equals those of its rows."""
-    try:
-        together = linearization.pull_block(block)
-    except Exception as error:  # vmap has no rule for some operation: fall back on a loop
-        if is_out_of_memory(error):
-            raise
-        return False
-    singles = zip(*(linearization.pull(row) for row in block), strict=True)
-    apart = tuple(torch.stack(parts) for parts in singles)
-    if any(a.shape != b.shape for a, b in zip(together, apart, strict=True)):
-        return False
-    if block.is_meta:
-        return True
-    difference = tuple(a - b for a, b in zip(together, apart, strict=True))
-    tolerance = BLOCK_TOLERANCE[block.dtype]
-    return inner(difference, difference) <= tolerance**2 * inner(apart, apart)
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Tell whether an exception means that the device or the host ran out of memory."""
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
-        return True
-    text = str(error).lower()
-    return isinstance(error, RuntimeError) and (
-        "not enough memory" in text or "out of memory" in text
-    )
-
-
-class IndependenceError(ValueError):
-    """The residual does not depend on the parameters."""
+def _acceptance_defect(
+    candidate: Linearization, u: Tensor, v: Tensor, pulled_u: Parameters, pulled_v: Parameters
+) -> float | None:
+    # A rung can be wrong without an exception: double reverse mode through a function that is
+    # differentiable once only is, and symmetrically so. So ⟨u, M v⟩ = ⟨Jᵀu, Jᵀv⟩ is asked.
+    # A map may change with use, by writing to its own constants: the first pair is asked for again
+    # at the end, from a pull-back of the candidate's own. All rungs share the plain one.
+    products = [(u, candidate.push(pulled_v)), (v, candidate.push(pulled_u))]
+    products.append((u, candidate.push(candidate.pull(v))))
+    for a, product in products:
+        if product.shape != a.shape:
+            raise ValueError(f"the product has shape {tuple(product.shape)}, not {tuple(a.shape)}")
+    if u.is_meta:
+        return None
+    scale = (inner(pulled_u, pulled_u) * inner(pulled_v, pulled_v)) ** 0.5
+    expected = inner(pulled_u, pulled_v)
+    defects = [abs(float(widen(a) @ widen(product)) - expected) for a, product in products]
+    worst = max(defects) if all(d < float("inf") for d in defects) else float("inf")
+    return worst / scale if scale > 0.0 else worst
 
 
 def check_depends(output: Tensor) -> None:
@@ -148,25 +123,50 @@ def check_finite_gradient(names: list[str], gradient: Parameters) -> None:
             )
 
 
-def _acceptance_defect(
-    candidate: Linearization, u: Tensor, v: Tensor, pulled_u: Parameters, pulled_v: Parameters
-) -> float | None:
-    # A rung can be wrong without an exception: double reverse mode through a function that is
-    # differentiable once only is, and symmetrically so. So ⟨u, M v⟩ = ⟨Jᵀu, Jᵀv⟩ is asked.
-    # A map may change with use, by writing to its own constants: the first pair is asked for again
-    # at the end, from a pull-back of the candidate's own. All rungs share the plain one.
-    products = [(u, candidate.push(pulled_v)), (v, candidate.push(pulled_u))]
-    products.append((u, candidate.push(candidate.pull(v))))
-    for a, product in products:
-        if product.shape != a.shape:
-            raise ValueError(f"the product has shape {tuple(product.shape)}, not {tuple(a.shape)}")
-    if u.is_meta:
-        return None
-    scale = (inner(pulled_u, pulled_u) * inner(pulled_v, pulled_v)) ** 0.5
-    expected = inner(pulled_u, pulled_v)
-    defects = [abs(float(widen(a) @ widen(product)) - expected) for a, product in products]
-    worst = max(defects) if all(d < float("inf") for d in defects) else float("inf")
-    return worst / scale if scale > 0.0 else worst
+def blocks_agree(linearization: Linearization, block: Tensor) -> bool:
+    """Tell whether products of a block (k, n) run and equal products of its rows."""
+    try:
+        together = linearization.push_block(linearization.pull_block(block))
+    except Exception as error:  # vmap has no rule for some operation: fall back on a loop
+        if is_out_of_memory(error):
+            raise
+        return False
+    apart = torch.stack([linearization.push(linearization.pull(row)) for row in block])
+    if together.shape != apart.shape:
+        return False
+    if together.is_meta:
+        return True
+    difference = float(widen(together - apart).norm())
+    return difference <= _BLOCK_TOLERANCE[block.dtype] * float(widen(apart).norm())
+
+
+def pulls_agree(linearization: PullBack, block: Tensor) -> bool:
+    """Tell whether the pull-back of a block (k, n) runs and equals those of its rows."""
+    try:
+        together = linearization.pull_block(block)
+    except Exception as error:  # vmap has no rule for some operation: fall back on a loop
+        if is_out_of_memory(error):
+            raise
+        return False
+    singles = zip(*(linearization.pull(row) for row in block), strict=True)
+    apart = tuple(torch.stack(parts) for parts in singles)
+    if any(a.shape != b.shape for a, b in zip(together, apart, strict=True)):
+        return False
+    if block.is_meta:
+        return True
+    difference = tuple(a - b for a, b in zip(together, apart, strict=True))
+    tolerance = _BLOCK_TOLERANCE[block.dtype]
+    return inner(difference, difference) <= tolerance**2 * inner(apart, apart)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Tell whether an exception means that the device or the host ran out of memory."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    text = str(error).lower()
+    return isinstance(error, RuntimeError) and (
+        "not enough memory" in text or "out of memory" in text
+    )
 
 
 def first_line(error: BaseException) -> str:

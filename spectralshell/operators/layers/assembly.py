@@ -22,7 +22,7 @@ from spectralshell.operators.layers.stores import (
 from spectralshell.operators.layers.units import RecordedUnit, Unit, choose_order, find_units
 from spectralshell.operators.problem import Chunk, Evaluation
 
-RecordSample = Callable[[int], tuple[Tensor, Tensor, Sequence[Tensor]]]
+_RecordSample = Callable[[int], tuple[Tensor, Tensor, Sequence[Tensor]]]
 """Maps a sample to its entries (with their graph), their slots, and the leaves."""
 
 LabelOf = Callable[[str], str]
@@ -31,68 +31,6 @@ OnRecord = Callable[[Tensor, tuple[Tensor, ...]], None]
 
 SLICES = 8
 """A table that a contraction makes at a time is this part of what the layers may take."""
-
-
-def add_sample_gradients(
-    total: KernelSum, record: RecordSample, sizes: Sequence[int], max_bytes: int
-) -> None:
-    """Add J Jᵀ of some parameters of ``sizes``, one sample and one entry at a time.
-
-    Columns are taken in turns of ``max_bytes``: each costs n backward passes, and all n² p / 2.
-    """
-    layout = total.layout
-    width = max(1, max_bytes // (layout.n * layout.itemsize))
-    for columns in _column_ranges(sum(sizes), width):
-        table = torch.zeros(
-            (layout.n_samples, layout.n_slots, len(columns)),
-            dtype=layout.dtype,
-            device=layout.device,
-        )
-        for sample in range(layout.n_samples):
-            entries, slots, leaves = record(sample)
-            if not entries.requires_grad:  # this sample does not use them
-                continue
-            for entry, slot in zip(entries, slots.tolist(), strict=True):
-                gradients = torch.autograd.grad(
-                    entry, leaves, retain_graph=True, allow_unused=True, materialize_grads=True
-                )
-                joined = torch.cat([gradient.reshape(-1) for gradient in gradients])
-                table[sample, slot] = joined[columns.start : columns.stop]
-        total.add_gradients(table)
-
-
-def _column_ranges(n_columns: int, width: int) -> Iterator[range]:
-    for start in range(0, n_columns, width):
-        yield range(start, min(start + width, n_columns))
-
-
-class StructureError(ValueError):
-    """Chunks use parameters in different ways; ``args[1]`` names those parameters."""
-
-
-@dataclass(frozen=True)
-class Recording:
-    """A forward pass with its graph, and the parameters sorted into units."""
-
-    entries: Tensor
-    leaves: tuple[Tensor, ...]
-    units: list[RecordedUnit]
-    others: list[str]
-
-
-@dataclass(frozen=True)
-class UnitPlan:
-    """How a unit is contracted, and the bytes that it holds until then."""
-
-    unit: Unit
-    order: str
-    n_numbers: int
-    held_bytes: int
-
-    @property
-    def passing_numbers(self) -> int:
-        """Numbers held for each entry of a chunk, until its end."""
-        return passing_numbers(self.unit, self.order, self.n_numbers)
 
 
 @dataclass(frozen=True)
@@ -124,6 +62,35 @@ class LayerKernels:
         return total
 
 
+class StructureError(ValueError):
+    """Chunks use parameters in different ways; ``args[1]`` names those parameters."""
+
+
+@dataclass(frozen=True)
+class Recording:
+    """A forward pass with its graph, and the parameters sorted into units."""
+
+    entries: Tensor
+    leaves: tuple[Tensor, ...]
+    units: list[RecordedUnit]
+    others: list[str]
+
+
+@dataclass(frozen=True)
+class UnitPlan:
+    """How a unit is contracted, and the bytes that it holds until then."""
+
+    unit: Unit
+    order: str
+    n_numbers: int
+    held_bytes: int
+
+    @property
+    def passing_numbers(self) -> int:
+        """Numbers held for each entry of a chunk, until its end."""
+        return passing_numbers(self.unit, self.order, self.n_numbers)
+
+
 def contract_layers(
     evaluation: Evaluation,
     *,
@@ -139,7 +106,7 @@ def contract_layers(
     Inside the model's guard; ``on_record`` sees each chunk's graph once, with its leaves.
     """
     names = evaluation.problem.function.names if only is None else only
-    chunks = [c for c in evaluation.chunks(record_size) if evaluation.count_entries(c)]
+    chunks = [chunk for _, chunk in evaluation.chunks_with_entries(record_size)]
     layout = entry_layout(evaluation)
     first = record(evaluation, chunks[0], names, label_of, refused)
     plans = [plan_unit(found.unit, layout, evaluation) for found in first.units]
@@ -188,25 +155,12 @@ def record(
     function = evaluation.problem.function
     leaves = tuple(parameter.detach().requires_grad_() for parameter in function.parameters)
     by_id = {id(leaf): name for leaf, name in zip(leaves, function.names, strict=True)}
-    with torch.enable_grad(), UseRecorder(by_id, _length(chunk.samples)) as recorder:
+    with torch.enable_grad(), UseRecorder(by_id, chunk.n_samples) as recorder:
         entries = evaluation.vector_function(chunk)(*leaves)
     check_depends(entries)
     counts = count_graph_uses(entries, by_id)
     units, others = find_units(recorder.uses, counts, names, label_of, refused)
     return Recording(entries, leaves, units, others)
-
-
-def entry_layout(evaluation: Evaluation) -> EntryLayout:
-    """Return how the residual's entries are spread over samples and slots."""
-    problem = evaluation.problem
-    samples, slots = _places(evaluation, evaluation.targets.rows, problem.n_samples)
-    n_slots = int(slots.max()) + 1
-    table = samples * n_slots + slots
-    everywhere = len(table) == problem.n_samples * n_slots
-    kept = None if everywhere else table.to(problem.function.device)
-    return EntryLayout(
-        problem.n_samples, n_slots, kept, problem.function.dtype, problem.function.device
-    )
 
 
 def plan_unit(unit: Unit, layout: EntryLayout, evaluation: Evaluation) -> UnitPlan:
@@ -217,9 +171,16 @@ def plan_unit(unit: Unit, layout: EntryLayout, evaluation: Evaluation) -> UnitPl
     return UnitPlan(unit, order, n_numbers, store_bytes(unit, layout, order, n_numbers))
 
 
-def entry_samples(evaluation: Evaluation) -> Tensor:
-    """Return the sample that each entry of the residual belongs to, on the CPU."""
-    return _places(evaluation, evaluation.targets.rows, evaluation.problem.n_samples)[0]
+def group_units(plans: Sequence[UnitPlan], max_bytes: int) -> list[slice]:
+    """Return ranges of units whose stores fit together, in the order of the forward pass."""
+    groups: list[slice] = []
+    start, held = 0, 0
+    for index, plan in enumerate(plans):
+        if index > start and held + plan.held_bytes > max_bytes:
+            groups.append(slice(start, index))
+            start, held = index, 0
+        held += plan.held_bytes
+    return [*groups, slice(start, len(plans))] if plans else groups
 
 
 def _run_backward(
@@ -250,6 +211,17 @@ def _run_backward(
         store.end(chunk.samples)
 
 
+def _check_same(recording: Recording, plans: Sequence[UnitPlan], others: Sequence[str]) -> None:
+    """Raise if a chunk's units are not those that the first chunk was planned with."""
+    planned = [plan.unit.names for plan in plans]
+    found = [recorded.unit.names for recorded in recording.units]
+    differing = {name for unit in set(planned) ^ set(found) for name in unit}
+    differing |= set(recording.others) - set(others)
+    if differing or planned != found:
+        names = sorted(differing) or sorted(name for unit in planned for name in unit)
+        raise StructureError("chunks use parameters in different ways", names)
+
+
 def _add_others(
     evaluation: Evaluation,
     others: Sequence[str],
@@ -274,30 +246,58 @@ def _add_others(
             return entries, _slots(evaluation, chunk), leaves
 
         sizes = [function.parameters[index].numel() for index in positions]
-        add_sample_gradients(sums[label], record_sample, sizes, max_bytes)
+        _add_sample_gradients(sums[label], record_sample, sizes, max_bytes)
 
 
-def _check_same(recording: Recording, plans: Sequence[UnitPlan], others: Sequence[str]) -> None:
-    """Raise if a chunk's units are not those that the first chunk was planned with."""
-    planned = [plan.unit.names for plan in plans]
-    found = [recorded.unit.names for recorded in recording.units]
-    differing = {name for unit in set(planned) ^ set(found) for name in unit}
-    differing |= set(recording.others) - set(others)
-    if differing or planned != found:
-        names = sorted(differing) or sorted(name for unit in planned for name in unit)
-        raise StructureError("chunks use parameters in different ways", names)
+def _add_sample_gradients(
+    total: KernelSum, record: _RecordSample, sizes: Sequence[int], max_bytes: int
+) -> None:
+    """Add J Jᵀ of some parameters of ``sizes``, one sample and one entry at a time.
+
+    Columns are taken in turns of ``max_bytes``: each costs n backward passes, and all n² p / 2.
+    """
+    layout = total.layout
+    width = max(1, max_bytes // (layout.n * layout.itemsize))
+    for columns in _column_ranges(sum(sizes), width):
+        table = torch.zeros(
+            (layout.n_samples, layout.n_slots, len(columns)),
+            dtype=layout.dtype,
+            device=layout.device,
+        )
+        for sample in range(layout.n_samples):
+            entries, slots, leaves = record(sample)
+            if not entries.requires_grad:  # this sample does not use them
+                continue
+            for entry, slot in zip(entries, slots.tolist(), strict=True):
+                gradients = torch.autograd.grad(
+                    entry, leaves, retain_graph=True, allow_unused=True, materialize_grads=True
+                )
+                joined = torch.cat([gradient.reshape(-1) for gradient in gradients])
+                table[sample, slot] = joined[columns.start : columns.stop]
+        total.add_gradients(table)
 
 
-def group_units(plans: Sequence[UnitPlan], max_bytes: int) -> list[slice]:
-    """Return ranges of units whose stores fit together, in the order of the forward pass."""
-    groups: list[slice] = []
-    start, held = 0, 0
-    for index, plan in enumerate(plans):
-        if index > start and held + plan.held_bytes > max_bytes:
-            groups.append(slice(start, index))
-            start, held = index, 0
-        held += plan.held_bytes
-    return [*groups, slice(start, len(plans))] if plans else groups
+def _column_ranges(n_columns: int, width: int) -> Iterator[range]:
+    for start in range(0, n_columns, width):
+        yield range(start, min(start + width, n_columns))
+
+
+def entry_layout(evaluation: Evaluation) -> EntryLayout:
+    """Return how the residual's entries are spread over samples and slots."""
+    problem = evaluation.problem
+    samples, slots = _places(evaluation, evaluation.targets.rows, problem.n_samples)
+    n_slots = int(slots.max()) + 1
+    table = samples * n_slots + slots
+    everywhere = len(table) == problem.n_samples * n_slots
+    kept = None if everywhere else table.to(problem.function.device)
+    return EntryLayout(
+        problem.n_samples, n_slots, kept, problem.function.dtype, problem.function.device
+    )
+
+
+def entry_samples(evaluation: Evaluation) -> Tensor:
+    """Return the sample that each entry of the residual belongs to, on the CPU."""
+    return _places(evaluation, evaluation.targets.rows, evaluation.problem.n_samples)[0]
 
 
 def _slots(evaluation: Evaluation, chunk: Chunk) -> Tensor:
@@ -319,7 +319,3 @@ def _places(evaluation: Evaluation, rows: Tensor | None, n_samples: int) -> tupl
     positions = torch.arange(len(kept)) - before[samples]
     slots = positions[:, None] * row_size + torch.arange(row_size)
     return samples.repeat_interleave(row_size), slots.reshape(-1)
-
-
-def _length(samples: slice) -> int:
-    return int(samples.stop - samples.start)

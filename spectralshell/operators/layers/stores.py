@@ -38,7 +38,7 @@ class EntryLayout:
     @property
     def itemsize(self) -> int:
         """Bytes of a number."""
-        return torch.empty(0, dtype=self.dtype).element_size()
+        return self.dtype.itemsize
 
     def sample_tiles(self) -> Iterator[slice]:
         """Yield consecutive ranges of samples: the rows of the triangle's tiles."""

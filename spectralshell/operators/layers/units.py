@@ -29,67 +29,6 @@ GRADIENTS = "gradients"
 _PAIRS_PENALTY = 2.0
 
 
-def resolve_layers(
-    layers: str | Mapping[str, str] | Callable[[str], str] | None, names: Sequence[str]
-) -> Callable[[str], str]:
-    """Return the function from a parameter's name to its label.
-
-    A mapping takes regular expressions to labels; the first that finds the name counts.
-    """
-    if layers is None:
-        return _constantly(WHOLE)
-    if isinstance(layers, str):
-        if layers not in LAYER_OPTIONS:
-            raise ValueError(
-                f"layers must be None, 'module', 'parameter', a mapping or a callable, got "
-                f"{layers!r}."
-            )
-        return _module_of if layers == "module" else _itself
-    if isinstance(layers, Mapping):
-        labels = {name: _first_match(layers, name) for name in names}
-    elif callable(layers):
-        labels = {name: layers(name) for name in names}
-    else:
-        raise TypeError(
-            "layers must be None, 'module', 'parameter', a mapping or a callable, got "
-            f"{type(layers).__name__}."
-        )
-    for name, label in labels.items():
-        if not isinstance(label, str):
-            raise TypeError(
-                f"layers gave the label {label!r} of type {type(label).__name__} to {name!r}; a "
-                "label is a string."
-            )
-    return labels.__getitem__
-
-
-def _first_match(layers: Mapping[str, str], name: str) -> str:
-    for expression, label in layers.items():
-        try:
-            found = re.search(expression, name)
-        except re.error as error:
-            raise ValueError(
-                f"layers: {expression!r} is not a regular expression: {error}."
-            ) from error
-        if found:
-            return label
-    raise ValueError(
-        f"layers: no expression finds the parameter {name!r}; add one, such as '' for the rest."
-    )
-
-
-def _constantly(label: str) -> Callable[[str], str]:
-    return lambda name: label
-
-
-def _module_of(name: str) -> str:
-    return name.rpartition(".")[0]
-
-
-def _itself(name: str) -> str:
-    return name
-
-
 @dataclass(frozen=True)
 class Unit:
     """Parameters whose kernels are found in one contraction: one, or a weight and its bias."""
@@ -171,35 +110,6 @@ def find_units(
     return units, others
 
 
-def choose_order(unit: Unit, n_samples: int, n_slots: int) -> str:
-    """Choose the order of contraction with the fewest operations; see :func:`operation_counts`."""
-    if unit.matrix is None:
-        return GRADIENTS
-    costs = operation_counts(unit.matrix, unit.merged, n_samples, n_slots)
-    return min(costs, key=costs.__getitem__)
-
-
-def operation_counts(
-    matrix: MatrixForm, merged: bool, n_samples: int, n_slots: int
-) -> dict[str, float]:
-    """Return the multiplications of each order that can be used for a matrix."""
-    groups, fan_in, fan_out = matrix.n_groups, matrix.fan_in + merged, matrix.fan_out
-    positions, n = matrix.n_positions, float(n_samples * n_slots)
-    sample_pairs = n_samples * (n_samples + 1) / 2.0
-    entry_pairs = n * (n + 1) / 2.0
-    columns = groups * fan_in * fan_out
-    counts = {GRADIENTS: n * positions * columns + entry_pairs * columns}
-    counts[PAIRS] = (
-        _PAIRS_PENALTY
-        * groups
-        * sample_pairs
-        * (positions**2 * (fan_in + n_slots * fan_out) + n_slots**2 * fan_out * positions)
-    )
-    if positions == 1 and groups == 1:
-        counts[GRAM] = sample_pairs * fan_in + entry_pairs * fan_out
-    return counts
-
-
 def _biases_by_calls(known: dict[str, list[ParameterUse]]) -> dict[tuple[int, ...], str]:
     return {
         tuple(use.call for use in found): name
@@ -238,3 +148,93 @@ def _form_of_one(use: ParameterUse) -> tuple[int, int, int, bool] | None:
         return None
     transposed = isinstance(geometry, Matrix) and geometry.transposed
     return geometry.n_groups, geometry.fan_in, use.fan_out, transposed
+
+
+def choose_order(unit: Unit, n_samples: int, n_slots: int) -> str:
+    """Choose the order of contraction with the fewest operations; see :func:`operation_counts`."""
+    if unit.matrix is None:
+        return GRADIENTS
+    costs = operation_counts(unit.matrix, unit.merged, n_samples, n_slots)
+    return min(costs, key=costs.__getitem__)
+
+
+def operation_counts(
+    matrix: MatrixForm, merged: bool, n_samples: int, n_slots: int
+) -> dict[str, float]:
+    """Return the multiplications of each order that can be used for a matrix."""
+    groups, fan_in, fan_out = matrix.n_groups, matrix.fan_in + merged, matrix.fan_out
+    positions, n = matrix.n_positions, float(n_samples * n_slots)
+    sample_pairs = n_samples * (n_samples + 1) / 2.0
+    entry_pairs = n * (n + 1) / 2.0
+    columns = groups * fan_in * fan_out
+    counts = {GRADIENTS: n * positions * columns + entry_pairs * columns}
+    counts[PAIRS] = (
+        _PAIRS_PENALTY
+        * groups
+        * sample_pairs
+        * (positions**2 * (fan_in + n_slots * fan_out) + n_slots**2 * fan_out * positions)
+    )
+    if positions == 1 and groups == 1:
+        counts[GRAM] = sample_pairs * fan_in + entry_pairs * fan_out
+    return counts
+
+
+def resolve_layers(
+    layers: str | Mapping[str, str] | Callable[[str], str] | None, names: Sequence[str]
+) -> Callable[[str], str]:
+    """Return the function from a parameter's name to its label.
+
+    A mapping takes regular expressions to labels; the first that finds the name counts.
+    """
+    if layers is None:
+        return _constantly(WHOLE)
+    if isinstance(layers, str):
+        if layers not in LAYER_OPTIONS:
+            raise ValueError(
+                f"layers must be None, 'module', 'parameter', a mapping or a callable, got "
+                f"{layers!r}."
+            )
+        return _module_of if layers == "module" else _itself
+    if isinstance(layers, Mapping):
+        labels = {name: _first_match(layers, name) for name in names}
+    elif callable(layers):
+        labels = {name: layers(name) for name in names}
+    else:
+        raise TypeError(
+            "layers must be None, 'module', 'parameter', a mapping or a callable, got "
+            f"{type(layers).__name__}."
+        )
+    for name, label in labels.items():
+        if not isinstance(label, str):
+            raise TypeError(
+                f"layers gave the label {label!r} of type {type(label).__name__} to {name!r}; a "
+                "label is a string."
+            )
+    return labels.__getitem__
+
+
+def _first_match(layers: Mapping[str, str], name: str) -> str:
+    for expression, label in layers.items():
+        try:
+            found = re.search(expression, name)
+        except re.error as error:
+            raise ValueError(
+                f"layers: {expression!r} is not a regular expression: {error}."
+            ) from error
+        if found:
+            return label
+    raise ValueError(
+        f"layers: no expression finds the parameter {name!r}; add one, such as '' for the rest."
+    )
+
+
+def _constantly(label: str) -> Callable[[str], str]:
+    return lambda name: label
+
+
+def _module_of(name: str) -> str:
+    return name.rpartition(".")[0]
+
+
+def _itself(name: str) -> str:
+    return name
