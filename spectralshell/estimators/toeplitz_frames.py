@@ -32,9 +32,15 @@ from spectralshell.shells.coupling import (
     couple_shells,
     permuted_matrix,
 )
-from spectralshell.shells.diagonal import DIAGONAL_ROWS, fit_line, log_sizes, scaling_frame
+from spectralshell.shells.coupling_statistics import (
+    DIAGONAL_ROWS,
+    ShellWindow,
+    fit_line,
+    log_sizes,
+    scaling_frame,
+    sliding_windows,
+)
 from spectralshell.shells.flux import PairTerms
-from spectralshell.shells.toeplitz_matrix import ShellWindow, sliding_windows
 from spectralshell.statuses import join_statuses
 
 Floats = NDArray[np.float64]
