@@ -167,8 +167,7 @@ def set_log_ticks(axis: Any, low: float, high: float) -> None:
 def log_limits(values: np.ndarray, *, bands: np.ndarray | None = None) -> tuple[float, float]:
     """Return the view of a logarithmic axis that holds every positive value with a margin.
 
-    Rounding far below the largest value stays out of view, and a band that reaches zero does not
-    stretch it by more than `_BAND_ROOM`. Data without a positive value get (0.1, 1).
+    Rounding stays out, a band that reaches zero stretches it by at most `_BAND_ROOM`.
     """
     values = _positive(values)
     if values.size == 0:

@@ -346,8 +346,7 @@ def _draw_fit(
 ) -> list[Any]:
     """Draw densities with batch ranges and fitted curves; return the legend's handles.
 
-    Data outside the window are hollow. The fit is solid inside the window and dotted outside, where
-    it extrapolates.
+    Outside the window data are hollow and the fit, which extrapolates there, is dotted.
     """
     from matplotlib.lines import Line2D
 

@@ -68,8 +68,7 @@ def scalar_frame(measures: Sequence[BlockMeasure], settings: NullSettings) -> pd
 def coherence_frame(measures: Sequence[BlockMeasure]) -> pd.DataFrame:
     """Return one row per snapshot and ordered pair of blocks.
 
-    ``influence`` is ‖D_lm‖_F / ‖dM_l‖_F, how much of the rate of the kernel of ``block`` the motion
-    of ``other`` makes; it is not symmetric, and the parts may cancel.
+    ``influence``, ‖D_lm‖_F / ‖dM_l‖_F, is not symmetric, and parts of dM_l may cancel.
     """
     blocks = [_pairs(measure) for measure in measures]
     return _labelled(measures, blocks)
@@ -290,8 +289,7 @@ def fit_decay(normalized: Floats) -> Decay:
 def explained_shares(gram: Floats, band: int, order: NDArray[np.int64] | None = None) -> Floats:
     """Return 1 − ‖Σ_{m outside} D_lm‖² / ‖Σ_m D_lm‖² for each block l; NaN where nothing changes.
 
-    ``gram`` holds ⟨D_lm, D_lm'⟩, shape (L, L, L); blocks m up to ``band`` from l are inside, by
-    position or the depths ``order``.
+    ``gram`` holds ⟨D_lm, D_lm'⟩, (L, L, L); inside is up to ``band`` from l, by depths ``order``.
     """
     outside, whole = _parts(gram, band, order)
     return np.asarray(
@@ -325,8 +323,7 @@ def null_frame(
 ) -> pd.DataFrame:
     """Compare the statistics that depend on depth with those of the blocks in random order.
 
-    ``p_value`` = (1 + #null at least as good) / (1 + n_null): a small residual and large shares are
-    good. Measures with as many blocks have the same orders for a seed.
+    Small residuals and large shares are good; measures with as many blocks have the same orders.
     """
     n = len(normalized)
     observed = observed_statistics(normalized, gram, band)

@@ -59,16 +59,13 @@ def _quadratures(
 def warn_of_hidden_energy(
     measures: Sequence[SpectralMeasure], partition: ShellPartition, floor: float
 ) -> None:
-    """Warn before a profile is read that the resolution does not support.
-
-    Most of a snapshot's energy may be unresolved; or the mean energy per shell largest next to the
-    floor, with energy unresolved below it.
-    """
+    """Warn before a profile is read that the resolution does not support."""
     totals = np.array([m.total for m in measures])
     below = energies_below(measures, partition.edges[:-1])
     # Below the noise there is nothing to resolve; without noise, null is all there is.
     noise = np.array([m.noise for m in measures])
     unresolved = np.where(noise > 0.0, below[:, 0] - null_energies(measures), 0.0)
+    # Most of a snapshot's energy hides, or the profile peaks at the floor with energy below it.
     worst = int(np.argmax(unresolved - _MOST * totals))
     if unresolved[worst] > _MOST * totals[worst]:
         _warn(_most_is_hidden(measures, worst, unresolved[worst] / totals[worst], floor))
@@ -160,8 +157,7 @@ def place_shells(
 ) -> PlacedShells:
     """Place shells between the resolution floor, "auto" or given, and the largest eigenvalue.
 
-    The first edge is at or above the floor; empty shells at the start are dropped. A given floor
-    that is not below the largest eigenvalue is an error.
+    The first edge is at or above the floor; empty shells at the start are dropped.
     """
     lambda_max = max(m.lambda_max for m in measures)
     lowest = max(m.floor for m in measures) if isinstance(floor, str) else float(floor)

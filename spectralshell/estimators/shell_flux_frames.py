@@ -293,8 +293,7 @@ def _stacked(
 def trajectory_frame(snapshots: Sequence[BalancedSnapshot], shells: SoftShells) -> pd.DataFrame:
     """Return the measured and the predicted flux of every interval, one row per edge.
 
-    Measured is ΔE_≤/Δτ + D_≤, predicted the mean of ``flux_down`` at the two ends; ``mismatch`` is
-    the same balance for the whole energy, ΔE/Δτ + D, which ``measured`` holds too.
+    ``mismatch`` is the balance of the whole energy, ΔE/Δτ + D, and a part of ``measured``.
     """
     pairs = consecutive(snapshots)
     if not pairs:
@@ -311,8 +310,7 @@ def trajectory_frame(snapshots: Sequence[BalancedSnapshot], shells: SoftShells) 
 def integrability_frame(snapshots: Sequence[BalancedSnapshot], shells: SoftShells) -> pd.DataFrame:
     """Return ∫|J| dτ, ∫|D| dτ of the shell below, and their ratio, one row per (batch, edge).
 
-    The ratio is the smallest C of the bound in Definition 4.1 of "Renormalizable spectral-shell
-    dynamics" over the times measured, integrals by the trapezoidal rule.
+    The ratio is the smallest C of Definition 4.1 of "Renormalizable spectral-shell dynamics".
     """
     pairs = consecutive(snapshots)
     ends = {end.trajectory: end.measure for _, end in pairs}  # the last of each stays
@@ -362,14 +360,12 @@ def _interval_columns(
 
 
 def _mismatch_status(found: float, losses: Sequence[float], mean: float) -> str:
-    """Say whether a loss of energy is explained by the dissipation at the ends and their mean.
-
-    Between the ends anything may be: one mode loses at the logarithmic mean, several of which the
-    fast ones are soon gone at little more than the smaller end.
-    """
+    """Say whether a loss of energy is explained by the dissipation at the ends and their mean."""
     slack = _EXPLAINED * abs(mean)
     if abs(found - mean) <= slack:
         return OK
+    # Between the ends anything may be: one mode loses at the logarithmic mean, and several of which
+    # the fast ones are soon gone at little more than the smaller end.
     between = min(losses) - slack <= found <= max(losses) + slack
     return LONG_INTERVAL if between else OTHER_DIRECTION
 
@@ -423,9 +419,9 @@ class _Velocities:
 def fit_velocity(fluxes: pd.DataFrame, confidence: float) -> pd.DataFrame:
     """Fit v = ±c λ^b at the edges, for all times together (one b) and for each: a row each.
 
-    Velocities are ratios of means over batches, at edges resolved and with modes in every batch.
     Snapshots with different names are batches of their own.
     """
+    # Edges that are resolved and have modes nearby; `_gather` keeps those usable in every batch.
     usable = fluxes["resolved"] & fluxes["velocity"].notna()
     taus = fluxes["tau"].to_numpy(dtype=float)
     times = {float(t): _gather(fluxes[taus == t], usable[taus == t]) for t in np.unique(taus)}

@@ -153,10 +153,9 @@ def adjacent_share(flux: Floats) -> Floats:
 
 
 def null_p_value(observed: float, null: Floats, alternative: str) -> float:
-    """Return the p-value under a null, "less", "greater" or "two-sided"; NaN if unknown.
+    """Return (1 + #draws at least as extreme) / (1 + n_draws), NaN if there is nothing to compare.
 
-    (1 + number of draws at least as extreme) / (1 + n_draws). Two-sided: as far from the median of
-    draws and observation together, since if these are exchangeable, so are their distances.
+    Extreme is small ("less"), large ("greater") or far from the median ("two-sided").
     """
     if np.isnan(observed) or np.isnan(null).all():
         return float("nan")
@@ -164,6 +163,7 @@ def null_p_value(observed: float, null: Floats, alternative: str) -> float:
         return permutation_p_value(observed, null)
     if alternative == "greater":
         return permutation_p_value(-observed, -null)
+    # The median is that of draws and observation: if these are exchangeable, so are the distances.
     # Sums in another order differ by rounding, which must not decide who is farther.
     tied = np.isclose(null, observed, rtol=_TIE, atol=0.0)
     pooled = np.append(np.where(tied, observed, null), observed)
@@ -189,10 +189,9 @@ def null_columns(prefix: str, observed: Floats, null: Floats, alternative: str) 
 def jackknife(
     trajectories: Sequence[Any], evaluate: Callable[[Sequence[int]], dict[str, Floats]]
 ) -> dict[str, tuple[Floats, Floats]] | None:
-    """Return a jackknife interval (lower, upper) for everything that ``evaluate`` gives by name.
+    """Return the interval (lower, upper) of all that ``evaluate`` gives for positions of snapshots.
 
-    Trajectories are left out as a whole; ``evaluate`` gets positions of snapshots. None with fewer
-    than two. Intervals of positive quantities and of shares stay positive, and between 0 and 1.
+    Trajectories are left out as a whole; None with fewer than two.
     """
     labels = list(dict.fromkeys(trajectories))
     if len(labels) < 2:
@@ -262,8 +261,7 @@ class SnapshotShells:
     def permuted(self, n_null: int, *, with_flux: bool = True) -> ShellSummary:
         """Return the couplings, and the fluxes if wanted, with the entries of V in random places.
 
-        Entries between the modes of usable shells are permuted for the couplings, those between
-        all resolved modes for the fluxes. Without fluxes, the couplings are the same.
+        Fluxes permute the entries of all resolved modes and do not change the couplings.
         """
         m = self.couplings
         drawn = self._entries.permuted(n_null, self._generator(_WHOLE))
@@ -370,11 +368,9 @@ class Diagnosis:
 
     @cached_property
     def permuted(self) -> ShellSummary:
-        """The mean over snapshots, one draw each; NaN where they cannot be permuted together.
-
-        Snapshots of a trajectory share their permutations: their couplings are nearly the same,
-        so that permuted apart they would average out, and seem more regular than noise is.
-        """
+        """The mean over snapshots, one draw each; NaN where they cannot be permuted together."""
+        # Snapshots of a trajectory share their permutations: their couplings are nearly the same,
+        # so that permuted apart they would average out, and seem more regular than noise is.
         drawn = ShellSummary.mean([s.permuted(self.n_null) for s in self.snapshots])
         if self._permute_together():
             return drawn

@@ -309,10 +309,9 @@ def _orthonormal_start(start: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor,
 def _orthonormal_rows(
     block: torch.Tensor, old: torch.Tensor, tolerance: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Make the rows of a block orthonormal, to each other and, in a second pass, to the old ones.
+    """Return orthonormal rows, which are directions (not zero), and coefficients in rows and old.
 
-    Returns the rows, zero where no longer than their tolerance; whether each is a direction; the
-    coefficients (new row, row of block); those of the second pass (row of block, old row).
+    The coefficients are (new row, row of block), and of the second pass (row of block, old row).
     """
     width = len(block)
     fresh = torch.zeros_like(block)

@@ -100,10 +100,9 @@ class RadauFamily:
 def split_masses(
     families: Sequence[RadauFamily], points: Array
 ) -> tuple[Array, Array, Array, Array]:
-    """Split the weights of the rules through each point into below, at and above: they sum to 1.
+    """Split the weights of the rules through each point: below, at, above, (n_families, p).
 
-    Points have shape (p,) or (n_families, p), results (n_families, p). The fourth, slack, bounds
-    what the roots' rounding leaves: arcsin √below and arcsin √above are right within it.
+    The fourth bounds what the roots' rounding leaves of arcsin √below and arcsin √above.
     """
     # About 5 m² operations a point and family, m Ritz values that have not converged.
     stack = _Stack.build(families)
@@ -140,12 +139,10 @@ def partial_sums(weights: Array) -> tuple[Array, Array]:
 
 @dataclass(frozen=True)
 class _Stack:
-    """The moving Ritz values of many families, one row each, padded with uncoupled infinity.
+    """The moving Ritz values of many families, one row each, padded with uncoupled infinity."""
 
-    A sum over a row has the same rounding whatever the other rows are, since the width is a
-    multiple of what numpy adds at a time and padding adds exact zeros.
-    """
-
+    # A sum over a row has the same rounding whatever the other rows are, since the width is a
+    # multiple of what numpy adds at a time and padding adds exact zeros.
     poles: Array
     first: Array
     couplings: Array
@@ -181,11 +178,9 @@ class _Stack:
     def gaps_to_sum(
         self, row: Index, rank: Index, fixed_below: Array, fixed_above: Array
     ) -> tuple[Index, Index]:
-        """First and last gap whose nodes are computed; the node's own gap is ``rank``.
-
-        A side follows from the other as a complement only where it is sure to be heavy, since the
-        difference carries an error of eps.
-        """
+        """First and last gap whose nodes are computed; the node's own gap is ``rank``."""
+        # A side follows from the other as a complement only where it is sure to be heavy, since the
+        # difference carries an error of eps.
         m = self.counts[row]
         from_left, from_right = partial_sums(self.first**2)
         # What the Chebyshev-Markov-Stieltjes inequalities promise each side.
@@ -285,11 +280,9 @@ def _solve(
     high: Array,
     sums: tuple[Array, Array],
 ) -> Array:
-    """Root u in (0, high] of constant + u - near/u - Σ z_i²/(u - distances_i), z the couplings.
-
-    The pole at the origin has the distance infinity, which drops it from the sum; ``sums`` holds
-    Σ z_i²/(u - distances_i) and Σ z_i²/(u - distances_i)² at u = high.
-    """
+    """Root u in (0, high] of constant + u - near/u - Σ z_i²/(u - distances_i), z the couplings."""
+    # The pole at the origin has the distance infinity, which drops it from the sum; ``sums`` holds
+    # Σ z_i²/(u - distances_i) and Σ z_i²/(u - distances_i)² at u = high.
     # The function increases. The pole at the origin is kept exact and the rest linearised, which
     # gives a quadratic; a bracket catches the steps that leave it.
     root, u = high.copy(), high

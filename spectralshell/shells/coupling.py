@@ -391,8 +391,7 @@ def permuted_matrix(
 ) -> Floats:
     """Return V between the chosen modes with its normalised entries permuted, shape (m, m).
 
-    Entries of pairs and entries V_uu are permuted apart, as in `permuted_couplings`, and scaled
-    back to the λ of their new places.
+    Pairs and V_uu are permuted apart, and scaled back to the λ of their new places.
     """
     entries = PairEntries.of(V, eigenvalues, modes, rule)
     upper = np.diag(0.5 * generator.permutation(entries.on))

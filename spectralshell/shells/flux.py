@@ -242,8 +242,7 @@ def difference_balance(
 ) -> EdgeBalance:
     """Return the balance from the Ritz modes of an error and fluxes known otherwise.
 
-    Modes are those of a Krylov space that begins with e: Ritz values, ⟨e, y⟩ and ⟨ė, y⟩; ``total``
-    and ``total_rate`` are ½‖e‖² and ⟨ė, e⟩.
+    Amplitudes and rates are ⟨e, y⟩ and ⟨ė, y⟩; ``total``, ``total_rate`` are ½‖e‖² and ⟨ė, e⟩.
     """
     rates = finite_vector("eigenvalues", eigenvalues)
     amplitude = finite_vector("amplitudes", amplitudes)
@@ -289,11 +288,10 @@ class ErrorRule:
 
 
 class PairTerms:
-    """The terms of ½ Σ_uv g_u g_v V_uv c[λ_u, λ_v], from ascending rates and g_u g_v V_uv.
+    """The terms of ½ Σ_uv g_u g_v V_uv c[λ_u, λ_v], from ascending rates and g_u g_v V_uv."""
 
-    Pairs further apart than the width of an edge are divided by λ_u − λ_v once, for all shells;
-    for close pairs every edge has its own divided difference.
-    """
+    # Pairs further apart than the width of an edge are divided by λ_u − λ_v once, for all shells;
+    # for close pairs every edge has its own divided difference.
 
     def __init__(self, rates: Floats, products: Floats, shells: SoftShells) -> None:
         self.rates = rates
