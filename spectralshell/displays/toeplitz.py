@@ -315,8 +315,7 @@ def _check_columns(name: str, frame: Any, columns: tuple[str, ...]) -> None:
 def _make_panels(plt: Any) -> dict[str, Any]:
     """Make a figure with four panels; return them by name."""
     _, axes = plt.subplots(2, 2, figsize=(10.0, 8.6), layout="constrained")
-    names = ("coupling", "toeplitz", "windows", "diagonal")
-    return dict(zip(names, axes.ravel(), strict=True))
+    return dict(zip(_PANELS, axes.ravel(), strict=True))
 
 
 def _draw_heat_map(
