@@ -8,6 +8,7 @@ from numbers import Integral, Real
 from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike, NDArray
 from sklearn.utils.validation import check_array
 
 
@@ -157,6 +158,14 @@ def check_sample_weight(sample_weight: Any, n: int) -> np.ndarray:
             f"{weights.shape} with minimum {weights.min()}."
         )
     return np.asarray(weights)
+
+
+def check_finite(name: str, values: ArrayLike) -> NDArray[np.float64]:
+    """Return values as a float64 array; raise unless all are finite."""
+    array = np.asarray(values, dtype=np.float64)
+    if not np.isfinite(array).all():
+        raise ValueError(f"{name} must be finite, got {values!r}.")
+    return array
 
 
 def _describe_range(low: float | None, high: float | None, low_open: bool, high_open: bool) -> str:

@@ -34,6 +34,122 @@ def join_statuses(statuses: Iterable[str]) -> str:
     return "; ".join(phrase for phrase in phrases if phrase not in ("", "ok")) or "ok"
 
 
+# Krylov
+
+ZERO_START_VECTOR = "zero start vector"
+ZERO_START_BLOCK = "zero start block"
+EXHAUSTION = "exhaustion"
+
+
+def start_block_rank(rank: int) -> str:
+    """Say that columns of the start block were zero or depended on those before."""
+    return f"start block of rank {rank}"
+
+
+def stagnation_at(step: int) -> str:
+    """Say that a new direction follows the rounding of the products."""
+    return f"stagnation at step {step}"
+
+
+def breakdown_at(step: int) -> str:
+    """Say that the basis is an invariant subspace."""
+    return f"breakdown at step {step}"
+
+
+def deflation_at(step: int) -> str:
+    """Say that some columns of a block ended in an invariant subspace."""
+    return f"deflation at step {step}"
+
+
+def pairs_found(found: int, wanted: int) -> str:
+    """Say that there are fewer eigenpairs than asked for."""
+    return f"{found} of {wanted} pairs"
+
+
+def asymmetric(asymmetry: float, noise: float) -> str:
+    """Say that a matrix is less symmetric than its rounding error explains."""
+    return f"asymmetry {asymmetry:.1e} above the noise {noise:.1e}"
+
+
+# Shells
+
+BELOW_FLOOR = "below the resolution floor"
+WIDE_BOUNDS = "bounds wider than the energy"
+ABOVE_LAST_EDGE = "holds energy above the last edge"
+BELOW_FIRST_EDGE = "below the first edge"
+ZERO_COUPLING = "zero coupling"
+FEWER_THAN_TWO_SHELLS = "fewer than two shells"
+TWO_SHELLS = "two shells: no interval"
+
+
+def negative_rates(n_negative: int, *, exact: bool, within_noise: bool) -> str:
+    """Say that nodes of a measure are negative; their energy is null."""
+    noun = "eigenvalues" if exact else "Ritz values"
+    return f"{n_negative} negative {noun}, {'within' if within_noise else 'beyond'} the noise"
+
+
+def without_coupling(n_shells: int) -> str:
+    """Say that shells of zero coupling have no logarithm to fit."""
+    return f"{n_shells} shells without coupling left out"
+
+
+def sign_differs(n_shells: int, n_fitted: int) -> str:
+    """Say how many shells have the sign of the minority."""
+    return f"sign differs in {n_shells} of {n_fitted} shells"
+
+
+# Estimators
+
+NO_MODE_NEAR_EDGE = "no mode near the edge"
+NO_ENERGY_IN_SHELL = "no energy in the shell"
+UNRESOLVED_ENDS = "not resolved at both ends"
+EDGE_DECAYS = "the edge decays within the interval"
+OTHER_DIRECTION = "the parameters took another direction"
+LONG_INTERVAL = "the interval is too long to tell what the parameters did"
+NO_FLUX = "no flux"
+NO_SIGN_TEST = "one batch: no test of the sign"
+NO_DIRECTION = "direction not determined"
+FEW_EDGES_OF_ONE_DIRECTION = "too few edges of one direction"
+INTERVAL_FROM_EDGES = "interval from the scatter of edges"
+ONE_USABLE_SHELL = "one usable shell: residual trivially 0"
+ONE_WINDOW = "no more usable shells than a window has"
+ONE_BATCH = "one batch: no interval over batches"
+MODES_DIFFER = "modes of a batch differ between tau: no permutation p-value"
+SEVERAL_TAUS = "mean over several tau: the largest couplings weigh most"
+ZERO_KERNEL = "zero kernel"
+FROZEN_KERNEL = "frozen kernel"
+
+
+def few_edges(n_needed: int) -> str:
+    """Say that too few edges have a velocity to fit."""
+    return f"fewer than {n_needed} usable edges"
+
+
+def other_way(n_other: int, n_edges: int) -> str:
+    """Say how many edges drift against the majority."""
+    return f"{n_other} of {n_edges} edges drift the other way"
+
+
+def few_modes(min_modes: int) -> str:
+    """Say why a shell is masked."""
+    return f"fewer than {min_modes} modes"
+
+
+def no_usable_shell(min_modes: int) -> str:
+    """Say that all shells are masked."""
+    return f"no shell with {min_modes} modes"
+
+
+def few_block_orders(p_value: float, n_blocks: int) -> str:
+    """Say that so few blocks have few orders, which limits the p-value."""
+    return f"p of about {p_value:.2g} or more: few orders of {n_blocks} blocks"
+
+
+def few_random_orders(p_value: float) -> str:
+    """Say that so few random orders limit the p-value."""
+    return f"p of {p_value:.2g} or more: few random orders"
+
+
 # Tail fit
 
 EMPTY_TAIL = "empty tail"

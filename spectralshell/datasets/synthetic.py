@@ -10,6 +10,7 @@ from scipy import special
 from scipy.ndimage import gaussian_filter1d
 from sklearn.utils import check_random_state
 
+from spectralshell.krylov.quadrature import FLOAT64_NOISE
 from spectralshell.parameter_checks import (
     check_integer,
     check_option,
@@ -23,7 +24,6 @@ _NOISES = ("lognormal", "gamma", "none")
 _INSIDE = (0.25, 0.85)
 _N_TAUS = 6
 _DEFAULT_WINDOW = (1e-3, 1.0)
-_ROUNDING = 4e-15
 
 
 def make_grsd_spectra(
@@ -269,7 +269,7 @@ def _measures(
             total=float(weights[j, batch].sum()),
             lambda_max=window[1],
             floor=window[0],
-            noise=_ROUNDING * window[1],
+            noise=FLOAT64_NOISE * window[1],
             tau=float(tau),
             batch=batch,
         )

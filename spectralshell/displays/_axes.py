@@ -1,4 +1,4 @@
-"""What the displays share: a lazy matplotlib, colours for τ, readable log axes, legends."""
+"""Parts of a plot that displays share: lazy matplotlib, colours for τ, log axes, marks, legends."""
 
 from __future__ import annotations
 
@@ -6,9 +6,12 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
+import pandas as pd
 
 LAMBDA_LABEL = r"eigenvalue $\lambda$  (1/$\tau$)"
 DENSITY_LABEL = r"energy density $\varepsilon$  (loss $\times$ $\tau$)"
+LINE_STYLES = ("-", "--", ":", "-.")
+MARKER_SIZE = 4.5
 MAX_LEGEND_TAUS = 6
 _MARKERS = "os^Dv>"
 _DEEPEST_VIEW = 1e-10  # values this far below the largest one are rounding, not signal
@@ -17,13 +20,7 @@ _BAND_ROOM = 10.0  # how far below the lowest value a band may pull the view
 
 
 def require_pyplot(caller: str) -> Any:
-    """Return ``matplotlib.pyplot``, or say how to install it.
-
-    Raises
-    ------
-    ImportError
-        If matplotlib is missing; the message names the caller and the extra.
-    """
+    """Return ``matplotlib.pyplot``; where it is missing, an error says how to install it."""
     try:
         import matplotlib.pyplot as plt
     except ImportError as error:
@@ -66,11 +63,9 @@ def distinct_labels(values: Sequence[float]) -> list[str]:
 
 
 class TauScale:
-    """Colour, marker and label of every τ of a plot.
+    """Colour, marker and label of every τ: in a legend for a few, on a colour bar for many.
 
-    Up to ``MAX_LEGEND_TAUS`` times are told apart in a legend and get evenly spaced colours;
-    more get a colour bar, logarithmic when the positive times span a decade. τ = 0 has no place
-    on a logarithmic bar: it is drawn grey and labelled at the bar's lower end.
+    The bar is logarithmic when positive τ span a decade; τ = 0 is then grey, at its lower end.
     """
 
     def __init__(self, taus: Iterable[float]) -> None:
@@ -137,6 +132,14 @@ class TauScale:
         return float(self._norm.vmin), float(self._norm.vmax)
 
 
+def batch_range_handle(n_batches: Iterable[int]) -> Any:
+    """Return the legend handle of bands that hold the range over batches."""
+    from matplotlib.patches import Patch
+
+    text = f"range over {write_counts(n_batches)} batches"
+    return Patch(color="0.5", alpha=0.3, linewidth=0, label=text)
+
+
 def write_counts(counts: Iterable[int]) -> str:
     """Return ``"3"`` or, where counts differ, ``"2–5"``."""
     different = sorted(set(counts))
@@ -147,8 +150,7 @@ def write_counts(counts: Iterable[int]) -> str:
 def set_log_ticks(axis: Any, low: float, high: float) -> None:
     """Put readable ticks on a logarithmic axis that shows ``low`` to ``high``.
 
-    Decades where there are at least two in view; 1, 2, 5 of each decade otherwise. Minor ticks
-    carry no text, which is what makes short log axes unreadable by default.
+    Minor ticks carry no text, which is what makes short log axes unreadable by default.
     """
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
@@ -165,9 +167,7 @@ def set_log_ticks(axis: Any, low: float, high: float) -> None:
 def log_limits(values: np.ndarray, *, bands: np.ndarray | None = None) -> tuple[float, float]:
     """Return the view of a logarithmic axis that holds every positive value with a margin.
 
-    Values below ``1e-10`` of the largest one stay out of view, and a band whose lower end
-    reaches zero does not stretch the axis by more than a factor of ten. Data without a positive
-    value get (0.1, 1).
+    Rounding stays out, a band that reaches zero stretches it by at most `_BAND_ROOM`.
     """
     values = _positive(values)
     if values.size == 0:
@@ -211,16 +211,48 @@ def shade_below_floor(ax: Any, floor: float | None, label: str | None) -> Any:
     )
 
 
+def draw_invisible(ax: Any, curve: pd.DataFrame, colour: Any) -> bool:
+    """Mark shells whose value is below the view, zero among them, at its lower edge.
+
+    Returns whether there was any.
+    """
+    low = curve[curve["value"] < ax.get_ylim()[0]]
+    if low.empty:
+        return False
+    ax.plot(
+        low["lambda_mid"],
+        np.full(len(low), 0.015),
+        transform=ax.get_xaxis_transform(),
+        scaley=False,
+        linestyle="none",
+        marker="v",
+        markersize=4,
+        markerfacecolor="none",
+        color=colour,
+    )
+    return True
+
+
+def hollow_handle(marker: str, label: str) -> Any:
+    """Return the legend handle of hollow grey markers."""
+    from matplotlib.lines import Line2D
+
+    return Line2D(
+        [],
+        [],
+        linestyle="none",
+        marker=marker,
+        markersize=MARKER_SIZE,
+        color="0.3",
+        markerfacecolor="white",
+        label=label,
+    )
+
+
 def draw_legend(ax: Any, handles: Sequence[Any], *, place: str) -> Any:
     """Draw a legend where it covers no data and return it, None for no handles.
 
-    Parameters
-    ----------
-    ax : matplotlib Axes
-    handles : sequence of artists
-    place : {"right", "below", "inside"}
-        Beside the axes or below the figure where the figure is our own, inside the axes, at the
-        emptiest place, where it is the user's.
+    Beside the axes ("right") or "below" a figure of our own; "inside" axes that are the user's.
     """
     if not handles:
         return None

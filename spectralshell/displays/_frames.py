@@ -1,4 +1,4 @@
-"""From the two shell frames to the curves that the displays draw."""
+"""Curves that displays draw, from tidy and wide shell frames."""
 
 from __future__ import annotations
 
@@ -15,15 +15,7 @@ _OUTSIDE = ("null", "unresolved")
 
 
 def tidy_energies(frame: Any, *, name: str = "frame") -> pd.DataFrame:
-    """Return the tidy form of a tidy or a wide shell frame, with its ``attrs``.
-
-    Raises
-    ------
-    TypeError
-        If ``frame`` is not a DataFrame.
-    ValueError
-        If it is neither kind of shell frame.
-    """
+    """Return the tidy form of a tidy or a wide shell frame, with its ``attrs``; else raise."""
     if not isinstance(frame, pd.DataFrame):
         raise TypeError(
             f"{name} must be a pandas DataFrame of shell energies, got type "
@@ -75,21 +67,9 @@ def curve_keys(tidy: pd.DataFrame) -> list[str]:
 
 
 def shell_curves(tidy: pd.DataFrame, quantity: str) -> pd.DataFrame:
-    """Average each shell over batches.
+    """Average the "energy" or "density" of each shell over batches: one row per curve and shell.
 
-    Parameters
-    ----------
-    tidy : DataFrame
-    quantity : {"energy", "density"}
-        Density is the energy divided by the width of the shell.
-
-    Returns
-    -------
-    DataFrame
-        One row per curve and shell, by τ and λ: ``tau, [name], lambda_lo, lambda_hi, lambda_mid,
-        value, batch_lower, batch_upper, bound_lower, bound_upper, n_batches, resolved``: the
-        mean over batches, the smallest and largest batch, the mean certified bounds (NaN where
-        the frame has none).
+    ``value`` has beside it the extreme batches and the mean certified bounds, NaN without any.
     """
     keys = curve_keys(tidy)
     rows = tidy[~tidy["shell"].isin(_OUTSIDE)].copy()

@@ -8,7 +8,13 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from spectralshell.displays import _axes
+from spectralshell.displays._axes import (
+    draw_legend,
+    format_number,
+    log_limits,
+    require_pyplot,
+    set_log_view,
+)
 
 _VALUES = ("b", "b_lower", "b_upper")
 _NOT_LABELS = (*_VALUES, "score", "n_train", "n_test", "n_shells", "status")
@@ -200,7 +206,7 @@ class ExponentDisplay:
         ImportError
             If matplotlib is missing.
         """
-        plt = _axes.require_pyplot("ExponentDisplay.plot")
+        plt = require_pyplot("ExponentDisplay.plot")
         own = ax is None
         if own:
             _, ax = plt.subplots(figsize=(7.2, 4.2), layout="constrained")
@@ -215,7 +221,7 @@ class ExponentDisplay:
             handles.append(ax.axhline(1.0, color="0.6", ls=":", lw=1, zorder=0, label=label))
         ax.set_xlabel(_AXIS_LABELS.get(self.label, self.label))
         ax.set_ylabel("tail slope $b$")
-        self.legend_ = _axes.draw_legend(ax, handles, place="right" if own else "inside")
+        self.legend_ = draw_legend(ax, handles, place="right" if own else "inside")
         return self
 
     def _set_horizontal(self, drawn: pd.DataFrame) -> None:
@@ -231,7 +237,7 @@ class ExponentDisplay:
                     text.set(ha="right", rotation_mode="anchor")
             ax.set_xlim(-0.6, max(len(at), 1) - 0.4)
         elif at.min() > 0 and at.max() >= 10 * at.min():
-            _axes.set_log_view(ax, "x", _axes.log_limits(at), keep=False)
+            set_log_view(ax, "x", log_limits(at), keep=False)
         else:
             margin = 0.06 * (at.max() - at.min())
             ax.set_xlim(at.min() - margin, at.max() + margin)
@@ -338,7 +344,7 @@ def _read_reference(reference: Any) -> tuple[float, float, float] | None:
 def _write_label(value: Any) -> str:
     """Return tick text: windows as lo–hi, numbers short, anything else as it is."""
     if isinstance(value, tuple | list | np.ndarray) and len(value) == 2:
-        return "–".join(_axes.format_number(end) for end in value)
+        return "–".join(format_number(end) for end in value)
     if isinstance(value, Real) and not isinstance(value, bool | int | np.integer):
-        return _axes.format_number(float(value))
+        return format_number(float(value))
     return str(value)

@@ -7,7 +7,21 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from spectralshell.displays import _axes, _marks
+from spectralshell.displays._axes import (
+    DENSITY_LABEL,
+    LAMBDA_LABEL,
+    LINE_STYLES,
+    MARKER_SIZE,
+    TauScale,
+    batch_range_handle,
+    draw_invisible,
+    draw_legend,
+    hollow_handle,
+    log_limits,
+    require_pyplot,
+    set_log_view,
+    shade_below_floor,
+)
 from spectralshell.displays._frames import (
     curve_keys,
     resolution_floor_of,
@@ -20,10 +34,9 @@ from spectralshell.parameter_checks import check_option
 
 _LABELS = {
     "energy": r"shell energy $E_\alpha$  (units of the loss)",
-    "density": _axes.DENSITY_LABEL,
+    "density": DENSITY_LABEL,
 }
 _BANDS = ("auto", "batches", "bounds", "none")
-_LINE_STYLES = ("-", "--", ":", "-.")
 _FRONTIER_COLUMNS = ("tau", "frontier")
 
 
@@ -246,7 +259,7 @@ class ShellEnergyDisplay:
         """
         check_option("style", style, ("line", "step"))
         curves, band = self._curves(quantity, band)
-        plt = _axes.require_pyplot("ShellEnergyDisplay.plot")
+        plt = require_pyplot("ShellEnergyDisplay.plot")
         own = ax is None
         if own:
             _, ax = plt.subplots(figsize=(7.8, 4.6), layout="constrained")
@@ -255,24 +268,24 @@ class ShellEnergyDisplay:
 
         floor = self.resolution_floor
         ends = np.concatenate([curves["lambda_lo"], curves["lambda_hi"], [floor or np.nan]])
-        _axes.set_log_view(ax, "x", _axes.log_limits(ends), keep=used)
+        set_log_view(ax, "x", log_limits(ends), keep=used)
         bands = curves[["lower", "upper"]].to_numpy(dtype=float)
-        limits = _axes.log_limits(curves["value"].to_numpy(), bands=bands)
-        _axes.set_log_view(ax, "y", limits, keep=used)
+        limits = log_limits(curves["value"].to_numpy(), bands=bands)
+        set_log_view(ax, "y", limits, keep=used)
 
-        scale = _axes.TauScale(curves["tau"])
+        scale = TauScale(curves["tau"])
         handles = self._draw_curves(curves, scale, style)
         handles += self._band_handle(curves, band)
         handles += self._draw_frontiers(scale)
         handles += self._draw_floor()
         self.colorbar_ = scale.draw_colorbar([ax]) if scale.uses_colorbar else None
-        ax.set_xlabel(_axes.LAMBDA_LABEL)
+        ax.set_xlabel(LAMBDA_LABEL)
         ax.set_ylabel(_LABELS[quantity])
         place = "inside" if not own else "below" if scale.uses_colorbar else "right"
-        self.legend_ = _axes.draw_legend(ax, handles, place=place)
+        self.legend_ = draw_legend(ax, handles, place=place)
         return self
 
-    def _draw_curves(self, curves: pd.DataFrame, scale: _axes.TauScale, style: str) -> list[Any]:
+    def _draw_curves(self, curves: pd.DataFrame, scale: TauScale, style: str) -> list[Any]:
         """Draw every curve with its band; return the legend's handles."""
         from matplotlib.lines import Line2D
 
@@ -282,14 +295,15 @@ class ShellEnergyDisplay:
         for tau, name, curve in split_curves(curves):
             look: dict[str, Any] = {"color": scale.colour(tau), "linestyle": dashes.get(name, "-")}
             label = scale.label(tau) + (f", {name}" if dashes else "")
-            self.bands_ += _marks.draw_band(self.ax_, curve, look["color"], style)
-            draw = _marks.draw_steps if style == "step" else _marks.draw_line
+            self.bands_ += _draw_band(self.ax_, curve, look["color"], style)
+            draw = _draw_steps if style == "step" else _draw_line
             marker = scale.marker(tau)
             self.lines_.append(draw(self.ax_, curve, look, marker, label))
-            any_invisible |= _marks.draw_invisible(self.ax_, curve, look["color"])
+            any_invisible |= draw_invisible(self.ax_, curve, look["color"])
             if not scale.uses_colorbar:
                 shown = marker if style == "line" else None
-                handles.append(Line2D([], [], marker=shown, markersize=4.5, label=label, **look))
+                handle = Line2D([], [], marker=shown, markersize=MARKER_SIZE, label=label, **look)
+                handles.append(handle)
         if scale.uses_colorbar:
             handles += [
                 Line2D([], [], color="0.3", linestyle=dash, label=str(name))
@@ -297,9 +311,9 @@ class ShellEnergyDisplay:
             ]
         in_view = curves["value"] > self.ax_.get_ylim()[0]
         if style == "line" and (in_view & ~curves["resolved"]).any():
-            handles.append(_marks.handle("o", "not resolved"))
+            handles.append(hollow_handle("o", "not resolved"))
         if any_invisible:
-            handles.append(_marks.handle("v", "zero, or below the view"))
+            handles.append(hollow_handle("v", "zero, or below the view"))
         return handles
 
     def _band_handle(self, curves: pd.DataFrame, band: str) -> list[Any]:
@@ -307,12 +321,11 @@ class ShellEnergyDisplay:
 
         if not self.bands_:
             return []
-        text = "certified bounds"
         if band == "batches":
-            text = f"range over {_axes.write_counts(curves['n_batches'])} batches"
-        return [Patch(color="0.5", alpha=0.3, linewidth=0, label=text)]
+            return [batch_range_handle(curves["n_batches"])]
+        return [Patch(color="0.5", alpha=0.3, linewidth=0, label="certified bounds")]
 
-    def _draw_frontiers(self, scale: _axes.TauScale) -> list[Any]:
+    def _draw_frontiers(self, scale: TauScale) -> list[Any]:
         """Mark the frontiers in view: dashed verticals, their intervals along the upper edge."""
         from matplotlib.lines import Line2D
 
@@ -352,8 +365,60 @@ class ShellEnergyDisplay:
             low, high = 100 * share.min(), 100 * share.max()
             span = f"{low:.2g}" if high - low < 0.5 else f"{low:.2g}–{high:.2g}"
             label += f"\n({span} % of energy in no shell)"
-        patch = _axes.shade_below_floor(self.ax_, self.resolution_floor, label)
+        patch = shade_below_floor(self.ax_, self.resolution_floor, label)
         return [] if patch is None else [patch]
+
+
+def _draw_line(ax: Any, curve: pd.DataFrame, look: dict[str, Any], marker: str, label: str) -> Any:
+    """Draw markers joined by lines, hollow where the shell is not resolved; return the line."""
+    values = curve["value"].where(curve["value"] > 0).to_numpy()
+    middles = curve["lambda_mid"].to_numpy()
+    (line,) = ax.plot(
+        middles, values, marker=marker, markersize=MARKER_SIZE, linewidth=1.4, label=label, **look
+    )
+    hollow = ~curve["resolved"].to_numpy(dtype=bool)
+    if hollow.any():
+        ax.plot(
+            middles[hollow],
+            values[hollow],
+            marker="o" if marker == "." else marker,
+            markersize=MARKER_SIZE,
+            linestyle="none",
+            color=look["color"],
+            markerfacecolor="white",
+        )
+    return line
+
+
+def _draw_steps(ax: Any, curve: pd.DataFrame, look: dict[str, Any], marker: str, label: str) -> Any:
+    """Draw a step over every shell; return the patch."""
+    values = curve["value"].where(curve["value"] > 0).to_numpy()
+    return ax.stairs(values, _edges(curve), baseline=None, linewidth=1.4, label=label, **look)
+
+
+def _draw_band(ax: Any, curve: pd.DataFrame, colour: Any, style: str) -> list[Any]:
+    """Fill between ``lower`` and ``upper``; return the artist in a list, empty without a band.
+
+    One shell has no width between middles, so its band is a thick bar.
+    """
+    if not (curve["upper"] > 0).any():
+        return []
+    bottom = ax.get_ylim()[0]
+    there = curve["upper"] > 0
+    lower, upper = (
+        curve[end].where(there).clip(lower=bottom).to_numpy() for end in ("lower", "upper")
+    )
+    look = {"color": colour, "alpha": 0.2, "linewidth": 0}
+    if style == "step":
+        ends = (np.append(end, end[-1]) for end in (lower, upper))
+        return [ax.fill_between(_edges(curve), *ends, step="post", **look)]
+    if len(curve) == 1:
+        return [ax.vlines(curve["lambda_mid"], lower, upper, color=colour, alpha=0.3, linewidth=6)]
+    return [ax.fill_between(curve["lambda_mid"], lower, upper, **look)]
+
+
+def _edges(curve: pd.DataFrame) -> np.ndarray:
+    return np.append(curve["lambda_lo"], curve["lambda_hi"].iloc[-1])
 
 
 def _dashes_of(curves: pd.DataFrame) -> dict[Any, Any]:
@@ -361,7 +426,7 @@ def _dashes_of(curves: pd.DataFrame) -> dict[Any, Any]:
     if "name" not in curve_keys(curves):
         return {}
     names = dict.fromkeys(curves["name"])
-    return {name: _LINE_STYLES[i % len(_LINE_STYLES)] for i, name in enumerate(names)}
+    return {name: LINE_STYLES[i % len(LINE_STYLES)] for i, name in enumerate(names)}
 
 
 def _has_frontiers(step: Any) -> bool:

@@ -8,11 +8,27 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from spectralshell.displays import _axes, _tail_panels
-from spectralshell.displays._frames import curve_keys, shell_curves, tidy_energies
+from spectralshell.displays._axes import (
+    DENSITY_LABEL,
+    LAMBDA_LABEL,
+    MARKER_SIZE,
+    TauScale,
+    draw_invisible,
+    draw_legend,
+    format_number,
+    hollow_handle,
+    log_limits,
+    require_pyplot,
+    set_log_view,
+    write_counts,
+)
+from spectralshell.displays._frames import curve_keys, shell_curves, split_curves, tidy_energies
 from spectralshell.parameter_checks import check_window
 
 _VALUES = ["value", "batch_lower", "batch_upper"]
+_DENSITIES = ["density", "density_lower", "density_upper"]
+_RESIDUALS = ["residual", "residual_lower", "residual_upper"]
+_WINDOW_LOOK = {"facecolor": "0.95", "edgecolor": "0.75", "linewidth": 0.8, "zorder": 0}
 _TITLE_WIDTH = 78
 
 
@@ -179,7 +195,7 @@ class TailFitDisplay:
             )
         fit = fit[[*keys, "value"]].rename(columns={"value": "fit"})
         tail = data.merge(fit, on=keys, how="left", validate="one_to_one")
-        tail = tail.rename(columns=dict(zip(_VALUES, _tail_panels.DENSITIES, strict=True)))
+        tail = tail.rename(columns=dict(zip(_VALUES, _DENSITIES, strict=True)))
         ends = _window_ends(window)
         tail["in_window"] = (tail["lambda_hi"] > ends[0]) & (tail["lambda_lo"] < ends[1])
         return cls(
@@ -204,7 +220,7 @@ class TailFitDisplay:
         """
         drawn = self.tail.copy()
         log_fit = _log(drawn["fit"]).where(drawn["in_window"])
-        for column, density in zip(_tail_panels.RESIDUALS, _tail_panels.DENSITIES, strict=True):
+        for column, density in zip(_RESIDUALS, _DENSITIES, strict=True):
             drawn[column] = _log(drawn[density]) - log_fit
         return drawn
 
@@ -229,11 +245,11 @@ class TailFitDisplay:
         ValueError
             If there are more than three axes, or none.
         """
-        plt = _axes.require_pyplot("TailFitDisplay.plot")
+        plt = require_pyplot("TailFitDisplay.plot")
         legend_ax = None
         alternatives = self._alternatives()
         if ax is None:
-            axes, legend_ax = _tail_panels.make_panels(plt, alternatives is not None)
+            axes, legend_ax = _make_panels(plt, alternatives is not None)
         else:
             axes = list(np.ravel(ax))
             if not 1 <= len(axes) <= 3:
@@ -246,19 +262,19 @@ class TailFitDisplay:
         self.ax_, self.figure_ = axes[0], axes[0].figure
 
         drawn = self.frame()
-        scale = _axes.TauScale(drawn["tau"])
-        handles = _tail_panels.draw_fit(axes[0], drawn, scale, self.window)
+        scale = TauScale(drawn["tau"])
+        handles = _draw_fit(axes[0], drawn, scale, self.window)
         axes[0].set_title(self._title(), fontsize="medium", loc="left")
         if len(axes) > 1:
-            _tail_panels.draw_residuals(axes[1], drawn, scale, self.window)
+            _draw_residuals(axes[1], drawn, scale, self.window)
             axes[1].set_xlim(axes[0].get_xlim())
         if alternatives is not None and len(axes) > 2:
-            _tail_panels.draw_alternatives(axes[2], alternatives)
+            _draw_alternatives(axes[2], alternatives)
         self.colorbar_ = scale.draw_colorbar(axes[:2]) if scale.uses_colorbar else None
         if legend_ax is not None:
-            self.legend_ = _tail_panels.fill_legend_panel(legend_ax, handles, len(axes) > 2)
+            self.legend_ = _fill_legend_panel(legend_ax, handles, len(axes) > 2)
         else:
-            self.legend_ = _axes.draw_legend(axes[0], handles, place="inside")
+            self.legend_ = draw_legend(axes[0], handles, place="inside")
         return self
 
     def _alternatives(self) -> pd.DataFrame | None:
@@ -278,7 +294,7 @@ class TailFitDisplay:
         elif np.isnan([lower, upper]).any():
             text = f"tail slope $b$ = {self.b:.3f}, no interval"
         else:
-            percent = _axes.format_number(100 * self.confidence)
+            percent = format_number(100 * self.confidence)
             text = f"tail slope $b$ = {self.b:.3f}, {percent} % interval [{lower:.3f}, {upper:.3f}]"
         if self.status != "ok":
             text += "\n" + fill(self.status, _TITLE_WIDTH)
@@ -298,3 +314,185 @@ def _window_ends(window: Any) -> tuple[float, float]:
 
 def _log(values: pd.Series) -> pd.Series:
     return pd.Series(np.log(values.where(values > 0)), index=values.index)
+
+
+def _make_panels(plt: Any, with_alternatives: bool) -> tuple[list[Any], Any]:
+    """Make a figure; return its panels (fit, residuals, alternatives) and the legend's panel."""
+    figure = plt.figure(figsize=(9.8, 5.8), layout="constrained")
+    grid = figure.add_gridspec(
+        2, 2, width_ratios=[2.0 if with_alternatives else 2.8, 1], height_ratios=[2.1, 1]
+    )
+    fit = figure.add_subplot(grid[0, 0])
+    residuals = figure.add_subplot(grid[1, 0], sharex=fit)
+    fit.tick_params(labelbottom=False)
+    legend = figure.add_subplot(grid[0, 1])
+    legend.set_axis_off()
+    if not with_alternatives:
+        return [fit, residuals], legend
+    return [fit, residuals, figure.add_subplot(grid[1, 1])], legend
+
+
+def _fill_legend_panel(ax: Any, handles: list[Any], with_alternatives: bool) -> Any:
+    """Draw the legend in its own panel.
+
+    At the right over the alternatives, whose names leave room to its left; else at the left.
+    """
+    side = "right" if with_alternatives else "left"
+    return ax.legend(handles=handles, loc=f"upper {side}", fontsize="small", borderaxespad=0.0)
+
+
+def _draw_fit(
+    ax: Any, drawn: pd.DataFrame, scale: TauScale, window: tuple[float, float] | None
+) -> list[Any]:
+    """Draw densities with batch ranges and fitted curves; return the legend's handles.
+
+    Outside the window data are hollow and the fit, which extrapolates there, is dotted.
+    """
+    from matplotlib.lines import Line2D
+
+    set_log_view(
+        ax,
+        "x",
+        log_limits(drawn[["lambda_lo", "lambda_hi"]].to_numpy()),
+        keep=False,
+    )
+    bands = drawn[_DENSITIES[1:]].to_numpy()
+    limits = log_limits(drawn["density"].to_numpy(), bands=bands)
+    set_log_view(ax, "y", limits, keep=False)
+    handles = [] if scale.uses_colorbar else _tau_handles(scale)
+    any_invisible = False
+    for tau, _, curve in split_curves(drawn):
+        colour, marker = scale.colour(tau), scale.marker(tau)
+        values = curve[["lambda_mid"]].assign(value=curve["density"])
+        any_invisible |= draw_invisible(ax, values, colour)
+        _draw_points(ax, curve, _DENSITIES, colour, marker)
+        fit = curve["fit"].where(curve["fit"] > 0)
+        ax.plot(curve["lambda_mid"], fit, color=colour, linestyle=":", linewidth=1.0)
+        inside = fit.where(curve["in_window"])
+        ax.plot(curve["lambda_mid"], inside, color=colour, linewidth=1.6)
+    handles.append(_data_handle(drawn))
+    if not drawn["in_window"].all():
+        handles.append(hollow_handle("o", "data outside the window"))
+    if (drawn["fit"] > 0).any():
+        handles.append(
+            Line2D([], [], color="0.3", linewidth=1.6, label="fit (dotted: extrapolated)")
+        )
+    if any_invisible:
+        handles.append(hollow_handle("v", "zero, or below the view"))
+    handles += _draw_window(ax, window)
+    ax.set_xlabel("" if not ax.xaxis.get_tick_params()["labelbottom"] else LAMBDA_LABEL)
+    ax.set_ylabel(DENSITY_LABEL)
+    return handles
+
+
+def _draw_residuals(
+    ax: Any, drawn: pd.DataFrame, scale: TauScale, window: tuple[float, float] | None
+) -> None:
+    """Draw ln(data / fit) in the window, with the range over batches."""
+    ends = drawn[["lambda_lo", "lambda_hi"]].to_numpy()
+    set_log_view(ax, "x", log_limits(ends), keep=False)
+    for tau, _, curve in split_curves(drawn):
+        _draw_points(ax, curve, _RESIDUALS, scale.colour(tau), scale.marker(tau))
+    ax.axhline(0.0, color="0.3", linewidth=1.0, zorder=1)
+    values = drawn[_RESIDUALS].to_numpy()
+    values = values[np.isfinite(values)]
+    if not values.size:
+        ax.text(0.5, 0.6, "no residuals", transform=ax.transAxes, ha="center", fontsize="small")
+    reach = 1.15 * np.abs(values).max(initial=0.0)
+    reach = reach if reach > 1e-9 else 0.1
+    ax.set_ylim(-reach, reach)
+    _draw_window(ax, window)
+    ax.set_xlabel(LAMBDA_LABEL)
+    ax.set_ylabel(r"$\ln$(data / fit)")
+
+
+def _draw_alternatives(ax: Any, alternatives: pd.DataFrame) -> None:
+    """Draw the AIC of each model above the smallest as bars, best first.
+
+    Models of rank 1 are not told apart from the best and have its colour.
+    """
+    ranked = alternatives["delta_aic"].sort_values()
+    places = np.arange(len(ranked))
+    lengths = ranked.fillna(0.0).to_numpy()
+    colours = ["#31688e" if rank == 1 else "0.7" for rank in alternatives["rank"][ranked.index]]
+    ax.barh(places, lengths, color=colours, height=0.55)
+    ax.plot(ranked, places, "o", color="0.25", markersize=MARKER_SIZE, clip_on=False)
+    reach = max(lengths.max() * 2.6, 1.0)  # room for the text after the longest bar
+    slopes = alternatives["slope"].reindex(ranked.index)
+    for place, value, slope in zip(places, ranked, slopes, strict=True):
+        text = "no fit" if np.isnan(value) else f"{value:.1f}"
+        if np.isfinite(slope) and np.isfinite(value):
+            text += f" ($b$ = {slope:.2f})"
+        ax.annotate(
+            text,
+            (0.0 if np.isnan(value) else value, place),
+            xytext=(5, 0),
+            textcoords="offset points",
+            va="center",
+            fontsize="small",
+        )
+    ax.set_yticks(places, [fill(str(name), 18) for name in ranked.index], fontsize="small")
+    ax.set_ylim(len(ranked) - 0.4, -0.6)
+    ax.set_xlim(0.0, reach)
+    ax.set_xlabel("AIC above the best")
+
+
+def _draw_points(
+    ax: Any, curve: pd.DataFrame, columns: list[str], colour: Any, marker: str
+) -> None:
+    """Draw values with bars for the range over batches; hollow outside the window."""
+    value, lower, upper = columns
+    shown = curve[np.isfinite(curve[value])]
+    if ax.get_yscale() == "log":
+        shown = shown[shown[value] > 0]
+    many = shown[shown["n_batches"] > 1]
+    bottom = ax.get_ylim()[0] if ax.get_yscale() == "log" else -np.inf
+    low = many[lower].fillna(many[value]).clip(lower=bottom)
+    ax.vlines(many["lambda_mid"], low, many[upper], color=colour, linewidth=1.0, alpha=0.7)
+    for inside in (True, False):
+        part = shown[shown["in_window"] == inside]
+        ax.plot(
+            part["lambda_mid"],
+            part[value],
+            linestyle="none",
+            marker="o" if marker == "." else marker,
+            markersize=MARKER_SIZE if marker != "." else 3.0,
+            color=colour,
+            markerfacecolor=colour if inside else "white",
+        )
+
+
+def _draw_window(ax: Any, window: tuple[float, float] | None) -> list[Any]:
+    if window is None or not np.isfinite(window).all():
+        return []
+    label = f"window: $\\lambda$ {format_number(window[0])}–{format_number(window[1])}"
+    left, right = ax.get_xlim()
+    return [ax.axvspan(max(window[0], left), min(window[1], right), label=label, **_WINDOW_LOOK)]
+
+
+def _tau_handles(scale: TauScale) -> list[Any]:
+    from matplotlib.lines import Line2D
+
+    return [
+        Line2D(
+            [],
+            [],
+            color=scale.colour(tau),
+            marker=scale.marker(tau),
+            markersize=MARKER_SIZE,
+            label=scale.label(tau),
+        )
+        for tau in scale.taus
+    ]
+
+
+def _data_handle(drawn: pd.DataFrame) -> Any:
+    from matplotlib.lines import Line2D
+
+    counts = sorted(set(drawn["n_batches"]))
+    text = "data"
+    if counts and counts[-1] > 1:
+        text = f"data, range over {write_counts(counts)} batches"
+    return Line2D(
+        [], [], color="0.3", marker="o", linestyle="none", markersize=MARKER_SIZE, label=text
+    )

@@ -7,15 +7,34 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from spectralshell.displays import _axes, _toeplitz_panels
+from spectralshell.displays._axes import (
+    LAMBDA_LABEL,
+    draw_legend,
+    log_limits,
+    require_pyplot,
+    set_log_ticks,
+    set_log_view,
+)
 from spectralshell.parameter_checks import check_option
 from spectralshell.shells import toeplitz_part, toeplitz_residual
 from spectralshell.shells.partition import edges_from_names
 
-PANELS = ("coupling", "toeplitz", "windows", "diagonal")
+_PANELS = ("coupling", "toeplitz", "windows", "diagonal")
 _WINDOWS = ("lambda_lo", "lambda_hi", "centrality", "residual", "lower", "upper")
 _SHELLS = ("lambda_mean", "coupling", "coupling_lower", "coupling_upper", "signed_mean")
 _DIAGONAL = ("slope", "slope_lower", "slope_upper", "r2", "scale_free")
+_COUPLING_LABEL = r"shell coupling $K_{\alpha\beta}$"
+_RESIDUAL_LABEL = r"Toeplitz residual $\|K - T(K)\|_F \;/\; \|K\|_F$"
+_DIAGONAL_LABEL = "diagonal coupling"
+
+_OBSERVED, _SIGNED = "#1f1f1f", "#b5367a"
+_NULLS = {
+    "permutation": ("#31688e", "entries of $V$ permuted"),
+    "random": ("#d08c3f", "random directions"),
+}
+_MASKED = "0.92"
+_MARKER_SIZE = 5.0
+_BAR_ROOM = 3.0  # how far above the highest value a bar may pull the view
 
 
 class ToeplitzDisplay:
@@ -213,12 +232,12 @@ class ToeplitzDisplay:
         ValueError
             If there is no such panel, or its frame was not given.
         """
-        check_option("panel", panel, PANELS)
-        plt = _axes.require_pyplot("ToeplitzDisplay.plot")
+        check_option("panel", panel, _PANELS)
+        plt = require_pyplot("ToeplitzDisplay.plot")
         own = ax is None
         if own:
-            self.axes_ = _toeplitz_panels.make_panels(plt)
-            for name in PANELS:
+            self.axes_ = _make_panels(plt)
+            for name in _PANELS:
                 if not self._has(name):
                     self.axes_.pop(name).remove()
         elif not self._has(panel):
@@ -232,7 +251,7 @@ class ToeplitzDisplay:
         self.figure_ = self.ax_.figure
         self._draw_heat_maps()
         handles = self._draw_lines()
-        self.legend_ = _axes.draw_legend(self.ax_, handles, place="below" if own else "inside")
+        self.legend_ = draw_legend(self.ax_, handles, place="below" if own else "inside")
         return self
 
     def _needed(self, panel: str) -> str | None:
@@ -248,27 +267,24 @@ class ToeplitzDisplay:
         shown = _usable_span(matrix)
         matrix, edges = matrix[shown, shown], edges[shown.start : shown.stop + 1]
         part = np.where(np.isnan(matrix), np.nan, toeplitz_part(matrix))
-        norm = _toeplitz_panels.coupling_norm(matrix)
+        norm = _coupling_norm(matrix)
         titles = {"coupling": r"coupling $K$", "toeplitz": self._residual_title(matrix)}
         values = {"coupling": matrix, "toeplitz": part}
         drawn = [name for name in values if name in self.axes_]
         self.meshes_ = [
-            _toeplitz_panels.draw_heat_map(
-                self.axes_[name], values[name], edges, norm, titles[name]
-            )
+            _draw_heat_map(self.axes_[name], values[name], edges, norm, titles[name])
             for name in drawn
         ]
         axes = [self.axes_[name] for name in drawn]
-        bar = _toeplitz_panels.draw_coupling_bar
-        self.colorbar_ = bar(self.meshes_[0], axes) if drawn else None
+        self.colorbar_ = _draw_coupling_bar(self.meshes_[0], axes) if drawn else None
 
     def _draw_lines(self) -> list[Any]:
         handles: list[Any] = []
         if "windows" in self.axes_ and self.windows is not None:
-            handles += _toeplitz_panels.draw_windows(self.axes_["windows"], self.windows)
+            handles += _draw_windows(self.axes_["windows"], self.windows)
         if "diagonal" in self.axes_ and self.shells is not None:
             ax = self.axes_["diagonal"]
-            handles += _toeplitz_panels.draw_diagonal(ax, self.shells, self.diagonal)
+            handles += _draw_diagonal(ax, self.shells, self.diagonal)
         return handles
 
     def _residual_title(self, matrix: np.ndarray) -> str:
@@ -294,3 +310,227 @@ def _check_columns(name: str, frame: Any, columns: tuple[str, ...]) -> None:
             f"{name} must be None or a DataFrame with the columns {', '.join(columns)}; pass "
             f"{name}_ of a fitted ToeplitzDiagnostic."
         )
+
+
+def _make_panels(plt: Any) -> dict[str, Any]:
+    """Make a figure with four panels; return them by name."""
+    _, axes = plt.subplots(2, 2, figsize=(10.0, 8.6), layout="constrained")
+    return dict(zip(_PANELS, axes.ravel(), strict=True))
+
+
+def _draw_heat_map(
+    ax: Any, matrix: np.ndarray, edges: np.ndarray, norm: Any, title: str | None
+) -> Any:
+    """Draw a matrix over λ × λ, masked shells grey; return the mesh."""
+    from matplotlib import colormaps
+
+    cmap = colormaps["viridis"].with_extremes(bad=_MASKED)
+    values = np.where(matrix > 0.0, matrix, np.nan)
+    mesh = ax.pcolormesh(
+        edges,
+        edges,
+        np.ma.masked_invalid(values),
+        cmap=cmap,
+        norm=norm,
+        edgecolor="white",
+        linewidth=0.6,
+    )
+    ax.set_facecolor(_MASKED)
+    for which in ("x", "y"):
+        set_log_view(ax, which, (edges[0], edges[-1]), keep=False)
+    ax.set_aspect("equal")
+    ax.minorticks_off()
+    for spine in ax.spines.values():
+        spine.set_visible(False)
+    ax.set_xlabel(LAMBDA_LABEL)
+    ax.set_ylabel(LAMBDA_LABEL)
+    if title:
+        ax.set_title(title, fontsize="medium")
+    return mesh
+
+
+def _coupling_norm(coupling: np.ndarray) -> Any:
+    """Return a logarithmic colour norm over the positive couplings."""
+    from matplotlib.colors import LogNorm
+
+    positive = coupling[np.isfinite(coupling) & (coupling > 0.0)]
+    low, high = (positive.min(), positive.max()) if positive.size else (0.1, 1.0)
+    # One value still needs a range of colours.
+    return LogNorm(low, high if high > low else 10.0 * low)
+
+
+def _draw_coupling_bar(mesh: Any, axes: list[Any]) -> Any:
+    """Add the colour bar of the heat maps and return it."""
+    bar = axes[0].figure.colorbar(mesh, ax=axes, pad=0.02)
+    bar.set_label(_COUPLING_LABEL)
+    bar.outline.set_visible(False)
+    set_log_ticks(bar.ax.yaxis, mesh.norm.vmin, mesh.norm.vmax)
+    return bar
+
+
+def _draw_windows(ax: Any, windows: pd.DataFrame) -> list[Any]:
+    """Draw the residual of each window against its middle, over the bands of both nulls.
+
+    Returns the handles of a legend.
+    """
+    from matplotlib.lines import Line2D
+
+    windows = windows.sort_values("lambda_lo")
+    middle = np.sqrt(windows[["lambda_lo", "lambda_hi"]].to_numpy(dtype=float)).prod(axis=1)
+    set_log_view(ax, "x", log_limits(middle), keep=False)
+    handles = []
+    for name, (colour, text) in _NULLS.items():
+        lower, median, upper = (windows[f"{name}_{end}"] for end in ("lower", "median", "upper"))
+        _draw_band(ax, middle, lower, upper, colour)
+        ax.plot(middle, median, color=colour, linestyle=(0, (4, 3)), linewidth=1.2)
+        handles.append(_band_handle(colour, f"{text}: median, 5–95 %"))
+    residual = windows["residual"].to_numpy(dtype=float)
+    _draw_points(ax, middle, residual, windows["lower"], windows["upper"], _OBSERVED, "o")
+    ax.plot(middle, residual, color=_OBSERVED, linewidth=1.4)
+    has_bars = windows["lower"].notna().any()
+    label = "residual, 95 % over batches" if has_bars else "residual"
+    handles.insert(0, Line2D([], [], color=_OBSERVED, marker="o", ms=_MARKER_SIZE, label=label))
+    _mark_centre(ax, windows, middle)
+    ax.set_ylim(0.0, _top(windows))
+    ax.set_xlabel(r"middle of the window  $\lambda$  (1/$\tau$)")
+    ax.set_ylabel(_RESIDUAL_LABEL)
+    ax.grid(axis="y", color="0.93")
+    ax.set_axisbelow(True)
+    return handles
+
+
+def _draw_diagonal(ax: Any, shells: pd.DataFrame, diagonal: pd.DataFrame | None) -> list[Any]:
+    """Draw K_αα and the size of the signed mean against λ with their fits; return handles."""
+    from matplotlib.lines import Line2D
+
+    known = shells[shells["coupling"].notna()]
+    rates = known["lambda_mean"].to_numpy(dtype=float)
+    inner, signed = (known[name].to_numpy(dtype=float) for name in ("coupling", "signed_mean"))
+    series = {
+        "coupling": (inner, _OBSERVED, "o", r"$K_{\alpha\alpha}$"),
+        "signed_mean": (signed, _SIGNED, "s", r"$|\langle V_{uu}\rangle|$"),
+    }
+    sizes = np.abs(np.concatenate([inner, signed]))
+    bands = known[["coupling_lower", "coupling_upper"]].to_numpy(dtype=float)
+    set_log_view(ax, "x", log_limits(rates), keep=False)
+    # Intervals of shells that few batches have may span decades: they leave the view instead.
+    seen = np.minimum(bands, _BAR_ROOM * np.nanmax(sizes, initial=0.0))
+    set_log_view(ax, "y", log_limits(sizes, bands=seen), keep=False)
+    handles = []
+    for name, (values, colour, marker, text) in series.items():
+        size = np.where(values != 0.0, np.abs(values), np.nan)
+        bars = bands.T if name == "coupling" else np.full((2, values.size), np.nan)
+        hollow = (values < 0.0) & (values > 0.0).any()
+        _draw_points(ax, rates, size, bars[0], bars[1], colour, marker, hollow=hollow)
+        label = text
+        if diagonal is not None:
+            fit = diagonal.loc[[name]].iloc[0]
+            _draw_fit(ax, rates, size, fit["slope"], colour)
+            label += f"  {_slope_text(fit)}"
+        handles.append(
+            Line2D([], [], color=colour, marker=marker, ms=_MARKER_SIZE, lw=1.2, label=label)
+        )
+    if (signed < 0.0).any() and (signed > 0.0).any():
+        handles.append(_hollow_handle(r"$\langle V_{uu}\rangle < 0$"))
+    ax.set_xlabel(LAMBDA_LABEL)
+    ax.set_ylabel(_DIAGONAL_LABEL)
+    return handles
+
+
+def _draw_points(
+    ax: Any,
+    x: np.ndarray,
+    y: np.ndarray,
+    lower: Any,
+    upper: Any,
+    colour: str,
+    marker: str,
+    *,
+    hollow: Any = None,
+) -> None:
+    bars = np.array([lower, upper], dtype=float)
+    there = np.isfinite(bars).all(axis=0) & np.isfinite(y)
+    if there.any():
+        ax.vlines(x[there], bars[0, there], bars[1, there], color=colour, linewidth=1.1, alpha=0.6)
+    ax.plot(x, y, linestyle="none", marker=marker, markersize=_MARKER_SIZE, color=colour)
+    if hollow is not None and np.any(hollow):
+        ax.plot(
+            x[hollow],
+            y[hollow],
+            linestyle="none",
+            marker=marker,
+            markersize=_MARKER_SIZE,
+            color=colour,
+            markerfacecolor="white",
+        )
+
+
+def _draw_band(ax: Any, x: np.ndarray, lower: pd.Series, upper: pd.Series, colour: str) -> None:
+    if x.size == 1:  # no width between middles
+        ax.vlines(x, lower, upper, color=colour, alpha=0.3, linewidth=8)
+    else:
+        ax.fill_between(x, lower, upper, color=colour, alpha=0.2, linewidth=0)
+
+
+def _draw_fit(ax: Any, rates: np.ndarray, sizes: np.ndarray, slope: float, colour: str) -> None:
+    there = np.isfinite(sizes) & np.isfinite(rates)
+    if not there.any() or not np.isfinite(slope):
+        return
+    x, y = np.log(rates[there]), np.log(sizes[there])
+    ends = np.array([x.min(), x.max()])
+    line = y.mean() + slope * (ends - x.mean())
+    ax.plot(np.exp(ends), np.exp(line), color=colour, linewidth=1.2, linestyle=(0, (4, 3)))
+
+
+def _slope_text(fit: pd.Series) -> str:
+    text = f"slope {fit['slope']:.2f}"
+    if np.isfinite([fit["slope_lower"], fit["slope_upper"]]).all():
+        text += f" [{fit['slope_lower']:.2f}, {fit['slope_upper']:.2f}]"
+    return f"{text}, $R^2$ {fit['r2']:.2f}; scale-free {fit['scale_free']:g}"
+
+
+def _mark_centre(ax: Any, windows: pd.DataFrame, middle: np.ndarray) -> None:
+    if not middle.size:
+        return
+    centre = middle[int(np.argmax(windows["centrality"].to_numpy()))]
+    ax.axvline(centre, color="0.75", linewidth=0.9, linestyle=":", zorder=0)
+    ax.annotate(
+        "centre of the spectrum",
+        (centre, 1.0),
+        xycoords=("data", "axes fraction"),
+        xytext=(3, -3),
+        textcoords="offset points",
+        ha="left",
+        va="top",
+        fontsize="small",
+        color="0.45",
+    )
+
+
+def _top(windows: pd.DataFrame) -> float:
+    columns = ["residual", "upper", *[f"{name}_upper" for name in _NULLS]]
+    values = windows[columns].to_numpy(dtype=float)
+    values = values[np.isfinite(values)]
+    highest = float(values.max()) if values.size else 0.0
+    return 1.15 * highest if highest > 0.0 else 1.0
+
+
+def _band_handle(colour: str, label: str) -> Any:
+    from matplotlib.patches import Patch
+
+    return Patch(facecolor=colour, alpha=0.3, linewidth=0, label=label)
+
+
+def _hollow_handle(label: str) -> Any:
+    from matplotlib.lines import Line2D
+
+    return Line2D(
+        [],
+        [],
+        linestyle="none",
+        marker="s",
+        markersize=_MARKER_SIZE,
+        color=_SIGNED,
+        markerfacecolor="white",
+        label=label,
+    )

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from spectralshell.parameter_checks import check_real
+from spectralshell.parameter_checks import check_finite, check_real
 
 Floats = NDArray[np.float64]
 
@@ -102,7 +102,7 @@ def wall(s: ArrayLike, b: float) -> Any:
     >>> float(wall(0.5, 2.0)), float(wall(0.5, 1.0))
     (2.0, inf)
     """
-    drift = _finite("s", s)
+    drift = check_finite("s", s)
     slope = check_real("b", b)
     rate = (slope - 1.0) * drift
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
@@ -231,7 +231,7 @@ def _nonzero(values: Floats) -> Floats:
 
 
 def _check(lam: ArrayLike, s: ArrayLike, b: float) -> tuple[Floats, Floats, Floats]:
-    rates, drift = _finite("lambda", lam), _finite("s", s)
+    rates, drift = check_finite("lambda", lam), check_finite("s", s)
     if (rates <= 0.0).any():
         raise ValueError(f"lambda must be positive, got {lam!r}; drop the null space.")
     return rates, drift, np.asarray(check_real("b", b))
@@ -244,10 +244,3 @@ def _check_transport(
     if (time < 0.0).any():
         raise ValueError(f"t must be >= 0, got {t!r}; times count from the initial density.")
     return rates, time, slope, np.asarray(check_real("c", c))
-
-
-def _finite(name: str, values: ArrayLike) -> Floats:
-    array = np.asarray(values, dtype=np.float64)
-    if not np.isfinite(array).all():
-        raise ValueError(f"{name} must be finite, got {values!r}.")
-    return array

@@ -1,4 +1,4 @@
-"""What a frozen kernel gives: every mode decays on its own, g² ∝ e^(−2λτ).
+"""Decay under a frozen kernel: every mode on its own, g² ∝ e^(−2λτ).
 
 The null model that a tail must be told apart from ("Renormalizable spectral-shell dynamics",
 Section 7.3, v = 0). From ε0 = A λ^−s it gives A λ^−s e^(−2λτ), which for s = 2 is exactly the tail
@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from spectralshell.dynamics.shell_integrals import check_edges, log_shell_average
+from spectralshell.parameter_checks import check_finite
 
 Floats = NDArray[np.float64]
 
@@ -49,7 +50,7 @@ def lazy_loss(eigenvalues: ArrayLike, energies: ArrayLike, tau: ArrayLike) -> An
         raise ValueError(
             f"energies must have the shape of eigenvalues, got {weights.shape} and {rates.shape}."
         )
-    elapsed = _finite("tau", tau)
+    elapsed = check_finite("tau", tau)
     loss = np.exp(-2.0 * elapsed[..., None] * rates) @ weights
     return float(loss) if elapsed.ndim == 0 else loss
 
@@ -73,10 +74,10 @@ def lazy_density(lam: ArrayLike, tau: ArrayLike, amplitude: ArrayLike, s: ArrayL
     >>> round(float(lazy_density(2.0, 0.0, 8.0, 3.0)), 12)
     1.0
     """
-    rates, elapsed = _finite("lam", lam), _non_negative("tau", tau)
+    rates, elapsed = check_finite("lam", lam), _non_negative("tau", tau)
     if (rates <= 0.0).any():
         raise ValueError(f"lam must be positive, got {lam!r}; drop the null space.")
-    slope, size = _finite("s", s), _non_negative("amplitude", amplitude)
+    slope, size = check_finite("s", s), _non_negative("amplitude", amplitude)
     return (size * np.exp(-slope * np.log(rates) - 2.0 * rates * elapsed))[()]
 
 
@@ -98,7 +99,7 @@ def lazy_shell_energies(
 
     Notes
     -----
-    By `spectralshell.dynamics.shell_integrals.log_shell_average`, so uniform in s and τ.
+    By `log_shell_average`, so uniform in s and τ.
 
     Examples
     --------
@@ -111,22 +112,15 @@ def lazy_shell_energies(
     return size[..., None] * np.exp(averages) * np.diff(limits)
 
 
-def _finite(name: str, values: ArrayLike) -> Floats:
-    array = np.asarray(values, dtype=np.float64)
-    if not np.isfinite(array).all():
-        raise ValueError(f"{name} must be finite, got {values!r}.")
-    return array
-
-
 def _vector(name: str, values: ArrayLike) -> Floats:
-    array = _finite(name, values)
+    array = check_finite(name, values)
     if array.ndim != 1:
         raise ValueError(f"{name} must have shape (m,), got {array.shape}.")
     return array
 
 
 def _non_negative(name: str, values: ArrayLike) -> Floats:
-    array = _finite(name, values)
+    array = check_finite(name, values)
     if (array < 0.0).any():
         raise ValueError(f"{name} must be >= 0, got {values!r}.")
     return array

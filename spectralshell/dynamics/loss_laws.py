@@ -1,4 +1,4 @@
-"""How the loss falls in time: exponents of the transport model, and the model v = c0 λ/t."""
+"""Laws of the loss in time: exponents of the transport model, and the model v = c0 λ/t."""
 
 from __future__ import annotations
 

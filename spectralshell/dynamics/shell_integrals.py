@@ -7,6 +7,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from spectralshell.parameter_checks import check_finite
+
 Floats = NDArray[np.float64]
 
 _NODES, _WEIGHTS = np.polynomial.legendre.leggauss(16)
@@ -145,12 +147,10 @@ def _peak(rise: Floats, cutoff: Floats, exponent: Floats, edges: Floats) -> tupl
 def _effective_range(
     rise: Floats, scale: Floats, exponent: Floats, below: Floats, above: Floats
 ) -> tuple[Floats, Floats, int]:
-    """Return how far from the peak the integrand matters, down and up, and how many panels.
-
-    With y = p·(ln λ − peak), ln of the integrand falls from its peak by a linear part plus
-    z (e^y − 1 − y), z = κλ^p at the peak. Either part alone bounds how far the range extends;
-    e^y − 1 − y = k is solved within the bounds y ≤ ln(1 + k + √2k) and −y ≤ k + √2k.
-    """
+    """Return how far from the peak the integrand matters, down and up, and how many panels."""
+    # With y = p·(ln λ − peak), ln of the integrand falls from its peak by a linear part plus
+    # z (e^y − 1 − y), z = κλ^p at the peak. Either part alone bounds how far the range extends;
+    # e^y − 1 − y = k is solved within the bounds y ≤ ln(1 + k + √2k) and −y ≤ k + √2k.
     gradient = np.abs(rise - scale * exponent)
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
         linear = _DROP / gradient
@@ -181,13 +181,7 @@ def _cutoff_growth(scale: Floats, reach: Floats) -> Floats:
 
 
 def check_edges(edges: ArrayLike) -> Floats:
-    """Return edges as a float64 vector of at least two positive increasing values.
-
-    Raises
-    ------
-    ValueError
-        If they are anything else.
-    """
+    """Return edges as a float64 vector of at least two positive increasing values, or raise."""
     vector = np.asarray(edges, dtype=np.float64)
     if vector.ndim != 1 or vector.size < 2:
         raise ValueError(f"edges must have shape (n_shells + 1,), got {vector.shape}.")
@@ -203,11 +197,8 @@ def _check_parameters(
     b: ArrayLike, kappa: ArrayLike, power: ArrayLike
 ) -> tuple[Floats, Floats, Floats]:
     named = {"b": b, "kappa": kappa, "power": power}
-    arrays = {name: np.asarray(value, dtype=np.float64) for name, value in named.items()}
-    for name, values in arrays.items():
-        if not np.isfinite(values).all():
-            raise ValueError(f"{name} must be finite, got {named[name]!r}.")
-    if (arrays["kappa"] < 0.0).any():
+    arrays = [check_finite(name, values) for name, values in named.items()]
+    if (arrays[1] < 0.0).any():
         raise ValueError(f"kappa must be >= 0, got {kappa!r}; a cutoff cannot be negative.")
-    slope, cutoff, exponent = np.broadcast_arrays(*arrays.values())
+    slope, cutoff, exponent = np.broadcast_arrays(*arrays)
     return slope[..., None], cutoff[..., None], exponent[..., None]

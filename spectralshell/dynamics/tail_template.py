@@ -2,7 +2,7 @@
 
 A phenomenological form: "Renormalizable spectral-shell dynamics", eqs. (18) and (19), with κ = K τ
 if the theory holds. It agrees with the exact density only to leading order, at b = 2 and K = 2/c
-(see `spectralshell.dynamics.characteristics`).
+(see `exact_density`).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from spectralshell.dynamics.shell_integrals import (
     log_shell_average,
     log_shell_average_gradient,
 )
-from spectralshell.parameter_checks import check_real, check_window
+from spectralshell.parameter_checks import check_finite, check_real, check_window
 
 # Closer to b = 1 the closed form of the loss divides two vanishing numbers.
 _CLOSED_FORM_FROM = 1e-4
@@ -132,7 +132,7 @@ def log_template_shell_average(edges: ArrayLike, b: ArrayLike, kappa: ArrayLike)
     Notes
     -----
     Uniform in b, through b = 1, where the cutoff is the constant factor e^−κ. Accuracy and cost
-    are those of `spectralshell.dynamics.shell_integrals.log_shell_average`.
+    are those of `log_shell_average`.
 
     Examples
     --------
@@ -224,9 +224,7 @@ def _loss_by_quadrature(limits: tuple[float, float], b: float, kappa: Floats) ->
 def _arrays(**named: ArrayLike) -> list[Floats]:
     arrays = []
     for name, value in named.items():
-        values = np.asarray(value, dtype=np.float64)
-        if not np.isfinite(values).all():
-            raise ValueError(f"{name} must be finite, got {value!r}.")
+        values = check_finite(name, value)
         if name in ("amplitude", "kappa") and (values < 0.0).any():
             raise ValueError(f"{name} must be >= 0, got {value!r}.")
         arrays.append(values)

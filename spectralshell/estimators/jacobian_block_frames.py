@@ -14,6 +14,13 @@ from numpy.typing import NDArray
 from spectralshell.measurements.blocks import BlockMeasure
 from spectralshell.shells import toeplitz_residual
 from spectralshell.shells.frames import label_index
+from spectralshell.statuses import (
+    FROZEN_KERNEL,
+    OK,
+    ZERO_KERNEL,
+    few_block_orders,
+    few_random_orders,
+)
 
 Floats = NDArray[np.float64]
 
@@ -42,321 +49,16 @@ _SUPREMA = ("jacobian_norm", "jacobian_rate", "coherence_sum", "normalized_sum")
 
 
 @dataclass(frozen=True)
-class Decay:
-    """How fast coherence falls with the distance of blocks.
-
-    Parameters
-    ----------
-    rate : float
-        1/ξ of c ∝ exp(−d/ξ), per block; NaN where fewer than two distances have pairs.
-    power : float
-        p of c ∝ d^−p; in a chain without end, p > 1 is summable.
-    rate_r2, power_r2 : float
-        R² of ln c under either.
-    """
-
-    rate: float
-    power: float
-    rate_r2: float
-    power_r2: float
-
-
-def distances(n: int) -> NDArray[np.int64]:
-    """Return |l − m| for all pairs of n blocks.
-
-    Examples
-    --------
-    >>> distances(3)[0].tolist()
-    [0, 1, 2]
-    """
-    position = np.arange(n)
-    return np.abs(position[:, None] - position)
-
-
-def normalized_coherence(coherence: Floats, norms: Floats) -> Floats:
-    """Return ‖J_l* J_m‖ / (‖J_l‖ ‖J_m‖), between 0 and 1; 0 where a block is zero.
-
-    Examples
-    --------
-    >>> normalized_coherence(np.array([[4.0, 1.0], [1.0, 0.0]]), np.array([2.0, 0.0])).tolist()
-    [[1.0, 0.0], [0.0, 0.0]]
-    """
-    scale = np.outer(norms, norms)
-    shares = np.divide(coherence, scale, out=np.zeros_like(scale), where=scale > 0.0)
-    return np.asarray(np.minimum(shares, 1.0))
-
-
-def within_band(matrix: Floats, band: int) -> float:
-    """Return the share of the sum of a matrix at distances up to ``band``; NaN where it is zero.
-
-    Examples
-    --------
-    >>> within_band(np.ones((3, 3)), 1)
-    0.7777777777777778
-    """
-    total = float(matrix.sum())
-    near = float(matrix[distances(len(matrix)) <= band].sum())
-    return near / total if total > 0.0 else float("nan")
-
-
-def fit_decay(normalized: Floats) -> Decay:
-    """Fit an exponential and a power law to the coherence of all pairs of different blocks.
-
-    Parameters
-    ----------
-    normalized : ndarray of shape (L, L)
-        Pairs without coherence are left out: they have no logarithm.
-
-    Returns
-    -------
-    Decay
-        Least squares in ln c, one point for each pair.
-
-    Examples
-    --------
-    >>> round(fit_decay(np.exp(-0.5 * distances(4))).rate, 12)
-    0.5
-    """
-    rows, columns = np.triu_indices(len(normalized), 1)
-    values, gaps = normalized[rows, columns], (columns - rows).astype(float)
-    there = values > 0.0
-    if len(np.unique(gaps[there])) < 2:
-        return Decay(*[float("nan")] * 4)
-    logs = np.log(values[there])
-    rate, rate_r2 = _slope(gaps[there], logs)
-    power, power_r2 = _slope(np.log(gaps[there]), logs)
-    return Decay(-rate, -power, rate_r2, power_r2)
-
-
-def explained_shares(gram: Floats, band: int, order: NDArray[np.int64] | None = None) -> Floats:
-    """Return 1 − ‖Σ_{m outside} D_lm‖² / ‖Σ_m D_lm‖² for each block l; NaN where nothing changes.
-
-    Parameters
-    ----------
-    gram : ndarray of shape (L, L, L)
-        Inner products ⟨D_lm, D_lm'⟩ of the parts of the change of block l.
-    band : int
-        Blocks m up to this distance from l are inside.
-    order : ndarray of int, shape (L,), optional
-        Depth of each block, for a null; by default its position.
-
-    Returns
-    -------
-    ndarray of shape (L,)
-
-    Examples
-    --------
-    >>> gram = np.zeros((2, 2, 2))
-    >>> gram[:, 0, 0], gram[:, 1, 1] = 3.0, 1.0
-    >>> explained_shares(gram, 0).tolist()
-    [0.75, 0.25]
-    """
-    outside, whole = _parts(gram, band, order)
-    return np.asarray(
-        1.0 - np.divide(outside, whole, out=np.full_like(whole, np.nan), where=whole > 0.0)
-    )
-
-
-def explained_share(gram: Floats, band: int, order: NDArray[np.int64] | None = None) -> float:
-    """Return the share of all blocks together, each counted by its change; NaN without change.
-
-    Examples
-    --------
-    >>> explained_share(np.ones((1, 1, 1)), 0)
-    1.0
-    """
-    outside, whole = _parts(gram, band, order)
-    total = float(whole.sum())
-    return 1.0 - float(outside.sum()) / total if total > 0.0 else float("nan")
-
-
-def observed_statistics(
-    normalized: Floats, gram: Floats, band: int, order: NDArray[np.int64] | None = None
-) -> dict[str, float]:
-    """Return the statistics that depend on the order of the blocks.
-
-    Parameters
-    ----------
-    normalized : ndarray of shape (L, L)
-    gram : ndarray of shape (L, L, L)
-    band : int
-    order : ndarray of int, shape (L,), optional
-        Depth of each block; by default its position.
-
-    Returns
-    -------
-    dict
-        ``toeplitz_residual, coherence_within_band, change_within_band``.
-
-    Examples
-    --------
-    >>> sorted(observed_statistics(np.eye(2), np.ones((2, 2, 2)), 0).values())
-    [0.0, 0.75, 1.0]
-    """
-    place = np.arange(len(normalized)) if order is None else order
-    back = np.argsort(place)
-    moved = normalized[np.ix_(back, back)]
-    return {
-        "toeplitz_residual": float(toeplitz_residual(moved)),
-        "coherence_within_band": within_band(moved, band),
-        "change_within_band": explained_share(gram, band, order),
-    }
-
-
-def null_frame(
-    normalized: Floats, gram: Floats, *, band: int, n_null: int, seed: int
-) -> pd.DataFrame:
-    """Compare the statistics that depend on depth with those of the blocks in random order.
-
-    Parameters
-    ----------
-    normalized : ndarray of shape (L, L)
-    gram : ndarray of shape (L, L, L)
-    band : int
-    n_null : int
-        Random orders.
-    seed : int
-        Of the orders; the same ones for all measures with as many blocks.
-
-    Returns
-    -------
-    DataFrame
-        One row per statistic: ``statistic, observed, null_median, null_lower, null_upper`` (5th and
-        95th percentile), ``p_value`` = (1 + #null at least as good) / (1 + n_null), where a small
-        residual and a large share are good, NaN where there is nothing to observe, and ``status``,
-        which says where the p-value cannot fall to 5 %: an order and its mirror image are alike,
-        so about 2 of L! random orders are as good as the best.
-
-    Examples
-    --------
-    >>> frame = null_frame(np.eye(3), np.ones((3, 3, 3)), band=2, n_null=4, seed=0)
-    >>> frame["p_value"].tolist()
-    [1.0, 1.0, 1.0]
-    """
-    n = len(normalized)
-    observed = observed_statistics(normalized, gram, band)
-    rng = np.random.default_rng(seed)
-    draws = [observed_statistics(normalized, gram, band, rng.permutation(n)) for _ in range(n_null)]
-    rows = []
-    for name, value in observed.items():
-        null = np.array([draw[name] for draw in draws])
-        sign = -1.0 if name == "toeplitz_residual" else 1.0
-        # Rounding must not tell an order from its mirror image.
-        as_good = sign * null >= sign * value - 1e-12 * max(abs(value), 1.0)
-        known = np.isfinite(value) and n_null > 0
-        lower, median, upper = (
-            np.percentile(null, [_NULL_INTERVAL[0], 50.0, _NULL_INTERVAL[1]])
-            if known
-            else (np.nan,) * 3
-        )
-        p_value = (1 + as_good.sum()) / (1 + n_null) if known else np.nan
-        status = _null_status(n, n_null) if known else "ok"
-        rows.append((name, value, median, lower, upper, p_value, status))
-    columns = ["statistic", "observed", "null_median", "null_lower", "null_upper", "p_value"]
-    return pd.DataFrame(rows, columns=[*columns, "status"])
-
-
-def _null_status(n_blocks: int, n_null: int) -> str:
-    lowest = 2.0 / factorial(n_blocks)
-    if lowest > _LEVEL:
-        return f"p of about {min(lowest, 1.0):.2g} or more: few orders of {n_blocks} blocks"
-    if 1.0 / (1 + n_null) > _LEVEL:
-        return f"p of {1.0 / (1 + n_null):.2g} or more: few random orders"
-    return "ok"
-
-
-def profile_score(
-    snapshots: Sequence[tuple[Floats, Floats]],
-    weights: Floats,
-    profile: Floats,
-    n_pairs: Floats,
-) -> float:
-    """Return the R² of predicting coherence from distance rather than by a constant.
-
-    Parameters
-    ----------
-    snapshots : sequence of (ndarray of shape (L, L), ndarray of shape (L,))
-        Coherence and norms of held-out snapshots.
-    weights : ndarray
-        Of the snapshots.
-    profile, n_pairs : ndarray of shape (L,)
-        Mean normalised coherence at each distance, and the pairs behind it.
-
-    Returns
-    -------
-    float
-        At most 1; 0 where the constant is exact, NaN where no snapshot has weight.
-
-    Examples
-    --------
-    >>> matrix = np.exp(-0.5 * distances(4))
-    >>> counts = np.array([4.0, 3.0, 2.0, 1.0])
-    >>> profile_score([(matrix, np.ones(4))], np.ones(1), np.exp(-0.5 * np.arange(4)), counts)
-    1.0
-    """
-    if not weights.sum() > 0.0:
-        return float("nan")
-    apart = distances(len(profile))
-    different = np.triu(apart > 0)
-    known = n_pairs[1:].sum()
-    constant = float(profile[1:] @ n_pairs[1:] / known) if known > 0.0 else 0.0
-    predicted = profile[apart]
-    by_distance = by_constant = 0.0
-    for (coherence, norms), weight in zip(snapshots, weights, strict=True):
-        found = normalized_coherence(coherence, norms)
-        by_distance += weight * float(((found - predicted)[different] ** 2).sum())
-        by_constant += weight * float(((found - constant)[different] ** 2).sum())
-    return float(1.0 - by_distance / by_constant) if by_constant > 0.0 else 0.0
-
-
-def _parts(gram: Floats, band: int, order: NDArray[np.int64] | None) -> tuple[Floats, Floats]:
-    place = np.arange(len(gram)) if order is None else order
-    far = (np.abs(place[:, None] - place) > band).astype(float)
-    outside = np.einsum("lm,lmk,lk->l", far, gram, far)
-    return np.maximum(outside, 0.0), np.maximum(gram.sum(axis=(1, 2)), 0.0)
-
-
-def _slope(x: Floats, y: Floats) -> tuple[float, float]:
-    centred, heights = x - x.mean(), y - y.mean()
-    slope = float(centred @ heights / (centred @ centred))
-    spread = float(heights @ heights)
-    rest = heights - slope * centred
-    return slope, 1.0 - float(rest @ rest) / spread if spread > 0.0 else 1.0
-
-
-@dataclass(frozen=True)
 class NullSettings:
-    """How statistics that depend on the order of the blocks are compared with random orders.
+    """How statistics that depend on the order of the blocks are compared with random orders."""
 
-    Parameters
-    ----------
-    band : int
-        Distance of blocks that counts as near.
-    n_null : int
-        Random orders.
-    seed : int
-        Of the orders.
-    """
-
-    band: int
-    n_null: int
-    seed: int
+    band: int  # distance of blocks that counts as near
+    n_null: int  # random orders
+    seed: int  # of the orders
 
 
 def scalar_frame(measures: Sequence[BlockMeasure], settings: NullSettings) -> pd.DataFrame:
-    """Return one row of scalars per snapshot.
-
-    Parameters
-    ----------
-    measures : sequence of BlockMeasure
-    settings : NullSettings
-
-    Returns
-    -------
-    DataFrame of float64
-        Index levels ``tau``, ``batch`` and, where some snapshot has one, ``name``; columns
-        :data:`FEATURES`. A row depends on its own snapshot alone.
-    """
+    """Return one row of scalars, `FEATURES`, per snapshot; it depends on no other snapshot."""
     rows = [_scalars(measure, settings) for measure in measures]
     return pd.DataFrame(
         rows, index=label_index(measures), columns=pd.Index(FEATURES), dtype=np.float64
@@ -366,88 +68,35 @@ def scalar_frame(measures: Sequence[BlockMeasure], settings: NullSettings) -> pd
 def coherence_frame(measures: Sequence[BlockMeasure]) -> pd.DataFrame:
     """Return one row per snapshot and ordered pair of blocks.
 
-    Parameters
-    ----------
-    measures : sequence of BlockMeasure
-
-    Returns
-    -------
-    DataFrame
-        ``tau, batch, [name], block, other, depth, other_depth, distance, coherence, normalized,
-        uncertainty, influence``. ``influence`` is ‖D_lm‖_F / ‖dM_l‖_F, how much of the rate of the
-        kernel of ``block`` the motion of ``other`` makes; it is not symmetric, and the parts may
-        cancel.
+    ``influence``, ‖D_lm‖_F / ‖dM_l‖_F, is not symmetric, and parts of dM_l may cancel.
     """
     blocks = [_pairs(measure) for measure in measures]
     return _labelled(measures, blocks)
 
 
 def block_frame(measures: Sequence[BlockMeasure], band: int) -> pd.DataFrame:
-    """Return one row per snapshot and block.
+    """Return one row per snapshot and block: ‖J_l‖, tr M_l / tr M, Σ_m ‖J_l* J_m‖, ‖dM_l/dt‖_F.
 
-    Parameters
-    ----------
-    measures : sequence of BlockMeasure
-    band : int
-
-    Returns
-    -------
-    DataFrame
-        ``tau, batch, [name], block, depth, n_parameters, norm, trace_share, coherence_sum, change,
-        explained, status``: ‖J_l‖, tr M_l / tr M, Σ_m ‖J_l* J_m‖, ‖dM_l/dt‖_F, and the share of it
-        that comes from blocks within the band.
+    ``explained`` is the share of that change that comes from blocks within the band.
     """
     return _labelled(measures, [_blocks(measure, band) for measure in measures])
 
 
 def null_frames(measures: Sequence[BlockMeasure], settings: NullSettings) -> pd.DataFrame:
-    """Return one row per snapshot and statistic that depends on the order of the blocks.
-
-    Parameters
-    ----------
-    measures : sequence of BlockMeasure
-    settings : NullSettings
-
-    Returns
-    -------
-    DataFrame
-        ``tau, batch, [name]`` and the columns of
-        :func:`~spectralshell.estimators.jacobian_block_frames.null_frame`.
-    """
+    """Return the rows of `null_frame` for every snapshot."""
     return _labelled(measures, [_null(measure, settings) for measure in measures])
 
 
 def window_frame(measures: Sequence[BlockMeasure], window_blocks: int) -> pd.DataFrame:
-    """Return the Toeplitz residual of consecutive blocks, against their depth.
+    """Return the Toeplitz residual of consecutive blocks, against the depth of their middle.
 
-    Parameters
-    ----------
-    measures : sequence of BlockMeasure
-    window_blocks : int
-        Blocks of a window; where there are fewer, it holds all.
-
-    Returns
-    -------
-    DataFrame
-        ``tau, batch, [name], first, last`` (positions of the blocks), ``middle`` (depth of the
-        window's middle, 0 at the input and 1 at the output) and ``toeplitz_residual``.
+    It is 0 at the input and 1 at the output. With fewer than ``window_blocks`` one window has all.
     """
     return _labelled(measures, [_windows(measure, window_blocks) for measure in measures])
 
 
 def trajectory_frame(measures: Sequence[BlockMeasure]) -> pd.DataFrame:
-    """Return the norms of every snapshot with its status.
-
-    Parameters
-    ----------
-    measures : sequence of BlockMeasure
-
-    Returns
-    -------
-    DataFrame
-        ``tau, batch, [name], jacobian_norm`` (1/√τ), ``jacobian_rate`` (the same per τ),
-        ``coherence_sum`` (1/τ), ``normalized_sum, direction, direction_norm, status``.
-    """
+    """Return the norms of every snapshot with its status."""
     rows = [
         {
             **_norms(measure),
@@ -461,20 +110,7 @@ def trajectory_frame(measures: Sequence[BlockMeasure]) -> pd.DataFrame:
 
 
 def suprema_frame(trajectory: pd.DataFrame) -> pd.DataFrame:
-    """Return the largest norms along each trajectory, one row per batch (and name).
-
-    Parameters
-    ----------
-    trajectory : DataFrame
-        As from :func:`trajectory_frame`.
-
-    Returns
-    -------
-    DataFrame
-        ``batch, [name], n_snapshots``, the suprema over τ of ``jacobian_norm, jacobian_rate,
-        coherence_sum, normalized_sum``, and ``tau_of_norm, tau_of_rate``, where the first two are
-        reached.
-    """
+    """Return the largest norms along each trajectory, and the τ where ‖J‖ and ‖dJ/dt‖ have them."""
     keys = [key for key in ("batch", "name") if key in trajectory]
     rows = []
     for labels, group in trajectory.groupby(keys, sort=False):
@@ -489,19 +125,9 @@ def suprema_frame(trajectory: pd.DataFrame) -> pd.DataFrame:
 
 
 def profile_frame(measures: Sequence[BlockMeasure]) -> pd.DataFrame:
-    """Return coherence by distance over all snapshots.
+    """Return coherence by distance over all snapshots, which have as many blocks.
 
-    Parameters
-    ----------
-    measures : sequence of BlockMeasure
-        With the same number of blocks.
-
-    Returns
-    -------
-    DataFrame
-        ``distance, normalized`` (mean over pairs and snapshots), ``normalized_max`` (the envelope),
-        ``coherence_max`` (the envelope of ‖J_l* J_m‖, whose sum condition 2 wants bounded) and
-        ``n_pairs``.
+    ``coherence_max`` is the envelope of ‖J_l* J_m‖, whose sum condition 2 wants bounded.
     """
     apart = distances(len(measures[0].blocks))
     normalized = np.stack([normalized_coherence(m.coherence, m.norms) for m in measures])
@@ -584,7 +210,7 @@ def _blocks(measure: BlockMeasure, band: int) -> pd.DataFrame:
             "coherence_sum": measure.coherence.sum(axis=1),
             "change": change,
             "explained": explained_shares(measure.gram, band),
-            "status": np.where(zero, "zero kernel", np.where(frozen, "frozen kernel", "ok")),
+            "status": np.where(zero, ZERO_KERNEL, np.where(frozen, FROZEN_KERNEL, OK)),
         }
     )
 
@@ -612,3 +238,161 @@ def _labelled(measures: Sequence[BlockMeasure], frames: list[pd.DataFrame]) -> p
     lengths = [len(frame) for frame in frames]
     labels = label_index(measures).repeat(lengths).to_frame(index=False)
     return pd.concat([labels, pd.concat(frames, ignore_index=True)], axis=1)
+
+
+@dataclass(frozen=True)
+class Decay:
+    """How fast coherence falls with the distance of blocks."""
+
+    rate: float  # 1/ξ of c ∝ exp(−d/ξ), per block; NaN where fewer than two distances have pairs
+    power: float  # p of c ∝ d^−p; in a chain without end, p > 1 is summable
+    rate_r2: float  # of ln c
+    power_r2: float
+
+
+def distances(n: int) -> NDArray[np.int64]:
+    """Return |l − m| for all pairs of n blocks."""
+    position = np.arange(n)
+    return np.abs(position[:, None] - position)
+
+
+def normalized_coherence(coherence: Floats, norms: Floats) -> Floats:
+    """Return ‖J_l* J_m‖ / (‖J_l‖ ‖J_m‖), between 0 and 1; 0 where a block is zero."""
+    scale = np.outer(norms, norms)
+    shares = np.divide(coherence, scale, out=np.zeros_like(scale), where=scale > 0.0)
+    return np.asarray(np.minimum(shares, 1.0))
+
+
+def within_band(matrix: Floats, band: int) -> float:
+    """Return the share of the sum of a matrix at distances up to ``band``; NaN where it is zero."""
+    total = float(matrix.sum())
+    near = float(matrix[distances(len(matrix)) <= band].sum())
+    return near / total if total > 0.0 else float("nan")
+
+
+def fit_decay(normalized: Floats) -> Decay:
+    """Fit an exponential and a power law to the coherence of all pairs of different blocks.
+
+    Least squares in ln c, one point for each pair that has coherence.
+    """
+    rows, columns = np.triu_indices(len(normalized), 1)
+    values, gaps = normalized[rows, columns], (columns - rows).astype(float)
+    there = values > 0.0
+    if len(np.unique(gaps[there])) < 2:
+        return Decay(*[float("nan")] * 4)
+    logs = np.log(values[there])
+    rate, rate_r2 = _slope(gaps[there], logs)
+    power, power_r2 = _slope(np.log(gaps[there]), logs)
+    return Decay(-rate, -power, rate_r2, power_r2)
+
+
+def explained_shares(gram: Floats, band: int, order: NDArray[np.int64] | None = None) -> Floats:
+    """Return 1 − ‖Σ_{m outside} D_lm‖² / ‖Σ_m D_lm‖² for each block l; NaN where nothing changes.
+
+    ``gram`` holds ⟨D_lm, D_lm'⟩, (L, L, L); inside is up to ``band`` from l, by depths ``order``.
+    """
+    outside, whole = _parts(gram, band, order)
+    return np.asarray(
+        1.0 - np.divide(outside, whole, out=np.full_like(whole, np.nan), where=whole > 0.0)
+    )
+
+
+def explained_share(gram: Floats, band: int, order: NDArray[np.int64] | None = None) -> float:
+    """Return the share of all blocks together, each counted by its change; NaN without change."""
+    outside, whole = _parts(gram, band, order)
+    total = float(whole.sum())
+    return 1.0 - float(outside.sum()) / total if total > 0.0 else float("nan")
+
+
+def observed_statistics(
+    normalized: Floats, gram: Floats, band: int, order: NDArray[np.int64] | None = None
+) -> dict[str, float]:
+    """Return the statistics that depend on the order of the blocks, their depths ``order``."""
+    place = np.arange(len(normalized)) if order is None else order
+    back = np.argsort(place)
+    moved = normalized[np.ix_(back, back)]
+    return {
+        "toeplitz_residual": float(toeplitz_residual(moved)),
+        "coherence_within_band": within_band(moved, band),
+        "change_within_band": explained_share(gram, band, order),
+    }
+
+
+def null_frame(
+    normalized: Floats, gram: Floats, *, band: int, n_null: int, seed: int
+) -> pd.DataFrame:
+    """Compare the statistics that depend on depth with those of the blocks in random order.
+
+    Small residuals and large shares are good; measures with as many blocks have the same orders.
+    """
+    n = len(normalized)
+    observed = observed_statistics(normalized, gram, band)
+    rng = np.random.default_rng(seed)
+    draws = [observed_statistics(normalized, gram, band, rng.permutation(n)) for _ in range(n_null)]
+    rows = []
+    for name, value in observed.items():
+        null = np.array([draw[name] for draw in draws])
+        sign = -1.0 if name == "toeplitz_residual" else 1.0
+        # Rounding must not tell an order from its mirror image.
+        as_good = sign * null >= sign * value - 1e-12 * max(abs(value), 1.0)
+        known = np.isfinite(value) and n_null > 0
+        lower, median, upper = (
+            np.percentile(null, [_NULL_INTERVAL[0], 50.0, _NULL_INTERVAL[1]])
+            if known
+            else (np.nan,) * 3
+        )
+        p_value = (1 + as_good.sum()) / (1 + n_null) if known else np.nan
+        status = _null_status(n, n_null) if known else OK
+        rows.append((name, value, median, lower, upper, p_value, status))
+    columns = ["statistic", "observed", "null_median", "null_lower", "null_upper", "p_value"]
+    return pd.DataFrame(rows, columns=[*columns, "status"])
+
+
+def _null_status(n_blocks: int, n_null: int) -> str:
+    # An order and its mirror image are alike, so about 2 of L! orders are as good as the best.
+    lowest = 2.0 / factorial(n_blocks)
+    if lowest > _LEVEL:
+        return few_block_orders(min(lowest, 1.0), n_blocks)
+    if 1.0 / (1 + n_null) > _LEVEL:
+        return few_random_orders(1.0 / (1 + n_null))
+    return OK
+
+
+def profile_score(
+    snapshots: Sequence[tuple[Floats, Floats]],
+    weights: Floats,
+    profile: Floats,
+    n_pairs: Floats,
+) -> float:
+    """Return the R² of predicting coherence from distance rather than by a constant, at most 1.
+
+    Snapshots are pairs of coherence and norms. 0 where the constant is exact, NaN without weight.
+    """
+    if not weights.sum() > 0.0:
+        return float("nan")
+    apart = distances(len(profile))
+    different = np.triu(apart > 0)
+    known = n_pairs[1:].sum()
+    constant = float(profile[1:] @ n_pairs[1:] / known) if known > 0.0 else 0.0
+    predicted = profile[apart]
+    by_distance = by_constant = 0.0
+    for (coherence, norms), weight in zip(snapshots, weights, strict=True):
+        found = normalized_coherence(coherence, norms)
+        by_distance += weight * float(((found - predicted)[different] ** 2).sum())
+        by_constant += weight * float(((found - constant)[different] ** 2).sum())
+    return float(1.0 - by_distance / by_constant) if by_constant > 0.0 else 0.0
+
+
+def _parts(gram: Floats, band: int, order: NDArray[np.int64] | None) -> tuple[Floats, Floats]:
+    place = np.arange(len(gram)) if order is None else order
+    far = (np.abs(place[:, None] - place) > band).astype(float)
+    outside = np.einsum("lm,lmk,lk->l", far, gram, far)
+    return np.maximum(outside, 0.0), np.maximum(gram.sum(axis=(1, 2)), 0.0)
+
+
+def _slope(x: Floats, y: Floats) -> tuple[float, float]:
+    centred, heights = x - x.mean(), y - y.mean()
+    slope = float(centred @ heights / (centred @ centred))
+    spread = float(heights @ heights)
+    rest = heights - slope * centred
+    return slope, 1.0 - float(rest @ rest) / spread if spread > 0.0 else 1.0

@@ -33,37 +33,16 @@ _NEGLIGIBLE_SHARE = 1e-12
 
 
 def energies_below(measures: Sequence[SpectralMeasure], edges: np.ndarray) -> np.ndarray:
-    """Energy strictly below each edge, as `SpectralMeasure.estimate` gives it.
+    """Energy strictly below each edge, shape (n_measures, k); edges are positive, non-decreasing.
 
-    Parameters
-    ----------
-    measures : sequence of SpectralMeasure
-        At least one.
-    edges : ndarray of shape (k,)
-        Positive and non-decreasing.
-
-    Returns
-    -------
-    ndarray of shape (n_measures, k)
-        A row does not depend on the other measures. Bounds remember their edges, so that a fold
-        or a second fit evaluates nothing again.
+    Bounds remember their edges, so that a fold or a second fit evaluates nothing again.
     """
     evaluate_together([bounds for _, bounds in _quadratures(measures)], edges)
     return cumulative_energies(measures, edges)
 
 
 def null_energies(measures: Sequence[SpectralMeasure]) -> np.ndarray:
-    """Energy below each measure's own noise, as `SpectralMeasure.null` gives it.
-
-    Parameters
-    ----------
-    measures : sequence of SpectralMeasure
-        At least one.
-
-    Returns
-    -------
-    ndarray of shape (n_measures,)
-    """
+    """Energy below each measure's own noise, as `SpectralMeasure.null` gives it."""
     noisy = [(m.noise, bounds) for m, bounds in _quadratures(measures) if m.noise > 0.0]
     evaluate_together([bounds for _, bounds in noisy], [[noise] for noise, _ in noisy])
     return np.array([m.null for m in measures])
@@ -80,28 +59,13 @@ def _quadratures(
 def warn_of_hidden_energy(
     measures: Sequence[SpectralMeasure], partition: ShellPartition, floor: float
 ) -> None:
-    """Warn before a profile is read that the resolution does not support.
-
-    Parameters
-    ----------
-    measures : sequence of SpectralMeasure
-        Training measures.
-    partition : ShellPartition
-        The fitted shells.
-    floor : float
-        Resolution floor, 1/τ.
-
-    Warns
-    -----
-    ResolutionWarning
-        If most of a snapshot's energy is unresolved, else if the mean energy per shell is largest
-        next to the floor while energy lies unresolved below it.
-    """
+    """Warn before a profile is read that the resolution does not support."""
     totals = np.array([m.total for m in measures])
     below = energies_below(measures, partition.edges[:-1])
     # Below the noise there is nothing to resolve; without noise, null is all there is.
     noise = np.array([m.noise for m in measures])
     unresolved = np.where(noise > 0.0, below[:, 0] - null_energies(measures), 0.0)
+    # Most of a snapshot's energy hides, or the profile peaks at the floor with energy below it.
     worst = int(np.argmax(unresolved - _MOST * totals))
     if unresolved[worst] > _MOST * totals[worst]:
         _warn(_most_is_hidden(measures, worst, unresolved[worst] / totals[worst], floor))
@@ -135,18 +99,10 @@ def _warn(message: str) -> None:
 
 @dataclass(frozen=True)
 class ShellDensity:
-    """Piecewise-constant density of energy per unit ln λ on a window.
+    """Piecewise-constant density of energy per unit ln λ on a window."""
 
-    Parameters
-    ----------
-    edges : ndarray of shape (n_bins + 1,)
-        Window ends and the shell edges between them, 1/τ.
-    density : ndarray of shape (n_bins,)
-        Per unit ln λ, integrating to 1.
-    """
-
-    edges: np.ndarray
-    density: np.ndarray
+    edges: np.ndarray  # window ends and the shell edges between them, 1/τ
+    density: np.ndarray  # one value for each bin, integrating to 1
 
     @classmethod
     def from_measures(
@@ -155,22 +111,9 @@ class ShellDensity:
         shell_edges: np.ndarray,
         window: tuple[float, float],
     ) -> ShellDensity:
-        """Fit to the energies of training measures, averaged over them.
+        """Fit to the mean energies of training measures; uniform if they have none in the window.
 
-        Parameters
-        ----------
-        measures : sequence of SpectralMeasure
-            Training measures.
-        shell_edges : ndarray
-            Edges of the partition; those outside the window do not matter.
-        window : (float, float)
-            Rates that count, both ends included.
-
-        Returns
-        -------
-        ShellDensity
-            Uniform if the measures have no energy in the window. Without bins, so that every score
-            is NaN, if the window is a single rate: nothing was resolved below it.
+        A window of a single rate, below which nothing was resolved, has no bins: scores are NaN.
         """
         lo, hi = window
         if not lo < hi:
@@ -186,20 +129,7 @@ class ShellDensity:
         return cls(edges=edges, density=density)
 
     def score(self, measures: Sequence[SpectralMeasure], sample_weight: Any = None) -> float:
-        """Energy-weighted mean log-density of the nodes inside the window.
-
-        Parameters
-        ----------
-        measures : sequence of SpectralMeasure
-            Held-out measures.
-        sample_weight : array-like of shape (n_measures,), optional
-            Weight of each measure.
-
-        Returns
-        -------
-        float
-            In nats; NaN where no node inside the window has energy.
-        """
+        """Energy-weighted mean log-density of the nodes in the window, in nats; NaN for none."""
         weights = check_sample_weight(sample_weight, len(measures))
         log_density = np.log(self.density)
         total = gain = 0.0
@@ -214,49 +144,20 @@ class ShellDensity:
 
 @dataclass(frozen=True)
 class PlacedShells:
-    """A partition and what it was placed by.
+    """A partition and what it was placed by."""
 
-    Parameters
-    ----------
-    partition : ShellPartition
-        From the lowest occupied shell above the floor to the one that holds ``lambda_max``.
-    floor : float
-        Resolution floor, 1/τ.
-    lambda_max : float
-        Largest eigenvalue of the measures, 1/τ.
-    range : tuple of float
-        From the floor to the largest eigenvalue; both ``lambda_0`` where M is zero.
-    """
-
-    partition: ShellPartition
+    partition: ShellPartition  # to the shell that holds lambda_max
     floor: float
     lambda_max: float
-    range: tuple[float, float]
+    range: tuple[float, float]  # floor and lambda_max; both lambda_0 where M is zero
 
 
 def place_shells(
     measures: Sequence[SpectralMeasure], *, q: float, lambda_0: float, floor: str | float
 ) -> PlacedShells:
-    """Place shells between the resolution floor and the largest eigenvalue.
+    """Place shells between the resolution floor, "auto" or given, and the largest eigenvalue.
 
-    Parameters
-    ----------
-    measures : sequence of SpectralMeasure
-        Training measures.
-    q, lambda_0 : float
-        Ratio and anchor of the shells.
-    floor : "auto" or float
-        The highest floor of the measures, or a given one.
-
-    Returns
-    -------
-    PlacedShells
-        The first edge is at or above the floor. Empty shells at the start are dropped.
-
-    Raises
-    ------
-    ValueError
-        If a given floor is not below the largest eigenvalue.
+    The first edge is at or above the floor; empty shells at the start are dropped.
     """
     lambda_max = max(m.lambda_max for m in measures)
     lowest = max(m.floor for m in measures) if isinstance(floor, str) else float(floor)

@@ -1,4 +1,4 @@
-"""Frames of fluxes by edge, shell, snapshot and distance, over a trajectory, and of the drift."""
+"""Frames of fluxes by edge, shell, snapshot and distance, over trajectories, and of the drift."""
 
 from __future__ import annotations
 
@@ -16,31 +16,33 @@ from spectralshell.estimators.intervals import jackknife_t
 from spectralshell.measurements.fluxes import FluxMeasurement
 from spectralshell.shells import EdgeBalance, ShellBalance, SoftShells, SpectralMeasure
 from spectralshell.shells.frames import label_index
-from spectralshell.statuses import join_statuses
+from spectralshell.statuses import (
+    EDGE_DECAYS,
+    FEW_EDGES_OF_ONE_DIRECTION,
+    INTERVAL_FROM_EDGES,
+    LONG_INTERVAL,
+    NO_DIRECTION,
+    NO_ENERGY_IN_SHELL,
+    NO_FLUX,
+    NO_MODE_NEAR_EDGE,
+    NO_SIGN_TEST,
+    OK,
+    OTHER_DIRECTION,
+    UNRESOLVED_ENDS,
+    few_edges,
+    join_statuses,
+    other_way,
+)
 
 FLUX = "flux_down"
 
-_NO_MODE = "no mode near the edge"
-
-_NO_ENERGY = "no energy in the shell"
-
-_STIFF = "the edge decays within the interval"
-
-_OTHER = "the parameters took another direction"
-
-_LONG = "the interval is too long to tell what the parameters did"
-
 _EXPLAINED = 0.1  # part of the dissipation that may be missing from the change of energy
-
-_UNRESOLVED = "not resolved at both ends"
 
 MIN_EDGES = 3
 
 _LEVEL = 0.05
 
-_ONE_BATCH = "one batch: no test of the sign"
-
-_COLUMNS = (
+_FIT_COLUMNS = (
     "sign",
     "p_value",
     "b",
@@ -54,29 +56,35 @@ _COLUMNS = (
     "status",
 )
 
+_INTEGRAL_COLUMNS = ("edge", "flux_integral", "dissipation_integral", "ratio")
+
+_INTERVAL_COLUMNS = (
+    "edge",
+    "energy_below_start",
+    "energy_below_end",
+    "dissipation_below",
+    "measured",
+    "predicted_start",
+    "predicted_end",
+    "predicted",
+    "mismatch",
+    "resolved",
+    "status",
+)
+
 
 @dataclass(frozen=True, eq=False)
 class BalancedSnapshot:
-    """A measurement with its balance in given shells.
-
-    Parameters
-    ----------
-    measurement : FluxMeasurement
-        Independent of the shells.
-    balance : EdgeBalance
-        In the shells.
-    faults : ndarray of str, shape (n_edges,)
-        What keeps the flux through an edge from being resolved, ``"ok"`` if nothing.
-    """
+    """A measurement, which is independent of shells, with its balance in given shells."""
 
     measurement: FluxMeasurement
     balance: EdgeBalance
-    faults: np.ndarray
+    faults: np.ndarray  # of each edge: what keeps its flux from being resolved, or "ok"
 
     @property
     def resolved(self) -> np.ndarray:
         """Edges whose flux is resolved, bool of shape (n_edges,)."""
-        return np.asarray(self.faults == "ok", dtype=bool)
+        return np.asarray(self.faults == OK, dtype=bool)
 
     @property
     def measure(self) -> SpectralMeasure:
@@ -89,8 +97,8 @@ class BalancedSnapshot:
         return self.measure.tau
 
     @property
-    def run(self) -> tuple[Any, Any]:
-        """What the snapshots of one trajectory share: batch and name."""
+    def trajectory(self) -> tuple[Any, Any]:
+        """Batch and name."""
         return self.measure.batch, self.measure.name
 
 
@@ -102,13 +110,7 @@ def balance_all(
 
 
 def flux_name(edge: float) -> str:
-    """Return the column name of the flux through an edge, with a float that reads back exactly.
-
-    Examples
-    --------
-    >>> flux_name(0.5)
-    'flux_down[0.5]'
-    """
+    """Return the column name of the flux through an edge, with a float that reads back exactly."""
     return f"{FLUX}[{float(edge)!r}]"
 
 
@@ -135,14 +137,14 @@ def edge_frame(snapshots: Sequence[BalancedSnapshot], shells: SoftShells) -> pd.
 
 def shell_balance_frame(snapshots: Sequence[BalancedSnapshot], shells: SoftShells) -> pd.DataFrame:
     """Return the balance of every soft shell, one row per (snapshot, shell), null first."""
-    first = _first_of_runs(snapshots)
-    blocks = [_shell_columns(s, first[s.run], shells) for s in snapshots]
+    first = _first_of_trajectories(snapshots)
+    blocks = [_shell_columns(s, first[s.trajectory], shells) for s in snapshots]
     return _stacked(snapshots, blocks, len(shells.names))
 
 
 def summary_frame(snapshots: Sequence[BalancedSnapshot]) -> pd.DataFrame:
     """Return what holds for a snapshot as a whole, one row each."""
-    first, before = _first_of_runs(snapshots), _before_each(snapshots)
+    first, before = _first_of_trajectories(snapshots), _before_each(snapshots)
     blocks = []
     for s in snapshots:
         parts = s.balance if isinstance(s.balance, ShellBalance) else None
@@ -150,7 +152,7 @@ def summary_frame(snapshots: Sequence[BalancedSnapshot]) -> pd.DataFrame:
         block: dict[str, Any] = {
             "energy": s.measure.total,
             "energy_rate": s.measurement.total_rate,
-            "lazy_energy": _lazy_total(first[s.run], s.tau),
+            "lazy_energy": _lazy_total(first[s.trajectory], s.tau),
             "lazy_energy_step": np.nan if earlier is None else _lazy_total(earlier, s.tau),
             "null_exchange": s.balance.null_exchange,
             "null_share": np.nan if parts is None else parts.null_share,
@@ -211,7 +213,7 @@ def _edge_columns(snapshot: BalancedSnapshot, edges: np.ndarray) -> dict[str, np
 def _edge_statuses(snapshot: BalancedSnapshot) -> np.ndarray:
     statuses = []
     for fault, n_near in zip(snapshot.faults, snapshot.balance.n_near, strict=True):
-        empty = _NO_MODE if n_near == 0 else "ok"
+        empty = NO_MODE_NEAR_EDGE if n_near == 0 else OK
         statuses.append(join_statuses([snapshot.measure.status, fault, empty]))
     return np.array(statuses, dtype=object)
 
@@ -225,7 +227,7 @@ def _shell_columns(
     names = list(shells.names)
     status = [snapshot.measure.status] * len(names)
     for row in np.flatnonzero(balance.energy == 0.0):
-        status[row] = join_statuses([status[row], _NO_ENERGY])
+        status[row] = join_statuses([status[row], NO_ENERGY_IN_SHELL])
     return {
         "shell": np.array(names, dtype=object),
         "lambda_lo": np.append(0.0, partition.edges[:-1]),
@@ -256,12 +258,12 @@ def _lazy_total(snapshot: BalancedSnapshot, tau: float) -> float:
     return float(lazy_loss(nodes, measure.weights, tau - measure.tau)) + measure.missing
 
 
-def _first_of_runs(snapshots: Sequence[BalancedSnapshot]) -> dict[Any, BalancedSnapshot]:
+def _first_of_trajectories(snapshots: Sequence[BalancedSnapshot]) -> dict[Any, BalancedSnapshot]:
     first: dict[Any, BalancedSnapshot] = {}
     for snapshot in snapshots:
-        known = first.get(snapshot.run)
+        known = first.get(snapshot.trajectory)
         if known is None or snapshot.tau < known.tau:
-            first[snapshot.run] = snapshot
+            first[snapshot.trajectory] = snapshot
     return first
 
 
@@ -272,10 +274,10 @@ def _before_each(snapshots: Sequence[BalancedSnapshot]) -> dict[int, BalancedSna
 def consecutive(
     snapshots: Sequence[BalancedSnapshot],
 ) -> list[tuple[BalancedSnapshot, BalancedSnapshot]]:
-    """Return the pairs of successive snapshots of each run, by τ."""
+    """Return the pairs of successive snapshots of each trajectory, by τ."""
     pairs: list[tuple[BalancedSnapshot, BalancedSnapshot]] = []
-    for run in dict.fromkeys(s.run for s in snapshots):
-        ordered = sorted((s for s in snapshots if s.run == run), key=lambda s: s.tau)
+    for trajectory in dict.fromkeys(s.trajectory for s in snapshots):
+        ordered = sorted((s for s in snapshots if s.trajectory == trajectory), key=lambda s: s.tau)
         pairs += pairwise(ordered)
     return pairs
 
@@ -291,32 +293,7 @@ def _stacked(
 def trajectory_frame(snapshots: Sequence[BalancedSnapshot], shells: SoftShells) -> pd.DataFrame:
     """Return the measured and the predicted flux of every interval, one row per edge.
 
-    Parameters
-    ----------
-    snapshots : sequence of BalancedSnapshot
-        Successive times of a batch (and name) bound an interval.
-    shells : SoftShells
-        The weights.
-
-    Returns
-    -------
-    DataFrame
-        Columns ``tau_start, tau_end, batch, [name], edge, energy_below_start, energy_below_end,
-        dissipation_below, measured, predicted_start, predicted_end, predicted, mismatch, resolved,
-        status``. Without rows if every batch has one time.
-
-    Notes
-    -----
-    ``measured`` is ΔE_≤/Δτ + D_≤, the mean flux that the energies and the dissipation along the
-    direction leave for transfer. D_≤ is averaged by the logarithmic mean of the two ends, which is
-    exact for one decaying mode and too large for several, or by the arithmetic one where an end is
-    not positive. ``predicted`` is the mean of ``flux_down`` at the two ends. Both say little about
-    an interval in which the modes at the edge decay, 2 λ Δτ > 1; its status says so.
-    ``mismatch`` is the same balance for the whole energy, ΔE/Δτ + D. It is 0 if the parameters
-    went the direction that the estimator was given, as far as D is known, and is part of
-    ``measured`` otherwise: batches that training did not see do not follow their own gradient. The
-    status speaks of another direction if −ΔE/Δτ lies outside the dissipation at the two ends, by
-    over 10 %; of an interval too long to tell if it lies between them, over 10 % off their mean.
+    ``mismatch`` is the balance of the whole energy, ΔE/Δτ + D, and a part of ``measured``.
     """
     pairs = consecutive(snapshots)
     if not pairs:
@@ -333,35 +310,20 @@ def trajectory_frame(snapshots: Sequence[BalancedSnapshot], shells: SoftShells) 
 def integrability_frame(snapshots: Sequence[BalancedSnapshot], shells: SoftShells) -> pd.DataFrame:
     """Return ∫|J| dτ, ∫|D| dτ of the shell below, and their ratio, one row per (batch, edge).
 
-    The ratio is the smallest C of the bound in Definition 4.1 of "Renormalizable spectral-shell
-    dynamics" over the times measured, integrals by the trapezoidal rule.
+    The ratio is the smallest C of Definition 4.1 of "Renormalizable spectral-shell dynamics".
     """
     pairs = consecutive(snapshots)
-    ends = {end.run: end.measure for _, end in pairs}  # the last of each run stays
+    ends = {end.trajectory: end.measure for _, end in pairs}  # the last of each stays
     if not ends:
         return pd.DataFrame(columns=["tau_end", "batch", *_INTEGRAL_COLUMNS])
-    blocks = [_integral_columns([p for p in pairs if p[0].run == run], shells) for run in ends]
+    blocks = [
+        _integral_columns([pair for pair in pairs if pair[0].trajectory == label], shells)
+        for label in ends
+    ]
     columns = {key: np.concatenate([block[key] for block in blocks]) for key in blocks[0]}
     labels = label_index(list(ends.values())).repeat(shells.edges.size)
     frame = pd.DataFrame(columns, index=labels)
     return frame.reset_index().rename(columns={"tau": "tau_end"})
-
-
-_INTEGRAL_COLUMNS = ("edge", "flux_integral", "dissipation_integral", "ratio")
-
-_INTERVAL_COLUMNS = (
-    "edge",
-    "energy_below_start",
-    "energy_below_end",
-    "dissipation_below",
-    "measured",
-    "predicted_start",
-    "predicted_end",
-    "predicted",
-    "mismatch",
-    "resolved",
-    "status",
-)
 
 
 def _interval_columns(
@@ -369,18 +331,18 @@ def _interval_columns(
 ) -> dict[str, np.ndarray]:
     elapsed = end.tau - start.tau
     first, last = start.balance, end.balance
+    # Exact for one decaying mode, too large for several.
     dissipation = _logarithmic_mean(first.dissipation_below, last.dissipation_below)
     losses = [float(balance.dissipation.sum()) for balance in (first, last)]
     lost = float(_logarithmic_mean(*(np.array([loss]) for loss in losses))[0])
     gained = float(last.energy.sum() - first.energy.sum()) / elapsed
     of_all = _mismatch_status(-gained, losses, lost)
     resolved = start.resolved & end.resolved
+    # Modes at the edge decay meanwhile: the mean flux then says little about that at the ends.
     stiff = 2.0 * edges * elapsed > 1.0
     status = [
-        join_statuses(
-            [of_all, *(phrase for phrase, holds in ((_UNRESOLVED, not r), (_STIFF, s)) if holds)]
-        )
-        for r, s in zip(resolved, stiff, strict=True)
+        join_statuses([of_all, OK if known else UNRESOLVED_ENDS, EDGE_DECAYS if decays else OK])
+        for known, decays in zip(resolved, stiff, strict=True)
     ]
     return {
         "edge": edges,
@@ -398,20 +360,18 @@ def _interval_columns(
 
 
 def _mismatch_status(found: float, losses: Sequence[float], mean: float) -> str:
-    """Say whether a loss of energy is explained by the dissipation at the ends and their mean.
-
-    Between them anything may be: one mode loses at the logarithmic mean, and several of which the
-    fast ones are soon gone at little more than the smaller end.
-    """
+    """Say whether a loss of energy is explained by the dissipation at the ends and their mean."""
     slack = _EXPLAINED * abs(mean)
     if abs(found - mean) <= slack:
-        return "ok"
+        return OK
+    # Between the ends anything may be: one mode loses at the logarithmic mean, and several of which
+    # the fast ones are soon gone at little more than the smaller end.
     between = min(losses) - slack <= found <= max(losses) + slack
-    return _LONG if between else _OTHER
+    return LONG_INTERVAL if between else OTHER_DIRECTION
 
 
 def _logarithmic_mean(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Return (a − b)/ln(a/b), the mean of an exponential between its ends."""
+    """Return (a − b)/ln(a/b), the mean of an exponential; the arithmetic one if not positive."""
     mean: np.ndarray = 0.5 * (a + b)
     # Close ends: the two means agree to the square of their relative difference.
     apart = (a > 0.0) & (b > 0.0) & (np.abs(a - b) > 1e-4 * np.abs(mean))
@@ -434,20 +394,12 @@ def _integral_columns(
 
 @dataclass(frozen=True, eq=False)
 class _Velocities:
-    """Fluxes and densities of the batches of one time, at the edges usable in all of them.
+    """Fluxes and densities of the batches of one time, at the edges usable in all of them."""
 
-    Parameters
-    ----------
-    log_edges : ndarray of shape (k,)
-    flux, density : ndarray of shape (n_batches, k)
-    batches : tuple
-        Labels of the batches.
-    """
-
-    log_edges: np.ndarray
-    flux: np.ndarray
+    log_edges: np.ndarray  # shape (k,)
+    flux: np.ndarray  # shape (n_batches, k)
     density: np.ndarray
-    batches: tuple[Any, ...]
+    batches: tuple[Any, ...]  # labels: batch, and name where there is one
 
     def velocity(self, leave_out: Any = None) -> np.ndarray:
         """Return v = −mean flux/mean density: a mean of ratios would follow the emptiest batch."""
@@ -465,40 +417,17 @@ class _Velocities:
 
 
 def fit_velocity(fluxes: pd.DataFrame, confidence: float) -> pd.DataFrame:
-    """Fit v = ±c λ^b to the velocities at the edges, for all times together and for each.
+    """Fit v = ±c λ^b at the edges, for all times together (one b) and for each: a row each.
 
-    Parameters
-    ----------
-    fluxes : DataFrame
-        ``fluxes_`` of :class:`~spectralshell.ShellFluxEstimator`.
-    confidence : float
-        Coverage of the intervals.
-
-    Returns
-    -------
-    DataFrame
-        One row for all times (``scope`` is ``"all"``, ``tau`` NaN) and one for each: ``scope, tau,
-        sign, p_value, b, b_lower, b_upper, amplitude, scatter, agreement, n_edges, n_batches,
-        status``. ``sign`` is that of v where the test at 5 % tells it, else 0; ``amplitude`` is c;
-        ``scatter`` is the root mean square residual of ln |v|; ``agreement`` is the share of edges
-        with the majority's sign, the only ones in the fit. Snapshots with different names are
-        batches of their own.
-
-    Notes
-    -----
-    Velocities are ratios of means over batches, at edges that are resolved and have modes nearby
-    in every batch. The row of all times has one b and an amplitude for each time. Intervals are
-    jackknife-t over batches from three batches on, else Student's t over the edges, which takes
-    neighbouring edges for independent. The sign is tested by Student's t over batches of their
-    net flux −Σ J. One batch has no such test, since its edges share their pairs of modes: ``sign``
-    is 0 and ``p_value`` NaN, and the fit takes the sign of most edges.
+    Snapshots with different names are batches of their own.
     """
+    # Edges that are resolved and have modes nearby; `_gather` keeps those usable in every batch.
     usable = fluxes["resolved"] & fluxes["velocity"].notna()
     taus = fluxes["tau"].to_numpy(dtype=float)
     times = {float(t): _gather(fluxes[taus == t], usable[taus == t]) for t in np.unique(taus)}
     rows = [{"scope": "all", "tau": np.nan} | _fit(list(times.values()), confidence)]
     rows += [{"scope": "tau", "tau": tau} | _fit([data], confidence) for tau, data in times.items()]
-    return pd.DataFrame(rows, columns=["scope", "tau", *_COLUMNS])
+    return pd.DataFrame(rows, columns=["scope", "tau", *_FIT_COLUMNS])
 
 
 def _gather(part: pd.DataFrame, usable: pd.Series) -> _Velocities:
@@ -524,21 +453,21 @@ def _fit(times: Sequence[_Velocities], confidence: float) -> dict[str, Any]:
     batches = list(dict.fromkeys(batch for data in times for batch in data.batches))
     velocities = [data.velocity() for data in times]
     n_edges = sum(v.size for v in velocities)
-    row: dict[str, Any] = dict.fromkeys(_COLUMNS, np.nan)
+    row: dict[str, Any] = dict.fromkeys(_FIT_COLUMNS, np.nan)
     row |= {"sign": 0, "n_edges": n_edges, "n_batches": len(batches)}
     if n_edges and not any(v.any() for v in velocities):
-        return row | {"status": "no flux"}
+        return row | {"status": NO_FLUX}
     if n_edges < MIN_EDGES:
-        return row | {"status": f"fewer than {MIN_EDGES} usable edges"}
+        return row | {"status": few_edges(MIN_EDGES)}
     net = np.array([_net_direction(times, batch) for batch in batches])
     direction, p_value = _test_sign(net, np.concatenate(velocities))
     signs = [np.sign(v) == direction for v in velocities]
     agreement = float(np.concatenate(signs).mean())
-    untested = _ONE_BATCH if len(batches) == 1 else "direction not determined"
+    untested = NO_SIGN_TEST if len(batches) == 1 else NO_DIRECTION
     phrases = [] if p_value <= _LEVEL else [untested]
     if agreement < 1.0:
         other = n_edges - int(np.concatenate(signs).sum())
-        phrases.append(f"{other} of {n_edges} edges drift the other way")
+        phrases.append(other_way(other, n_edges))
     row |= {
         "sign": int(direction) if p_value <= _LEVEL else 0,
         "p_value": p_value,
@@ -546,17 +475,18 @@ def _fit(times: Sequence[_Velocities], confidence: float) -> dict[str, Any]:
     }
     b, scatter, error, intercept = _slope(times, velocities, direction)
     if not np.isfinite(b):
-        return row | {"status": "; ".join([*phrases, "too few edges of one direction"])}
+        return row | {"status": join_statuses([*phrases, FEW_EDGES_OF_ONE_DIRECTION])}
     replicates = np.array(
         [b, *(_slope(times, [d.velocity(out) for d in times], direction)[0] for out in batches)]
     )
     if len(batches) >= 3 and np.isfinite(replicates).all():
         half = float(jackknife_t(replicates, confidence)[0])
     else:
+        # Takes neighbouring edges for independent.
         half = error * float(stats.t.ppf(0.5 + confidence / 2.0, _freedom(signs)))
-        phrases.append("interval from the scatter of edges")
+        phrases.append(INTERVAL_FROM_EDGES)
     row |= {"b": b, "b_lower": b - half, "b_upper": b + half, "scatter": scatter}
-    return row | {"amplitude": intercept, "status": "; ".join(phrases) or "ok"}
+    return row | {"amplitude": intercept, "status": join_statuses(phrases)}
 
 
 def _net_direction(times: Sequence[_Velocities], batch: Any) -> float:
@@ -567,7 +497,10 @@ def _net_direction(times: Sequence[_Velocities], batch: Any) -> float:
 
 
 def _test_sign(net: np.ndarray, velocities: np.ndarray) -> tuple[float, float]:
-    """Return the direction, ±1, and the p-value of having none, NaN with one batch."""
+    """Return the direction, ±1, and the p-value of having none: Student's t over batches.
+
+    NaN with one batch, whose edges share their pairs of modes; most edges then decide.
+    """
     if net.size == 1:
         up, moving = int((velocities > 0).sum()), int((velocities != 0).sum())
         return 1.0 if 2 * up > moving or (2 * up == moving and net[0] > 0) else -1.0, np.nan

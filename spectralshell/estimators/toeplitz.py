@@ -40,8 +40,8 @@ from spectralshell.measurements.settings import (
 from spectralshell.parameter_checks import check_integer, check_real, check_sample_weight
 from spectralshell.shells import toeplitz_residual
 from spectralshell.shells.coupling import CouplingRule
+from spectralshell.shells.coupling_statistics import most_central, sliding_windows
 from spectralshell.shells.frames import label_index
-from spectralshell.shells.toeplitz_matrix import most_central, sliding_windows
 from spectralshell.snapshots import Snapshot, as_snapshots
 
 Floats = NDArray[np.float64]

@@ -32,10 +32,28 @@ from spectralshell.shells.coupling import (
     couple_shells,
     permuted_matrix,
 )
-from spectralshell.shells.diagonal import DIAGONAL_ROWS, fit_line, log_sizes, scaling_frame
+from spectralshell.shells.coupling_statistics import (
+    DIAGONAL_ROWS,
+    ShellWindow,
+    fit_line,
+    log_sizes,
+    scaling_frame,
+    sliding_windows,
+)
 from spectralshell.shells.flux import PairTerms
-from spectralshell.shells.toeplitz_matrix import ShellWindow, sliding_windows
-from spectralshell.statuses import join_statuses
+from spectralshell.statuses import (
+    FEWER_THAN_TWO_SHELLS,
+    MODES_DIFFER,
+    OK,
+    ONE_BATCH,
+    ONE_USABLE_SHELL,
+    ONE_WINDOW,
+    SEVERAL_TAUS,
+    ZERO_COUPLING,
+    few_modes,
+    join_statuses,
+    no_usable_shell,
+)
 
 Floats = NDArray[np.float64]
 
@@ -67,8 +85,6 @@ _SHARES = ("coupling_r2", "signed_r2", "adjacent_share", "shares")
 # Streams of the generator, so that no null depends on which others are drawn.
 _WHOLE, _WINDOW, _FLUX = range(3)
 
-_APART = "modes of a batch differ between tau: no permutation p-value"
-
 _SLOPES = ("coupling_slope", "signed_slope")
 
 Interval = tuple[Floats, Floats]
@@ -76,24 +92,12 @@ Interval = tuple[Floats, Floats]
 
 @dataclass(frozen=True, eq=False)
 class ShellSummary:
-    """Couplings and fluxes between shells: what may be averaged over snapshots.
+    """Couplings and fluxes between shells: what may be averaged over snapshots."""
 
-    Parameters
-    ----------
-    coupling : ndarray of shape (..., n_shells, n_shells)
-        K_αβ, NaN in masked shells.
-    signed_mean : ndarray of shape (..., n_shells)
-        Mean of the normalised V_uu of each shell.
-    log_lambda : ndarray of shape (n_shells,)
-        Mean ln λ of its modes.
-    flux : ndarray of shape (..., n_shells)
-        Σ |F_αβ| by distance |α − β|.
-    """
-
-    coupling: Floats
-    signed_mean: Floats
-    log_lambda: Floats
-    flux: Floats
+    coupling: Floats  # K_αβ, shape (..., n_shells, n_shells), NaN in masked shells
+    signed_mean: Floats  # mean of the normalised V_uu of each shell, (..., n_shells)
+    log_lambda: Floats  # mean ln λ of its modes, (n_shells,)
+    flux: Floats  # Σ |F_αβ| by distance |α − β|, (..., n_shells)
 
     @classmethod
     def mean(cls, summaries: Sequence[ShellSummary]) -> ShellSummary:
@@ -126,13 +130,7 @@ class ShellSummary:
 
 
 def mean_known(values: Sequence[Floats]) -> Floats:
-    """Return the mean over the first axis of what is not NaN, NaN where nothing is.
-
-    Examples
-    --------
-    >>> mean_known([np.array([1.0, np.nan]), np.array([3.0, np.nan])]).tolist()
-    [2.0, nan]
-    """
+    """Return the mean over the first axis of what is not NaN, NaN where nothing is."""
     stack = np.stack(values)
     known = ~np.isnan(stack)
     counts = known.sum(axis=0)
@@ -155,28 +153,9 @@ def adjacent_share(flux: Floats) -> Floats:
 
 
 def null_p_value(observed: float, null: Floats, alternative: str) -> float:
-    """Return the p-value of an observation under a null on the side that a claim names.
+    """Return (1 + #draws at least as extreme) / (1 + n_draws), NaN if there is nothing to compare.
 
-    Parameters
-    ----------
-    observed : float
-    null : ndarray of shape (n_draws,)
-    alternative : {"less", "greater", "two-sided"}
-
-    Returns
-    -------
-    float
-        (1 + number of draws at least as extreme) / (1 + n_draws), extreme being small, large, or
-        far from the median of draws and observation together: if these are exchangeable, so are
-        their distances, and no p-value is below 1 / (1 + n_draws). NaN if the observation is NaN or
-        no draw is a number.
-
-    Examples
-    --------
-    >>> null_p_value(5.0, np.arange(4.0), "greater")
-    0.2
-    >>> null_p_value(-5.0, np.arange(4.0), "two-sided")
-    0.2
+    Extreme is small ("less"), large ("greater") or far from the median ("two-sided").
     """
     if np.isnan(observed) or np.isnan(null).all():
         return float("nan")
@@ -184,6 +163,7 @@ def null_p_value(observed: float, null: Floats, alternative: str) -> float:
         return permutation_p_value(observed, null)
     if alternative == "greater":
         return permutation_p_value(-observed, -null)
+    # The median is that of draws and observation: if these are exchangeable, so are the distances.
     # Sums in another order differ by rounding, which must not decide who is farther.
     tied = np.isclose(null, observed, rtol=_TIE, atol=0.0)
     pooled = np.append(np.where(tied, observed, null), observed)
@@ -194,17 +174,7 @@ def null_p_value(observed: float, null: Floats, alternative: str) -> float:
 
 
 def null_columns(prefix: str, observed: Floats, null: Floats, alternative: str) -> dict[str, Any]:
-    """Return the median, band and p-values of a null over its draws, as columns of a frame.
-
-    Parameters
-    ----------
-    prefix : str
-        Name of the null.
-    observed : ndarray of shape (n_rows,)
-    null : ndarray of shape (n_draws, n_rows)
-    alternative : str
-        As in `null_p_value`.
-    """
+    """Return median, band and p-values of a null, (n_draws, n_rows), as columns of a frame."""
     # Infinite draws are ordered, not interpolated between.
     lower, upper = np.quantile(null, NULL_BAND, axis=0, method="inverted_cdf")
     p = [null_p_value(value, null[:, row], alternative) for row, value in enumerate(observed)]
@@ -217,28 +187,17 @@ def null_columns(prefix: str, observed: Floats, null: Floats, alternative: str) 
 
 
 def jackknife(
-    batches: Sequence[Any], evaluate: Callable[[Sequence[int]], dict[str, Floats]]
+    trajectories: Sequence[Any], evaluate: Callable[[Sequence[int]], dict[str, Floats]]
 ) -> dict[str, tuple[Floats, Floats]] | None:
-    """Return a jackknife interval over batches for everything that ``evaluate`` gives.
+    """Return the interval (lower, upper) of all that ``evaluate`` gives for positions of snapshots.
 
-    Parameters
-    ----------
-    batches : sequence
-        What each snapshot is resampled with: its batch and name.
-    evaluate : callable
-        From positions of snapshots to named arrays.
-
-    Returns
-    -------
-    dict of name to (lower, upper), or None
-        None with fewer than two batches. Ends of positive quantities are positive, those of
-        shares between 0 and 1.
+    Trajectories are left out as a whole; None with fewer than two.
     """
-    labels = list(dict.fromkeys(batches))
+    labels = list(dict.fromkeys(trajectories))
     if len(labels) < 2:
         return None
-    everything = list(range(len(batches)))
-    left_out = [[i for i in everything if batches[i] != label] for label in labels]
+    everything = list(range(len(trajectories)))
+    left_out = [[i for i in everything if trajectories[i] != label] for label in labels]
     replicates = [evaluate(chosen) for chosen in (everything, *left_out)]
     return {
         name: _interval(name, np.stack([found[name] for found in replicates]))
@@ -262,28 +221,16 @@ def _interval(name: str, replicates: Floats) -> tuple[Floats, Floats]:
 
 @dataclass(frozen=True, eq=False)
 class SnapshotShells:
-    """The couplings of one snapshot in given shells, and what they would be without structure.
+    """The couplings of one snapshot in given shells, and what they would be without structure."""
 
-    Parameters
-    ----------
-    couplings : ModeCouplings
-        The measurement; only its resolved modes count.
-    partition : ShellPartition
-    rule : CouplingRule
-        How couplings are made of entries.
-    seed : int
-        Of the permutations; with the snapshot's batch and name it decides all of them. Snapshots of
-        different times share them, since successive couplings of a batch are nearly the same.
-    """
-
-    couplings: ModeCouplings
+    couplings: ModeCouplings  # only its resolved modes count
     partition: ShellPartition
     rule: CouplingRule
-    seed: int
+    seed: int  # of the permutations; the trajectory's snapshots, much alike, have the same ones
 
     @property
-    def source(self) -> tuple[Any, Any]:
-        """Batch and name: what the snapshots of one trajectory share."""
+    def trajectory(self) -> tuple[Any, Any]:
+        """Batch and name."""
         return self.couplings.batch, self.couplings.name
 
     def n_permuted(self, window: ShellWindow | None = None) -> tuple[int, ...]:
@@ -314,8 +261,7 @@ class SnapshotShells:
     def permuted(self, n_null: int, *, with_flux: bool = True) -> ShellSummary:
         """Return the couplings, and the fluxes if wanted, with the entries of V in random places.
 
-        Entries between the modes of usable shells are permuted for the couplings, those between
-        all resolved modes for the fluxes. Without fluxes, the couplings are the same.
+        Fluxes permute the entries of all resolved modes and do not change the couplings.
         """
         m = self.couplings
         drawn = self._entries.permuted(n_null, self._generator(_WHOLE))
@@ -362,7 +308,7 @@ class SnapshotShells:
         return np.array([np.trace(exchanged, distance) for distance in distances])
 
     def _generator(self, *stream: int) -> np.random.Generator:
-        labels = repr(self.source)
+        labels = repr(self.trajectory)
         digest = hashlib.sha256(labels.encode()).digest()
         return np.random.default_rng([self.seed, int.from_bytes(digest[:8], "little"), *stream])
 
@@ -399,20 +345,10 @@ def _counting_measure(couplings: ModeCouplings) -> SpectralMeasure:
 
 @dataclass(frozen=True, eq=False)
 class Diagnosis:
-    """The mean couplings of some snapshots, with intervals over batches and nulls.
+    """The mean couplings of some snapshots, with intervals over batches and nulls."""
 
-    Parameters
-    ----------
-    snapshots : sequence of SnapshotShells
-        At least one, all with the same shells and rule.
-    n_null : int
-        Permutations.
-    window_shells : int
-        Shells per window.
-    """
-
-    snapshots: Sequence[SnapshotShells]
-    n_null: int
+    snapshots: Sequence[SnapshotShells]  # at least one, all with the same shells and rule
+    n_null: int  # permutations
     window_shells: int
 
     @property
@@ -432,11 +368,9 @@ class Diagnosis:
 
     @cached_property
     def permuted(self) -> ShellSummary:
-        """The mean over snapshots, one draw each; NaN where they cannot be permuted together.
-
-        Snapshots of one batch and name share their permutations: their couplings are nearly the
-        same, so that permuted apart they would average out, and seem more regular than noise is.
-        """
+        """The mean over snapshots, one draw each; NaN where they cannot be permuted together."""
+        # Snapshots of a trajectory share their permutations: their couplings are nearly the same,
+        # so that permuted apart they would average out, and seem more regular than noise is.
         drawn = ShellSummary.mean([s.permuted(self.n_null) for s in self.snapshots])
         if self._permute_together():
             return drawn
@@ -512,7 +446,7 @@ class Diagnosis:
                 "coupling_lower": lower,
                 "coupling_upper": upper,
                 "signed_mean": self.observed.signed_mean,
-                "status": np.where(usable, "ok", f"fewer than {self.rule.min_modes} modes"),
+                "status": np.where(usable, OK, few_modes(self.rule.min_modes)),
             }
         )
 
@@ -596,19 +530,19 @@ class Diagnosis:
         phrases = [phrase for s in self.snapshots for phrase in s.couplings.status.split("; ")]
         n_usable = int((self.counts > 0).sum())
         if n_usable == 0:
-            phrases.append(f"no shell with {self.rule.min_modes} modes")
+            phrases.append(no_usable_shell(self.rule.min_modes))
         elif n_usable == 1:
-            phrases.append("one usable shell: residual trivially 0")
+            phrases.append(ONE_USABLE_SHELL)
         elif n_usable <= self.window_shells:
-            phrases.append("no more usable shells than a window has")
+            phrases.append(ONE_WINDOW)
         if self.observed.is_zero():
-            phrases.append("zero coupling")
+            phrases.append(ZERO_COUPLING)
         if self._intervals is None:
-            phrases.append("one batch: no interval over batches")
+            phrases.append(ONE_BATCH)
         if not self._permute_together():
-            phrases.append(_APART)
+            phrases.append(MODES_DIFFER)
         if len({s.couplings.tau for s in self.snapshots}) > 1:
-            phrases.append("mean over several tau: the largest couplings weigh most")
+            phrases.append(SEVERAL_TAUS)
         return join_statuses(phrases)
 
     def permuted_window(self, window: ShellWindow) -> Floats:
@@ -622,7 +556,7 @@ class Diagnosis:
         """Tell whether snapshots that differ in tau alone have as many modes, and so one order."""
         sizes: dict[Any, set[tuple[int, ...]]] = {}
         for snapshot in self.snapshots:
-            sizes.setdefault(snapshot.source, set()).add(snapshot.n_permuted(window))
+            sizes.setdefault(snapshot.trajectory, set()).add(snapshot.n_permuted(window))
         return all(len(found) == 1 for found in sizes.values())
 
     def _moves(self, window: ShellWindow) -> bool:
@@ -631,8 +565,8 @@ class Diagnosis:
 
     def _window_status(self, window: ShellWindow) -> str:
         if (self.counts[window.shells] > 0).sum() < 2:
-            return "fewer than two shells"
-        return "ok" if self._permute_together(window) else _APART
+            return FEWER_THAN_TWO_SHELLS
+        return OK if self._permute_together(window) else MODES_DIFFER
 
     @cached_property
     def _nulls(self) -> dict[str, ShellSummary]:
@@ -644,7 +578,7 @@ class Diagnosis:
 
     @cached_property
     def _intervals(self) -> dict[str, Interval] | None:
-        return jackknife([s.source for s in self.snapshots], self._evaluate)
+        return jackknife([s.trajectory for s in self.snapshots], self._evaluate)
 
     def _interval(self, name: str) -> Interval:
         if self._intervals is not None:

@@ -21,10 +21,23 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from spectralshell.krylov.recurrence import BREAKDOWN_EPS, STAGNATION_EPS, MatMat
+from spectralshell.krylov.recurrence import (
+    BREAKDOWN_EPS,
+    FLOAT64_EPS,
+    STAGNATION_EPS,
+    MatMat,
+    checked_product,
+)
 from spectralshell.parameter_checks import check_integer
-
-FLOAT64_EPS = torch.finfo(torch.float64).eps
+from spectralshell.statuses import (
+    EXHAUSTION,
+    ZERO_START_BLOCK,
+    breakdown_at,
+    deflation_at,
+    join_statuses,
+    stagnation_at,
+    start_block_rank,
+)
 
 
 @dataclass(frozen=True)
@@ -156,7 +169,7 @@ def block_lanczos_recurrence(
     for step in range(steps):
         own = slice(step * width, (step + 1) * width)
         rows[own] = fresh
-        product = _checked_product(matmat(fresh.T), (n, width))
+        product = checked_product("matmat", matmat(fresh.T), (n, width))
         dtype = product.dtype
         # What an operator makes of a column of zeros is no part of the recurrence.
         block = torch.where(alive[:, None], product.to(torch.float64).T, 0.0)
@@ -271,17 +284,6 @@ def _check_start(start: torch.Tensor) -> None:
         raise TypeError(f"start must be real, got dtype {start.dtype}.")
 
 
-def _checked_product(product: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:
-    if not isinstance(product, torch.Tensor) or not product.is_floating_point():
-        kind = product.dtype if isinstance(product, torch.Tensor) else type(product).__name__
-        raise TypeError(f"matmat must return a real floating tensor, got {kind}.")
-    if tuple(product.shape) != shape:
-        raise ValueError(
-            f"matmat must return shape {shape} like its input, got {tuple(product.shape)}."
-        )
-    return product
-
-
 def _check_finite(diagonal: NDArray[np.float64], coupling: NDArray[np.float64]) -> None:
     finite = np.isfinite(diagonal).all(axis=(1, 2)) & np.isfinite(coupling).all(axis=(1, 2))
     if not finite.all():
@@ -307,12 +309,9 @@ def _orthonormal_start(start: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor,
 def _orthonormal_rows(
     block: torch.Tensor, old: torch.Tensor, tolerance: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Make the rows of a block orthonormal, with their second pass against the old ones.
+    """Return orthonormal rows, which are directions (not zero), and coefficients in rows and old.
 
-    Rows that come out no longer than their tolerance become zero; so do all that come after the
-    space is full, of which two passes leave nothing. Returns the rows, whether each is a direction,
-    the coefficients (new row, row of the block), and those of the second pass on the old rows (row
-    of the block, old row).
+    The coefficients are (new row, row of block), and of the second pass (row of block, old row).
     """
     width = len(block)
     fresh = torch.zeros_like(block)
@@ -355,23 +354,23 @@ def _describe(
     n_columns: int,
 ) -> str:
     n, width = run.basis.shape[0], alive.shape[1]
-    phrases = [] if width == n_columns else [f"start block of rank {width}"]
+    phrases = [] if width == n_columns else [start_block_rank(width)]
     lengths = np.diagonal(coupling, axis1=1, axis2=2)
     rounding = STAGNATION_EPS * torch.finfo(run.product_dtype).eps * run.scale.cpu().numpy()
     stagnating = np.flatnonzero((alive[1:] & (lengths <= rounding[:, None])).any(axis=1))
     if stagnating.size:
-        phrases.append(f"stagnation at step {stagnating[0] + 1}")
+        phrases.append(stagnation_at(stagnating[0] + 1))
     counts = alive.sum(axis=1)
     total = np.cumsum(counts)
     # Columns that end because the space is full are no loss.
     fewer = np.flatnonzero((np.diff(counts) < 0) & (counts[1:] > 0) & (total[1:] < n))
     if fewer.size:
-        phrases.append(f"deflation at step {fewer[0] + 1}")
+        phrases.append(deflation_at(fewer[0] + 1))
     if counts[:-1].sum() == n:
-        phrases.append("exhaustion")
+        phrases.append(EXHAUSTION)
     elif len(coupling) and not counts[-1]:
-        phrases.append(f"breakdown at step {int(np.flatnonzero(counts).max()) + 1}")
-    return "; ".join(phrases) or "ok"
+        phrases.append(breakdown_at(int(np.flatnonzero(counts).max()) + 1))
+    return join_statuses(phrases)
 
 
 def _zero_start_result(start: torch.Tensor) -> BlockLanczosResult:
@@ -379,5 +378,5 @@ def _zero_start_result(start: torch.Tensor) -> BlockLanczosResult:
     empty = torch.zeros((n, 0), dtype=torch.float64, device=start.device)
     nothing = np.zeros((0, 0))
     return BlockLanczosResult(
-        empty, nothing, nothing.copy(), np.zeros((0, width)), "zero start block", True, 0
+        empty, nothing, nothing.copy(), np.zeros((0, width)), ZERO_START_BLOCK, True, 0
     )

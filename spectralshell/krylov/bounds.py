@@ -7,8 +7,8 @@ with these moments the energy below x is smallest and largest for the Gauss-Rada
 at x: the weights strictly below x, and these plus the weight at x (Chebyshev, Markov, Stieltjes).
 
 *Rounding.* The computed recurrence is the exact one of an operator M̃ with ‖M̃ - M‖ <= η, whose
-spectral subspaces are turned against those of M; :mod:`spectralshell.krylov.bounds` says by how
-much. An edge may give way by δ, every δ gives a valid bound, and the best of many is taken.
+spectral subspaces are turned against those of M, by no more than the sin Θ theorem says. An edge
+may give way by δ, every δ gives a valid bound, and the best of many is taken.
 
 Sources: G. H. Golub and G. Meurant, *Matrices, Moments and Quadrature with Applications* (2010),
 chapter 6; N. I. Akhiezer, *The Classical Moment Problem* (1965), section 2.5.

@@ -11,6 +11,7 @@ from scipy.linalg import eigh_tridiagonal, lapack
 
 from spectralshell.krylov.bounds import CumulativeBounds
 from spectralshell.parameter_checks import check_real
+from spectralshell.statuses import OK, asymmetric
 
 
 @dataclass(frozen=True)
@@ -102,9 +103,6 @@ def eigenmeasure(
         values, energies = _project(square - half, vector)
     absolute = noise * float(values.abs().max())
     asymmetry = float(torch.linalg.matrix_norm(half)) / len(values) ** 0.5
-    status = "ok"
-    if asymmetry > absolute:
-        status = f"asymmetry {asymmetry:.1e} above the noise {absolute:.1e}"
     return DenseSpectrum(
         eigenvalues=values.cpu().numpy(),
         energies=energies.cpu().numpy(),
@@ -112,7 +110,7 @@ def eigenmeasure(
         mass=0.5 * float(vector @ vector),
         noise=absolute,
         asymmetry=asymmetry,
-        status=status,
+        status=asymmetric(asymmetry, absolute) if asymmetry > absolute else OK,
     )
 
 

@@ -11,20 +11,17 @@ Source: B. N. Parlett, *The Symmetric Eigenvalue Problem* (1998), chapters 11 an
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 import scipy.linalg
 import torch
 from numpy.typing import NDArray
 
+from spectralshell.krylov.block_recurrence import BlockLanczosResult
 from spectralshell.krylov.quadrature import FLOAT64_NOISE, residual_norms
-from spectralshell.krylov.recurrence import LanczosResult, MatMat
+from spectralshell.krylov.recurrence import LanczosResult, MatMat, checked_product
 from spectralshell.parameter_checks import check_integer, check_real
-
-if TYPE_CHECKING:
-    from spectralshell.krylov.block_recurrence import BlockLanczosResult
-
+from spectralshell.statuses import OK, join_statuses, pairs_found
 
 # A part of the spectrum this small goes to the partial solver, which computes no other vector.
 PARTIAL_SHARE = 0.25
@@ -251,7 +248,7 @@ def dense_pairs(matrix: torch.Tensor, k: int, noise: float = 0.0) -> EigenPairs:
     norms = torch.linalg.vector_norm(defects, dim=0).cpu().numpy()
     eigenvalues: NDArray[np.float64] = values.cpu().numpy()
     floor = noise * float(np.abs(eigenvalues).max(initial=0.0))
-    return _pairs(eigenvalues, vectors, np.hypot(norms, floor), k, "ok")
+    return _pairs(eigenvalues, vectors, np.hypot(norms, floor), k, OK)
 
 
 @torch.no_grad()
@@ -295,15 +292,7 @@ def compress(matmat: MatMat, vectors: torch.Tensor) -> torch.Tensor:
     columns = vectors.to(torch.float64)
     if not columns.shape[1]:
         return columns.new_zeros((0, 0))
-    product = matmat(columns)
-    if not isinstance(product, torch.Tensor) or not product.is_floating_point():
-        kind = product.dtype if isinstance(product, torch.Tensor) else type(product).__name__
-        raise TypeError(f"matmat must return a real floating tensor, got {kind}.")
-    if product.shape != columns.shape:
-        raise ValueError(
-            f"matmat must return shape {tuple(columns.shape)} like its input, got "
-            f"{tuple(product.shape)}."
-        )
+    product = checked_product("matmat", matmat(columns), tuple(columns.shape))
     if not bool(torch.isfinite(product).all()):
         raise ValueError("matmat must return finite products, got NaN or infinity.")
     slice_ = columns.T @ product.to(torch.float64)
@@ -343,7 +332,7 @@ def _pairs(
     wanted: int,
     status: str,
 ) -> EigenPairs:
-    phrases = [] if status == "ok" else [status]
+    phrases = [status]
     if len(eigenvalues) < wanted:
-        phrases.append(f"{len(eigenvalues)} of {wanted} pairs")
-    return EigenPairs(eigenvalues.copy(), vectors, norms, "; ".join(phrases) or "ok")
+        phrases.append(pairs_found(len(eigenvalues), wanted))
+    return EigenPairs(eigenvalues.copy(), vectors, norms, join_statuses(phrases))

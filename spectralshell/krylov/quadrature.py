@@ -157,13 +157,7 @@ def residual_norms(last_components: ArrayLike, beta_last: float) -> Array:
 
 
 def check_jacobi(alpha: ArrayLike, beta: ArrayLike) -> tuple[Array, Array]:
-    """Return the diagonals as float64 arrays of fitting shapes.
-
-    Raises
-    ------
-    ValueError
-        If the shapes do not fit or an entry is not finite.
-    """
+    """Return the diagonals as finite float64 arrays of fitting shapes, or raise."""
     diagonal = np.array(alpha, dtype=np.float64)
     off_diagonal = np.array(beta, dtype=np.float64)
     if diagonal.ndim != 1 or off_diagonal.shape != (max(len(diagonal) - 1, 0),):

@@ -21,9 +21,18 @@ import torch
 from numpy.typing import NDArray
 
 from spectralshell.parameter_checks import check_integer
+from spectralshell.statuses import (
+    EXHAUSTION,
+    ZERO_START_VECTOR,
+    breakdown_at,
+    join_statuses,
+    stagnation_at,
+)
 
 MatVec = Callable[[torch.Tensor], torch.Tensor]
 MatMat = Callable[[torch.Tensor], torch.Tensor]
+
+FLOAT64_EPS = torch.finfo(torch.float64).eps
 
 # A new direction this small against ‖T‖ consists of the rounding of float64 alone.
 BREAKDOWN_EPS = 10.0
@@ -154,7 +163,7 @@ def lanczos_recurrence(
     dtype = torch.float64
     for step in range(m):
         rows[step] = current
-        product = _checked_product(matvec(current), n)
+        product = checked_product("matvec", matvec(current), (n,))
         dtype = product.dtype
         remainder, coefficient = _orthogonalize(product.to(torch.float64), rows[: step + 1])
         length = _norm(remainder)
@@ -164,7 +173,7 @@ def lanczos_recurrence(
         previous = beta[step - 1] if step else torch.zeros_like(length)
         # A row sum bounds ‖T‖ from above once all rows are in.
         scale = torch.maximum(scale, coefficient.abs() + length + previous)
-        tolerance = BREAKDOWN_EPS * torch.finfo(torch.float64).eps * scale
+        tolerance = BREAKDOWN_EPS * FLOAT64_EPS * scale
         alive = alive & (length > tolerance)
         current = torch.where(alive, remainder / torch.where(alive, length, 1.0), 0.0)
         if on_step is not None:
@@ -261,13 +270,14 @@ def _check_start(start: torch.Tensor) -> None:
         raise TypeError(f"start must be real, got dtype {start.dtype}.")
 
 
-def _checked_product(product: torch.Tensor, n: int) -> torch.Tensor:
+def checked_product(name: str, product: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+    """Return the product that a caller's function gave; raise on another kind or shape."""
     if not isinstance(product, torch.Tensor) or not product.is_floating_point():
         kind = product.dtype if isinstance(product, torch.Tensor) else type(product).__name__
-        raise TypeError(f"matvec must return a real floating tensor, got {kind}.")
-    if tuple(product.shape) != (n,):
+        raise TypeError(f"{name} must return a real floating tensor, got {kind}.")
+    if tuple(product.shape) != shape:
         raise ValueError(
-            f"matvec must return shape ({n},) like its input, got {tuple(product.shape)}."
+            f"{name} must return shape {shape} like its input, got {tuple(product.shape)}."
         )
     return product
 
@@ -296,7 +306,7 @@ def _row_sums(alpha: NDArray[np.float64], beta: NDArray[np.float64]) -> NDArray[
 
 def _at_rounding(alpha: NDArray[np.float64], beta: NDArray[np.float64]) -> NDArray[np.bool_]:
     """Repeat the device's breakdown test on the host."""
-    threshold = BREAKDOWN_EPS * np.finfo(np.float64).eps * _row_sums(alpha, beta)
+    threshold = BREAKDOWN_EPS * FLOAT64_EPS * _row_sums(alpha, beta)
     return np.asarray(beta <= threshold, dtype=np.bool_)
 
 
@@ -315,15 +325,15 @@ def _describe(
     sums = _row_sums(alpha, beta)[: len(inner)] if m else np.zeros(0)
     small = np.flatnonzero(inner <= STAGNATION_EPS * eps * sums)
     if small.size:
-        phrases.append(f"stagnation at step {small[0] + 1}")
+        phrases.append(stagnation_at(small[0] + 1))
     if broke_down and m < n:
-        phrases.append(f"breakdown at step {m}")
+        phrases.append(breakdown_at(m))
     elif m == n:
-        phrases.append("exhaustion")
-    return "; ".join(phrases) or "ok"
+        phrases.append(EXHAUSTION)
+    return join_statuses(phrases)
 
 
 def _zero_start_result(start: torch.Tensor) -> LanczosResult:
     empty = np.zeros(0)
     basis = torch.zeros((start.shape[0], 0), dtype=torch.float64, device=start.device)
-    return LanczosResult(empty, empty.copy(), 0.0, 0.0, basis, "zero start vector", True, 0)
+    return LanczosResult(empty, empty.copy(), 0.0, 0.0, basis, ZERO_START_VECTOR, True, 0)

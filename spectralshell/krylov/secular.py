@@ -53,24 +53,12 @@ CHUNK = 1 << 15
 
 @dataclass(frozen=True)
 class RadauFamily:
-    """Ritz values, couplings and first components, scaled by ‖T‖.
+    """Ritz values, couplings and first components, scaled by ‖T‖; arrays of shape (m,)."""
 
-    Attributes
-    ----------
-    poles : ndarray of shape (m,)
-        Ritz values, strictly ascending.
-    first : ndarray of shape (m,)
-        First components of the eigenvectors of T.
-    couplings : ndarray of shape (m,)
-        Border of the arrowhead, nowhere zero.
-    scale : float
-        What the poles were divided by.
-    """
-
-    poles: Array
-    first: Array
-    couplings: Array
-    scale: float
+    poles: Array  # Ritz values, strictly ascending
+    first: Array  # first components of the eigenvectors of T
+    couplings: Array  # border of the arrowhead, nowhere zero
+    scale: float  # what the poles were divided by
 
     @classmethod
     def build(cls, nodes: Array, weights: Array, couplings: Array) -> RadauFamily:
@@ -112,29 +100,11 @@ class RadauFamily:
 def split_masses(
     families: Sequence[RadauFamily], points: Array
 ) -> tuple[Array, Array, Array, Array]:
-    """Split the weights of the rules through each point, for many Jacobi matrices at once.
+    """Split the weights of the rules through each point: below, at, above, (n_families, p).
 
-    Parameters
-    ----------
-    families : sequence of RadauFamily
-        At least one. The result of one does not depend on the others.
-    points : ndarray of shape (p,) or (n_families, p)
-        Prescribed nodes, finite, in the operator's unit; the same for all or their own for each.
-
-    Returns
-    -------
-    below, at, above : ndarrays of shape (n_families, p)
-        Weights strictly below the node, at it, and strictly above it; they sum to 1, and each
-        that is small is accurate relative to itself.
-    slack : ndarray of shape (n_families, p)
-        Bound of the error that the roots' own rounding leaves, as an angle: arcsin √below and
-        arcsin √above are right within it. Large only where two nodes of a rule nearly meet.
-
-    Notes
-    -----
-    Costs about 5 m² operations a point and family, where m counts the Ritz values that have not
-    converged.
+    The fourth bounds what the roots' rounding leaves of arcsin √below and arcsin √above.
     """
+    # About 5 m² operations a point and family, m Ritz values that have not converged.
     stack = _Stack.build(families)
     shape = len(families), points.shape[-1]
     row = np.repeat(np.arange(shape[0]), shape[1])
@@ -169,12 +139,10 @@ def partial_sums(weights: Array) -> tuple[Array, Array]:
 
 @dataclass(frozen=True)
 class _Stack:
-    """The moving Ritz values of many families, one row each, padded with uncoupled infinity.
+    """The moving Ritz values of many families, one row each, padded with uncoupled infinity."""
 
-    A sum over a row has the same rounding whatever the other rows are, since the width is a
-    multiple of what numpy adds at a time and padding adds exact zeros.
-    """
-
+    # A sum over a row has the same rounding whatever the other rows are, since the width is a
+    # multiple of what numpy adds at a time and padding adds exact zeros.
     poles: Array
     first: Array
     couplings: Array
@@ -210,11 +178,9 @@ class _Stack:
     def gaps_to_sum(
         self, row: Index, rank: Index, fixed_below: Array, fixed_above: Array
     ) -> tuple[Index, Index]:
-        """First and last gap whose nodes are computed; the node's own gap is ``rank``.
-
-        A side follows from the other as a complement only where it is sure to be heavy, since the
-        difference carries an error of eps.
-        """
+        """First and last gap whose nodes are computed; the node's own gap is ``rank``."""
+        # A side follows from the other as a complement only where it is sure to be heavy, since the
+        # difference carries an error of eps.
         m = self.counts[row]
         from_left, from_right = partial_sums(self.first**2)
         # What the Chebyshev-Markov-Stieltjes inequalities promise each side.
@@ -314,14 +280,11 @@ def _solve(
     high: Array,
     sums: tuple[Array, Array],
 ) -> Array:
-    """Root u in (0, high] of constant + u - near/u - Σ z_i²/(u - distances_i), z the couplings.
-
-    The pole at the origin has the distance infinity, which drops it from the sum; ``sums`` holds
-    Σ z_i²/(u - distances_i) and Σ z_i²/(u - distances_i)² at u = high.
-
-    The function increases. The pole at the origin is kept exact and the rest linearised, which
-    gives a quadratic; a bracket catches the steps that leave it.
-    """
+    """Root u in (0, high] of constant + u - near/u - Σ z_i²/(u - distances_i), z the couplings."""
+    # The pole at the origin has the distance infinity, which drops it from the sum; ``sums`` holds
+    # Σ z_i²/(u - distances_i) and Σ z_i²/(u - distances_i)² at u = high.
+    # The function increases. The pole at the origin is kept exact and the rest linearised, which
+    # gives a quadratic; a bracket catches the steps that leave it.
     root, u = high.copy(), high
     active, others = np.arange(len(root)), distances
     low, top = np.zeros_like(root), high.copy()

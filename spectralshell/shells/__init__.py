@@ -2,7 +2,13 @@
 
 from spectralshell.shells.batch_mean import mean_measure
 from spectralshell.shells.coupling import permutation_p_value, permuted_couplings, shell_coupling
-from spectralshell.shells.diagonal import diagonal_scaling
+from spectralshell.shells.coupling_statistics import (
+    diagonal_scaling,
+    intra_inter_ratio,
+    offset_kernel,
+    toeplitz_part,
+    toeplitz_residual,
+)
 from spectralshell.shells.flux import EdgeBalance, ShellBalance, shell_balance
 from spectralshell.shells.frames import (
     average_over_batches,
@@ -24,12 +30,6 @@ from spectralshell.shells.partition import (
     shell_name,
 )
 from spectralshell.shells.soft_shells import SoftShells
-from spectralshell.shells.toeplitz_matrix import (
-    intra_inter_ratio,
-    offset_kernel,
-    toeplitz_part,
-    toeplitz_residual,
-)
 
 __all__ = [
     "EdgeBalance",

@@ -27,106 +27,6 @@ _ASYMMETRY = 1e-6
 _TIE = 1e-9
 
 
-@dataclass(frozen=True)
-class CouplingRule:
-    """How entries of V become shell couplings; see `shell_coupling` for the parameters."""
-
-    normalization: str = "sqrt"
-    reducer: str = "mean-square"
-    diagonal: str = "block"
-    min_modes: int = 3
-
-    def __post_init__(self) -> None:
-        check_option("normalization", self.normalization, tuple(NORMALIZATIONS))
-        check_option("reducer", self.reducer, REDUCERS)
-        check_option("diagonal", self.diagonal, DIAGONALS)
-        check_integer("min_modes", self.min_modes, low=1)
-
-    @property
-    def scale_free_slope(self) -> float:
-        """Slope of ln K_αα against ln λ where dM scales as M does: V_uv ∝ √(λ_u λ_v)."""
-        return self.scale_free_mean_slope * (2.0 if self.reducer == "mean-square" else 1.0)
-
-    @property
-    def scale_free_mean_slope(self) -> float:
-        """The same for the mean of V_uu, where no reducer enters."""
-        return 1.0 - 2.0 * NORMALIZATIONS[self.normalization]
-
-    def size(self, entries: Floats) -> Floats:
-        """Return what is averaged over a pair of shells: the square, or the absolute value."""
-        return np.asarray(np.abs(entries) if self.reducer == "mean-abs" else entries**2)
-
-    def reduce(self, off: Floats, on: Floats, counts: Floats) -> Floats:
-        """Return K from sums of sizes over pairs of different modes and over single modes.
-
-        Parameters
-        ----------
-        off : ndarray of shape (..., n_shells, n_shells)
-            Sums over ordered pairs u ≠ v.
-        on : ndarray of shape (..., n_shells)
-            Sums over u = v.
-        counts : ndarray of shape (n_shells,)
-            Modes per shell; 0 masks a shell.
-        """
-        n_pairs = counts[:, None] * counts
-        total = off.copy()
-        inner = np.arange(counts.size)
-        if self.diagonal == "block":
-            total[..., inner, inner] += on
-        elif self.diagonal == "modes":
-            total[..., inner, inner] = on
-            n_pairs[inner, inner] = counts
-        else:
-            n_pairs[inner, inner] = counts * (counts - 1.0)
-        mean = np.divide(total, n_pairs, out=np.full(total.shape, np.nan), where=n_pairs > 0)
-        return np.asarray(np.sqrt(mean) if self.reducer == "rms" else mean)
-
-
-@dataclass(frozen=True, eq=False)
-class ShellModes:
-    """Which modes enter the statistic, and the shell of each.
-
-    Parameters
-    ----------
-    modes : ndarray of int, shape (m,)
-        Positions of the modes, ordered by shell.
-    shells : ndarray of int, shape (m,)
-        Shell of each, ascending.
-    counts : ndarray of float, shape (n_shells,)
-        Modes per shell, 0 in masked shells.
-    log_lambda : ndarray of shape (n_shells,)
-        Mean ln λ of the modes, NaN in masked shells.
-    """
-
-    modes: NDArray[np.intp]
-    shells: NDArray[np.intp]
-    counts: Floats
-    log_lambda: Floats
-
-    @property
-    def usable(self) -> NDArray[np.bool_]:
-        """Shells with enough modes."""
-        return np.asarray(self.counts > 0)
-
-
-@dataclass(frozen=True, eq=False)
-class ShellCouplings:
-    """Couplings of one matrix, or of a stack of them.
-
-    Parameters
-    ----------
-    coupling : ndarray of shape (..., n_shells, n_shells)
-        K_αβ, NaN in masked shells.
-    signed_mean : ndarray of shape (..., n_shells)
-        Mean over the shell of the normalised V_uu, which keeps its sign.
-    modes : ShellModes
-    """
-
-    coupling: Floats
-    signed_mean: Floats
-    modes: ShellModes
-
-
 def shell_coupling(
     V: ArrayLike,
     eigenvalues: ArrayLike,
@@ -191,182 +91,6 @@ def shell_coupling(
     """
     rule = CouplingRule(normalization, reducer, diagonal, min_modes)
     return couple_shells(V, eigenvalues, partition, rule, mask).coupling
-
-
-def couple_shells(
-    V: ArrayLike,
-    eigenvalues: ArrayLike,
-    partition: ShellPartition,
-    rule: CouplingRule,
-    mask: ArrayLike | None = None,
-) -> ShellCouplings:
-    """Return `shell_coupling` with the signed means and the modes behind them."""
-    rates, matrices = check_couplings(V, eigenvalues)
-    modes = assign_modes(rates, partition, rule.min_modes, mask)
-    W = normalized_entries(matrices, rates, modes, rule)
-    sizes = rule.size(W)
-    diagonal = np.arange(modes.modes.size)
-    on = sizes[..., diagonal, diagonal].copy()
-    sizes[..., diagonal, diagonal] = 0.0
-    member = _membership(modes)
-    off = member.T @ sizes @ member
-    coupling = rule.reduce(off, on @ member, modes.counts)
-    signed = shell_means(W[..., diagonal, diagonal] @ member, modes.counts)
-    return ShellCouplings(coupling, signed, modes)
-
-
-def check_couplings(V: ArrayLike, eigenvalues: ArrayLike) -> tuple[Floats, Floats]:
-    """Return eigenvalues and exactly symmetric matrices as float64; raise on other input."""
-    rates = finite_vector("eigenvalues", eigenvalues)
-    matrices = np.asarray(V, dtype=np.float64)
-    if matrices.ndim < 2 or matrices.shape[-2:] != (rates.size, rates.size):
-        raise ValueError(
-            f"V must have shape (..., {rates.size}, {rates.size}) like eigenvalues, got "
-            f"{matrices.shape}; pass Uᵀ (dM/dt) U in the same basis."
-        )
-    if not np.isfinite(matrices).all():
-        raise ValueError("V holds NaN or infinity, expected finite values; check the derivative.")
-    transposed = matrices.swapaxes(-1, -2)
-    largest = np.abs(matrices).max(initial=0.0)
-    if np.abs(matrices - transposed).max(initial=0.0) > _ASYMMETRY * largest:
-        raise ValueError(
-            "V must be symmetric, as dM/dt is, but V and its transpose differ by more than "
-            f"{_ASYMMETRY:g} of its largest entry; pass (V + V.T) / 2 if that is rounding."
-        )
-    return rates, 0.5 * (matrices + transposed)
-
-
-def assign_modes(
-    eigenvalues: Floats, partition: ShellPartition, min_modes: int, mask: ArrayLike | None = None
-) -> ShellModes:
-    """Return the modes of all shells that have at least ``min_modes`` of them."""
-    shells = partition.index(eigenvalues)
-    used = shells >= 0
-    if mask is not None:
-        chosen = np.asarray(mask)
-        if chosen.dtype != np.bool_ or chosen.shape != eigenvalues.shape:
-            raise ValueError(
-                f"mask must be boolean with shape {eigenvalues.shape}, one entry per mode, got "
-                f"{chosen.dtype} with shape {chosen.shape}."
-            )
-        used &= chosen
-    counts = np.bincount(shells[used], minlength=partition.n_shells).astype(np.float64)
-    counts[counts < min_modes] = 0.0
-    kept = np.flatnonzero(used & (counts[shells] > 0.0))
-    kept = kept[np.argsort(shells[kept], kind="stable")]
-    logs = sum_by(shells[kept], np.log(eigenvalues[kept]), partition.n_shells)
-    return ShellModes(kept, shells[kept], counts, shell_means(logs, counts))
-
-
-def normalized_entries(
-    V: Floats, eigenvalues: Floats, modes: ShellModes, rule: CouplingRule
-) -> Floats:
-    """Return V between the chosen modes, divided by the power of λ_u λ_v that the rule names."""
-    rows = modes.modes
-    scale = eigenvalues[rows] ** -NORMALIZATIONS[rule.normalization]
-    return np.asarray(V[..., rows[:, None], rows] * scale[:, None] * scale)
-
-
-def shell_means(sums: Floats, counts: Floats) -> Floats:
-    """Return sums per shell divided by the number of modes, NaN where there is none."""
-    there = np.broadcast_to(counts > 0, sums.shape)
-    return np.asarray(np.divide(sums, counts, out=np.full(sums.shape, np.nan), where=there))
-
-
-def sum_by(places: NDArray[np.intp], values: Floats, size: int) -> Floats:
-    """Return the sums of the values that share a place, shape (size,)."""
-    return np.bincount(places, weights=values, minlength=size).astype(np.float64, copy=False)
-
-
-def _membership(modes: ShellModes) -> Floats:
-    return np.asarray(modes.shells[:, None] == np.arange(modes.counts.size), dtype=np.float64)
-
-
-@dataclass(frozen=True, eq=False)
-class PairEntries:
-    """The distinct normalised entries of V between the modes of some shells.
-
-    Parameters
-    ----------
-    off : ndarray of shape (m (m − 1) / 2,)
-        Entries of pairs of different modes.
-    on : ndarray of shape (m,)
-        Entries V_uu.
-    modes : ShellModes
-        The m modes.
-    rule : CouplingRule
-        How couplings are made of them.
-    """
-
-    off: Floats
-    on: Floats
-    modes: ShellModes
-    rule: CouplingRule
-
-    @classmethod
-    def of(
-        cls, V: Floats, eigenvalues: Floats, modes: ShellModes, rule: CouplingRule
-    ) -> PairEntries:
-        """Take the entries of one symmetric matrix."""
-        W = normalized_entries(V, eigenvalues, modes, rule)
-        return cls(W[np.triu_indices(len(W), 1)], np.diagonal(W).copy(), modes, rule)
-
-    def within(self, shells: slice) -> PairEntries:
-        """Return the entries between modes of consecutive shells alone; others are masked."""
-        chosen = np.zeros(self.modes.counts.size, dtype=bool)
-        chosen[shells] = True
-        kept = chosen[self.modes.shells]
-        rows, columns = np.triu_indices(kept.size, 1)
-        modes = ShellModes(
-            self.modes.modes[kept],
-            self.modes.shells[kept],
-            np.where(chosen, self.modes.counts, 0.0),
-            np.where(chosen, self.modes.log_lambda, np.nan),
-        )
-        return PairEntries(self.off[kept[rows] & kept[columns]], self.on[kept], modes, self.rule)
-
-    def permuted(self, n_null: int, generator: np.random.Generator) -> ShellCouplings:
-        """Return the couplings of ``n_null`` matrices with the same entries in other places.
-
-        Entries of pairs and entries V_uu are permuted apart, and matrices stay symmetric.
-        """
-        n_shells = self.modes.counts.size
-        rows, columns = np.triu_indices(self.on.size, 1)
-        pair = self.modes.shells[rows] * n_shells + self.modes.shells[columns]
-        off_sizes = self.rule.size(self.off)
-        off = np.empty((n_null, n_shells * n_shells))
-        signed, on = np.empty((n_null, n_shells)), np.empty((n_null, n_shells))
-        for draw in range(n_null):
-            moved = generator.permutation(off_sizes)
-            off[draw] = sum_by(pair, moved, n_shells * n_shells)
-            diagonal = generator.permutation(self.on)
-            signed[draw] = sum_by(self.modes.shells, diagonal, n_shells)
-            on[draw] = sum_by(self.modes.shells, self.rule.size(diagonal), n_shells)
-        square = off.reshape(n_null, n_shells, n_shells)
-        both = square + square.swapaxes(-1, -2)  # the lower triangle, and each pair in both orders
-        counts = self.modes.counts
-        return ShellCouplings(
-            self.rule.reduce(both, on, counts), shell_means(signed, counts), self.modes
-        )
-
-
-def permuted_matrix(
-    V: Floats,
-    eigenvalues: Floats,
-    modes: ShellModes,
-    rule: CouplingRule,
-    generator: np.random.Generator,
-) -> Floats:
-    """Return V between the chosen modes with its normalised entries permuted, shape (m, m).
-
-    Entries of pairs and entries V_uu are permuted apart, as in `permuted_couplings`, and scaled
-    back to the λ of their new places.
-    """
-    entries = PairEntries.of(V, eigenvalues, modes, rule)
-    upper = np.diag(0.5 * generator.permutation(entries.on))
-    upper[np.triu_indices(entries.on.size, 1)] = generator.permutation(entries.off)
-    scale = eigenvalues[modes.modes] ** NORMALIZATIONS[rule.normalization]
-    return np.asarray((upper + upper.T) * scale[:, None] * scale)
 
 
 def permuted_couplings(
@@ -463,3 +187,238 @@ def permutation_p_value(observed: float, null: ArrayLike) -> float:
     tie = _TIE * abs(observed) if np.isfinite(observed) else 0.0
     smaller = ~(values > observed + tie)
     return (1.0 + int(smaller.sum())) / (1.0 + values.size)
+
+
+@dataclass(frozen=True)
+class CouplingRule:
+    """How entries of V become shell couplings; see `shell_coupling` for the parameters."""
+
+    normalization: str = "sqrt"
+    reducer: str = "mean-square"
+    diagonal: str = "block"
+    min_modes: int = 3
+
+    def __post_init__(self) -> None:
+        check_option("normalization", self.normalization, tuple(NORMALIZATIONS))
+        check_option("reducer", self.reducer, REDUCERS)
+        check_option("diagonal", self.diagonal, DIAGONALS)
+        check_integer("min_modes", self.min_modes, low=1)
+
+    @property
+    def scale_free_slope(self) -> float:
+        """Slope of ln K_αα against ln λ where dM scales as M does: V_uv ∝ √(λ_u λ_v)."""
+        return self.scale_free_mean_slope * (2.0 if self.reducer == "mean-square" else 1.0)
+
+    @property
+    def scale_free_mean_slope(self) -> float:
+        """The same for the mean of V_uu, where no reducer enters."""
+        return 1.0 - 2.0 * NORMALIZATIONS[self.normalization]
+
+    def size(self, entries: Floats) -> Floats:
+        """Return what is averaged over a pair of shells: the square, or the absolute value."""
+        return np.asarray(np.abs(entries) if self.reducer == "mean-abs" else entries**2)
+
+    def reduce(self, off: Floats, on: Floats, counts: Floats) -> Floats:
+        """Return K from sums of sizes over ordered pairs u ≠ v, ``off``, and over u = v, ``on``.
+
+        Of shapes (..., n_shells, n_shells) and (..., n_shells); a count of 0 modes masks a shell.
+        """
+        n_pairs = counts[:, None] * counts
+        total = off.copy()
+        inner = np.arange(counts.size)
+        if self.diagonal == "block":
+            total[..., inner, inner] += on
+        elif self.diagonal == "modes":
+            total[..., inner, inner] = on
+            n_pairs[inner, inner] = counts
+        else:
+            n_pairs[inner, inner] = counts * (counts - 1.0)
+        mean = np.divide(total, n_pairs, out=np.full(total.shape, np.nan), where=n_pairs > 0)
+        return np.asarray(np.sqrt(mean) if self.reducer == "rms" else mean)
+
+
+@dataclass(frozen=True, eq=False)
+class ShellModes:
+    """Which modes enter the statistic, and the shell of each."""
+
+    modes: NDArray[np.intp]  # positions of the modes, ordered by shell
+    shells: NDArray[np.intp]  # shell of each, ascending
+    counts: Floats  # modes per shell, 0 in masked shells
+    log_lambda: Floats  # mean ln λ of the modes of each shell, NaN in masked shells
+
+    @property
+    def usable(self) -> NDArray[np.bool_]:
+        """Shells with enough modes."""
+        return np.asarray(self.counts > 0)
+
+
+@dataclass(frozen=True, eq=False)
+class ShellCouplings:
+    """Couplings of one matrix, or of a stack of them."""
+
+    coupling: Floats  # K_αβ, shape (..., n_shells, n_shells), NaN in masked shells
+    signed_mean: Floats  # mean over the shell of the normalised V_uu, which keeps its sign
+    modes: ShellModes
+
+
+def couple_shells(
+    V: ArrayLike,
+    eigenvalues: ArrayLike,
+    partition: ShellPartition,
+    rule: CouplingRule,
+    mask: ArrayLike | None = None,
+) -> ShellCouplings:
+    """Return `shell_coupling` with the signed means and the modes behind them."""
+    rates, matrices = check_couplings(V, eigenvalues)
+    modes = assign_modes(rates, partition, rule.min_modes, mask)
+    W = normalized_entries(matrices, rates, modes, rule)
+    sizes = rule.size(W)
+    diagonal = np.arange(modes.modes.size)
+    on = sizes[..., diagonal, diagonal].copy()
+    sizes[..., diagonal, diagonal] = 0.0
+    member = _membership(modes)
+    off = member.T @ sizes @ member
+    coupling = rule.reduce(off, on @ member, modes.counts)
+    signed = shell_means(W[..., diagonal, diagonal] @ member, modes.counts)
+    return ShellCouplings(coupling, signed, modes)
+
+
+def check_couplings(V: ArrayLike, eigenvalues: ArrayLike) -> tuple[Floats, Floats]:
+    """Return eigenvalues and exactly symmetric matrices as float64; raise on other input."""
+    rates = finite_vector("eigenvalues", eigenvalues)
+    matrices = np.asarray(V, dtype=np.float64)
+    if matrices.ndim < 2 or matrices.shape[-2:] != (rates.size, rates.size):
+        raise ValueError(
+            f"V must have shape (..., {rates.size}, {rates.size}) like eigenvalues, got "
+            f"{matrices.shape}; pass Uᵀ (dM/dt) U in the same basis."
+        )
+    if not np.isfinite(matrices).all():
+        raise ValueError("V holds NaN or infinity, expected finite values; check the derivative.")
+    transposed = matrices.swapaxes(-1, -2)
+    largest = np.abs(matrices).max(initial=0.0)
+    if np.abs(matrices - transposed).max(initial=0.0) > _ASYMMETRY * largest:
+        raise ValueError(
+            "V must be symmetric, as dM/dt is, but V and its transpose differ by more than "
+            f"{_ASYMMETRY:g} of its largest entry; pass (V + V.T) / 2 if that is rounding."
+        )
+    return rates, 0.5 * (matrices + transposed)
+
+
+def assign_modes(
+    eigenvalues: Floats, partition: ShellPartition, min_modes: int, mask: ArrayLike | None = None
+) -> ShellModes:
+    """Return the modes of all shells that have at least ``min_modes`` of them."""
+    shells = partition.index(eigenvalues)
+    used = shells >= 0
+    if mask is not None:
+        chosen = np.asarray(mask)
+        if chosen.dtype != np.bool_ or chosen.shape != eigenvalues.shape:
+            raise ValueError(
+                f"mask must be boolean with shape {eigenvalues.shape}, one entry per mode, got "
+                f"{chosen.dtype} with shape {chosen.shape}."
+            )
+        used &= chosen
+    counts = np.bincount(shells[used], minlength=partition.n_shells).astype(np.float64)
+    counts[counts < min_modes] = 0.0
+    kept = np.flatnonzero(used & (counts[shells] > 0.0))
+    kept = kept[np.argsort(shells[kept], kind="stable")]
+    logs = sum_by(shells[kept], np.log(eigenvalues[kept]), partition.n_shells)
+    return ShellModes(kept, shells[kept], counts, shell_means(logs, counts))
+
+
+@dataclass(frozen=True, eq=False)
+class PairEntries:
+    """The distinct normalised entries of V between the m modes of some shells."""
+
+    off: Floats  # entries of pairs of different modes, shape (m (m − 1) / 2,)
+    on: Floats  # entries V_uu, shape (m,)
+    modes: ShellModes
+    rule: CouplingRule
+
+    @classmethod
+    def of(
+        cls, V: Floats, eigenvalues: Floats, modes: ShellModes, rule: CouplingRule
+    ) -> PairEntries:
+        """Take the entries of one symmetric matrix."""
+        W = normalized_entries(V, eigenvalues, modes, rule)
+        return cls(W[np.triu_indices(len(W), 1)], np.diagonal(W).copy(), modes, rule)
+
+    def within(self, shells: slice) -> PairEntries:
+        """Return the entries between modes of consecutive shells alone; others are masked."""
+        chosen = np.zeros(self.modes.counts.size, dtype=bool)
+        chosen[shells] = True
+        kept = chosen[self.modes.shells]
+        rows, columns = np.triu_indices(kept.size, 1)
+        modes = ShellModes(
+            self.modes.modes[kept],
+            self.modes.shells[kept],
+            np.where(chosen, self.modes.counts, 0.0),
+            np.where(chosen, self.modes.log_lambda, np.nan),
+        )
+        return PairEntries(self.off[kept[rows] & kept[columns]], self.on[kept], modes, self.rule)
+
+    def permuted(self, n_null: int, generator: np.random.Generator) -> ShellCouplings:
+        """Return the couplings of ``n_null`` matrices with the same entries in other places.
+
+        Entries of pairs and entries V_uu are permuted apart, and matrices stay symmetric.
+        """
+        n_shells = self.modes.counts.size
+        rows, columns = np.triu_indices(self.on.size, 1)
+        pair = self.modes.shells[rows] * n_shells + self.modes.shells[columns]
+        off_sizes = self.rule.size(self.off)
+        off = np.empty((n_null, n_shells * n_shells))
+        signed, on = np.empty((n_null, n_shells)), np.empty((n_null, n_shells))
+        for draw in range(n_null):
+            moved = generator.permutation(off_sizes)
+            off[draw] = sum_by(pair, moved, n_shells * n_shells)
+            diagonal = generator.permutation(self.on)
+            signed[draw] = sum_by(self.modes.shells, diagonal, n_shells)
+            on[draw] = sum_by(self.modes.shells, self.rule.size(diagonal), n_shells)
+        square = off.reshape(n_null, n_shells, n_shells)
+        both = square + square.swapaxes(-1, -2)  # the lower triangle, and each pair in both orders
+        counts = self.modes.counts
+        return ShellCouplings(
+            self.rule.reduce(both, on, counts), shell_means(signed, counts), self.modes
+        )
+
+
+def permuted_matrix(
+    V: Floats,
+    eigenvalues: Floats,
+    modes: ShellModes,
+    rule: CouplingRule,
+    generator: np.random.Generator,
+) -> Floats:
+    """Return V between the chosen modes with its normalised entries permuted, shape (m, m).
+
+    Pairs and V_uu are permuted apart, and scaled back to the λ of their new places.
+    """
+    entries = PairEntries.of(V, eigenvalues, modes, rule)
+    upper = np.diag(0.5 * generator.permutation(entries.on))
+    upper[np.triu_indices(entries.on.size, 1)] = generator.permutation(entries.off)
+    scale = eigenvalues[modes.modes] ** NORMALIZATIONS[rule.normalization]
+    return np.asarray((upper + upper.T) * scale[:, None] * scale)
+
+
+def normalized_entries(
+    V: Floats, eigenvalues: Floats, modes: ShellModes, rule: CouplingRule
+) -> Floats:
+    """Return V between the chosen modes, divided by the power of λ_u λ_v that the rule names."""
+    rows = modes.modes
+    scale = eigenvalues[rows] ** -NORMALIZATIONS[rule.normalization]
+    return np.asarray(V[..., rows[:, None], rows] * scale[:, None] * scale)
+
+
+def shell_means(sums: Floats, counts: Floats) -> Floats:
+    """Return sums per shell divided by the number of modes, NaN where there is none."""
+    there = np.broadcast_to(counts > 0, sums.shape)
+    return np.asarray(np.divide(sums, counts, out=np.full(sums.shape, np.nan), where=there))
+
+
+def sum_by(places: NDArray[np.intp], values: Floats, size: int) -> Floats:
+    """Return the sums of the values that share a place, shape (size,)."""
+    return np.bincount(places, weights=values, minlength=size).astype(np.float64, copy=False)
+
+
+def _membership(modes: ShellModes) -> Floats:
+    return np.asarray(modes.shells[:, None] == np.arange(modes.counts.size), dtype=np.float64)

@@ -20,102 +20,6 @@ Places = NDArray[np.intp]
 _CHUNK = 1 << 15  # close pairs at a time: a few MB for each edge
 
 
-class PairTerms:
-    """The terms g_u g_v V_uv of ½ Σ_uv g_u g_v V_uv c[λ_u, λ_v], sorted by how they are divided.
-
-    Pairs further apart than the width of an edge are divided by λ_u − λ_v once, for all shells;
-    for close pairs every edge has its own divided difference. Modes so far below the first edge
-    that every weight of theirs is 0 or 1 exchange nothing with each other.
-
-    Parameters
-    ----------
-    rates : ndarray of shape (k,)
-        Eigenvalues, ascending.
-    products : ndarray of shape (k, k)
-        g_u g_v V_uv, symmetric.
-    shells : SoftShells
-    """
-
-    def __init__(self, rates: Floats, products: Floats, shells: SoftShells) -> None:
-        self.rates = rates
-        self.shells = shells
-        self.below, self.above = shells.below(rates), shells.above(rates)
-        self.products = products
-        first = int(np.count_nonzero(self.above[0] == 0.0))
-        ends = np.searchsorted(rates, rates * np.exp(shells.sigma), side="right")
-        ends[:first] = 0  # they have no close pairs
-        self._low, self._high = _pairs_within(np.arange(rates.size), ends)
-        self._far = self._divide_far_pairs(first)
-
-    def edge_fluxes(self) -> tuple[Floats, Floats]:
-        """Return the parts of the flux through each edge with u = v and with u ≠ v."""
-        drift = 0.5 * self.shells.slope_below(self.rates) @ np.diagonal(self.products)
-        return drift, self._far_fluxes() + self._close_fluxes()
-
-    def pair_flux(self, weights: Floats) -> Floats:
-        """Return F_αβ, what shell α gains from shell β; ``weights`` has shape (n_shells + 1, k)."""
-        far = weights @ self._far @ weights.T
-        size = len(weights)
-        close = np.zeros((size, size))
-        for low, high, products in self._close_pairs():
-            close += (self._weight_differences(low, high) * products) @ weights[:, high].T
-        slopes = _edges_to_shells(self.shells.slope_below(self.rates))
-        close += (0.5 * slopes * np.diagonal(self.products)) @ weights.T
-        return 0.5 * (far - far.T) + (close - close.T)
-
-    def _divide_far_pairs(self, first: int) -> Floats:
-        gaps = self.rates[:, None] - self.rates
-        gaps[:first, :first] = np.inf
-        gaps[self._low, self._high] = np.inf
-        gaps[self._high, self._low] = np.inf
-        np.fill_diagonal(gaps, np.inf)
-        quotients: Floats = self.products / gaps
-        return quotients
-
-    def _far_fluxes(self) -> Floats:
-        # c = 1 below an edge, 0 above it, plus a part near it. The first is a sum over the pairs
-        # that straddle the edge, so nothing large cancels; the second a sum over the modes near it.
-        nearby = np.where(self.below < 0.5, self.below, -self.above)
-        around: Floats = nearby @ self._far.sum(axis=1)
-        splits = np.count_nonzero(self.below >= 0.5, axis=1)
-        straddling = [self._far[:split, split:].sum() for split in splits]
-        fluxes: Floats = around + np.array(straddling)
-        return fluxes
-
-    def _close_fluxes(self) -> Floats:
-        fluxes = np.zeros(len(self.below))
-        for low, high, products in self._close_pairs():
-            fluxes += self._edge_differences(low, high) @ products
-        return fluxes
-
-    def _close_pairs(self) -> Iterator[tuple[Places, Places, Floats]]:
-        for start in range(0, self._low.size, _CHUNK):
-            low, high = self._low[start : start + _CHUNK], self._high[start : start + _CHUNK]
-            yield low, high, self.products[low, high]
-
-    def _edge_differences(self, low: Places, high: Places) -> Floats:
-        """Return c_k[λ_u, λ_v] of close pairs, shape (n_edges, n_pairs)."""
-        u, v = self.rates[low], self.rates[high]
-        edges = range(len(self.below))
-        return np.array([self.shells.difference_below(edge, u, v) for edge in edges])
-
-    def _weight_differences(self, low: Places, high: Places) -> Floats:
-        return _edges_to_shells(self._edge_differences(low, high))
-
-
-def _edges_to_shells(below: Floats) -> Floats:
-    """Turn what holds for c_k at the edges into what holds for w_α of null and the shells."""
-    return np.diff(below, axis=0, prepend=0.0, append=0.0)
-
-
-def _pairs_within(starts: Places, ends: Places) -> tuple[Places, Places]:
-    """Return the pairs (u, v) of positions with u < v < ends[u]."""
-    counts = np.maximum(ends - starts - 1, 0)
-    low = np.repeat(starts, counts)
-    offsets = np.arange(low.size) - np.repeat(np.cumsum(counts) - counts, counts)
-    return low, low + 1 + offsets
-
-
 @dataclass(frozen=True, eq=False)
 class EdgeBalance:
     """How the energy of every soft shell changes along a direction of the parameters.
@@ -326,6 +230,150 @@ def shell_balance(
     )
 
 
+def difference_balance(
+    eigenvalues: ArrayLike,
+    amplitudes: ArrayLike,
+    error_rates: ArrayLike,
+    flux_down: ArrayLike,
+    shells: SoftShells,
+    *,
+    total: float,
+    total_rate: float,
+) -> EdgeBalance:
+    """Return the balance from the Ritz modes of an error and fluxes known otherwise.
+
+    Amplitudes and rates are ⟨e, y⟩ and ⟨ė, y⟩; ``total``, ``total_rate`` are ½‖e‖² and ⟨ė, e⟩.
+    """
+    rates = finite_vector("eigenvalues", eigenvalues)
+    amplitude = finite_vector("amplitudes", amplitudes)
+    energies = 0.5 * amplitude**2
+    losses = -amplitude * finite_vector("error_rates", error_rates)
+    weights = shells.weights(rates)
+    energy, dissipation = weights @ energies, weights @ losses
+    # What no Ritz mode carries has no rate; it is rounding, as e lies in their span.
+    energy[0] += max(total - float(energies.sum()), 0.0)
+    dissipation[0] += -total_rate - float(losses.sum())
+    return EdgeBalance(
+        shells=shells,
+        energy=energy,
+        dissipation=dissipation,
+        flux_down=finite_vector("flux_down", flux_down),
+        density=shells.density_at_edges(rates, energies),
+        n_near=shells.count_near(rates),
+    )
+
+
+def flux_by_difference(
+    forward: ErrorRule, backward: ErrorRule, amount: float, shells: SoftShells
+) -> Floats:
+    """Return the flux through each edge from the energies of a frozen error at θ ± h θ̇.
+
+    ``amount`` is h, positive, in units of τ; the error is of order h², besides that of the rules.
+    """
+    step = check_real("amount", amount, low=0.0, low_open=True)
+    return (forward.below(shells) - backward.below(shells)) / (2.0 * step)
+
+
+@dataclass(frozen=True, eq=False)
+class ErrorRule:
+    """A quadrature rule of an error's spectral measure: rates (1/τ) and the energies ½g² there."""
+
+    nodes: Floats
+    energies: Floats
+
+    def below(self, shells: SoftShells) -> Floats:
+        """Return the energy below each edge, what has no node not counted."""
+        below: Floats = shells.below(self.nodes) @ self.energies
+        return below
+
+
+class PairTerms:
+    """The terms of ½ Σ_uv g_u g_v V_uv c[λ_u, λ_v], from ascending rates and g_u g_v V_uv."""
+
+    # Pairs further apart than the width of an edge are divided by λ_u − λ_v once, for all shells;
+    # for close pairs every edge has its own divided difference.
+
+    def __init__(self, rates: Floats, products: Floats, shells: SoftShells) -> None:
+        self.rates = rates
+        self.shells = shells
+        self.below, self.above = shells.below(rates), shells.above(rates)
+        self.products = products
+        # Modes so far below the first edge that every weight of theirs is 0 or 1 exchange nothing.
+        first = int(np.count_nonzero(self.above[0] == 0.0))
+        ends = np.searchsorted(rates, rates * np.exp(shells.sigma), side="right")
+        ends[:first] = 0  # they have no close pairs
+        self._low, self._high = _pairs_within(np.arange(rates.size), ends)
+        self._far = self._divide_far_pairs(first)
+
+    def edge_fluxes(self) -> tuple[Floats, Floats]:
+        """Return the parts of the flux through each edge with u = v and with u ≠ v."""
+        drift = 0.5 * self.shells.slope_below(self.rates) @ np.diagonal(self.products)
+        return drift, self._far_fluxes() + self._close_fluxes()
+
+    def pair_flux(self, weights: Floats) -> Floats:
+        """Return F_αβ, what shell α gains from shell β; ``weights`` has shape (n_shells + 1, k)."""
+        far = weights @ self._far @ weights.T
+        size = len(weights)
+        close = np.zeros((size, size))
+        for low, high, products in self._close_pairs():
+            close += (self._weight_differences(low, high) * products) @ weights[:, high].T
+        slopes = _edges_to_shells(self.shells.slope_below(self.rates))
+        close += (0.5 * slopes * np.diagonal(self.products)) @ weights.T
+        return 0.5 * (far - far.T) + (close - close.T)
+
+    def _divide_far_pairs(self, first: int) -> Floats:
+        gaps = self.rates[:, None] - self.rates
+        gaps[:first, :first] = np.inf
+        gaps[self._low, self._high] = np.inf
+        gaps[self._high, self._low] = np.inf
+        np.fill_diagonal(gaps, np.inf)
+        quotients: Floats = self.products / gaps
+        return quotients
+
+    def _far_fluxes(self) -> Floats:
+        # c = 1 below an edge, 0 above it, plus a part near it. The first is a sum over the pairs
+        # that straddle the edge, so nothing large cancels; the second a sum over the modes near it.
+        nearby = np.where(self.below < 0.5, self.below, -self.above)
+        around: Floats = nearby @ self._far.sum(axis=1)
+        splits = np.count_nonzero(self.below >= 0.5, axis=1)
+        straddling = [self._far[:split, split:].sum() for split in splits]
+        fluxes: Floats = around + np.array(straddling)
+        return fluxes
+
+    def _close_fluxes(self) -> Floats:
+        fluxes = np.zeros(len(self.below))
+        for low, high, products in self._close_pairs():
+            fluxes += self._edge_differences(low, high) @ products
+        return fluxes
+
+    def _close_pairs(self) -> Iterator[tuple[Places, Places, Floats]]:
+        for start in range(0, self._low.size, _CHUNK):
+            low, high = self._low[start : start + _CHUNK], self._high[start : start + _CHUNK]
+            yield low, high, self.products[low, high]
+
+    def _edge_differences(self, low: Places, high: Places) -> Floats:
+        """Return c_k[λ_u, λ_v] of close pairs, shape (n_edges, n_pairs)."""
+        u, v = self.rates[low], self.rates[high]
+        edges = range(len(self.below))
+        return np.array([self.shells.difference_below(edge, u, v) for edge in edges])
+
+    def _weight_differences(self, low: Places, high: Places) -> Floats:
+        return _edges_to_shells(self._edge_differences(low, high))
+
+
+def _edges_to_shells(below: Floats) -> Floats:
+    """Turn what holds for c_k at the edges into what holds for w_α of null and the shells."""
+    return np.diff(below, axis=0, prepend=0.0, append=0.0)
+
+
+def _pairs_within(starts: Places, ends: Places) -> tuple[Places, Places]:
+    """Return the pairs (u, v) of positions with u < v < ends[u]."""
+    counts = np.maximum(ends - starts - 1, 0)
+    low = np.repeat(starts, counts)
+    offsets = np.arange(low.size) - np.repeat(np.cumsum(counts) - counts, counts)
+    return low, low + 1 + offsets
+
+
 def _checked(
     eigenvalues: ArrayLike, amplitudes: ArrayLike, error_rates: ArrayLike, couplings: ArrayLike
 ) -> tuple[Floats, Floats, Floats, Floats]:
@@ -347,98 +395,3 @@ def _checked(
         raise ValueError("couplings must be finite, got NaN or infinity; mask unconverged modes.")
     order = np.argsort(rates, kind="stable")
     return rates[order], amplitude[order], error_rate[order], matrix[np.ix_(order, order)]
-
-
-@dataclass(frozen=True, eq=False)
-class ErrorRule:
-    """A quadrature rule of an error's spectral measure: rates and the energies ½g² there.
-
-    Parameters
-    ----------
-    nodes : ndarray of shape (m,)
-        Rates, unit 1/τ.
-    energies : ndarray of shape (m,)
-        Energies at the nodes.
-    """
-
-    nodes: Floats
-    energies: Floats
-
-    def below(self, shells: SoftShells) -> Floats:
-        """Return the energy below each edge, what has no node not counted."""
-        below: Floats = shells.below(self.nodes) @ self.energies
-        return below
-
-
-def flux_by_difference(
-    forward: ErrorRule, backward: ErrorRule, amount: float, shells: SoftShells
-) -> Floats:
-    """Return the flux through each edge from the energies of a frozen error at θ ± h θ̇.
-
-    Parameters
-    ----------
-    forward, backward : ErrorRule
-        Rules of the error at θ in the kernels at θ + h θ̇ and θ − h θ̇.
-    amount : float
-        h, in units of τ.
-    shells : SoftShells
-        The weights.
-
-    Returns
-    -------
-    ndarray of shape (n_edges,)
-        flux_down, with an error of order h² and that of the rules.
-
-    Raises
-    ------
-    ValueError
-        If ``amount`` is not positive.
-    """
-    step = check_real("amount", amount, low=0.0, low_open=True)
-    return (forward.below(shells) - backward.below(shells)) / (2.0 * step)
-
-
-def difference_balance(
-    eigenvalues: ArrayLike,
-    amplitudes: ArrayLike,
-    error_rates: ArrayLike,
-    flux_down: ArrayLike,
-    shells: SoftShells,
-    *,
-    total: float,
-    total_rate: float,
-) -> EdgeBalance:
-    """Return the balance from the Ritz modes of an error and fluxes known otherwise.
-
-    Parameters
-    ----------
-    eigenvalues, amplitudes, error_rates : array-like of float, shape (m,)
-        Ritz values of a Krylov space that begins with e, g = ⟨e, y⟩ and ⟨ė, y⟩.
-    flux_down : array-like of float, shape (n_edges,)
-        As from `flux_by_difference`.
-    shells : SoftShells
-        The weights.
-    total, total_rate : float
-        ½‖e‖² and ⟨ė, e⟩.
-
-    Returns
-    -------
-    EdgeBalance
-    """
-    rates = finite_vector("eigenvalues", eigenvalues)
-    amplitude = finite_vector("amplitudes", amplitudes)
-    energies = 0.5 * amplitude**2
-    losses = -amplitude * finite_vector("error_rates", error_rates)
-    weights = shells.weights(rates)
-    energy, dissipation = weights @ energies, weights @ losses
-    # What no Ritz mode carries has no rate; it is rounding, as e lies in their span.
-    energy[0] += max(total - float(energies.sum()), 0.0)
-    dissipation[0] += -total_rate - float(losses.sum())
-    return EdgeBalance(
-        shells=shells,
-        energy=energy,
-        dissipation=dissipation,
-        flux_down=finite_vector("flux_down", flux_down),
-        density=shells.density_at_edges(rates, energies),
-        n_near=shells.count_near(rates),
-    )

@@ -11,14 +11,19 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 import pandas as pd
 
-from spectralshell.shells.measure import Floats, SpectralMeasure
+from spectralshell.shells.measure import SMALLEST_RATE, Floats, SpectralMeasure
 from spectralshell.shells.partition import NULL, ShellPartition
-from spectralshell.statuses import join_statuses
+from spectralshell.statuses import (
+    ABOVE_LAST_EDGE,
+    BELOW_FIRST_EDGE,
+    BELOW_FLOOR,
+    WIDE_BOUNDS,
+    join_statuses,
+    negative_rates,
+)
 
 UNRESOLVED = "unresolved"
 
-# With no noise, null is what has eigenvalue zero or less.
-_TINY = float(np.finfo(np.float64).tiny)
 _MIXED = "spectralshell_mixed_labels"
 
 
@@ -134,18 +139,7 @@ def energy_frame(measures: Sequence[SpectralMeasure], partition: ShellPartition)
 
 
 def label_index(measures: Sequence[Labelled]) -> pd.MultiIndex:
-    """Return the index of frames with a row per snapshot, from the labels of its measures.
-
-    Parameters
-    ----------
-    measures : sequence
-        Anything with the attributes ``tau, batch, name``, distinct.
-
-    Returns
-    -------
-    MultiIndex
-        Levels ``tau``, ``batch`` and, where some measure has one, ``name``.
-    """
+    """Return the index of frames with a row per snapshot: ``tau, batch`` and any ``name``."""
     labels = _label_columns(_check_measures(measures))
     return pd.MultiIndex.from_arrays(list(labels.values()), names=list(labels))
 
@@ -294,7 +288,7 @@ def _snapshot_columns(
     """Return the value columns of one snapshot, rows null, unresolved and the shells."""
     edges = partition.edges
     # The boundary between null and unresolved; at the first edge, unresolved is empty.
-    split = min(max(measure.noise, _TINY), edges[0])
+    split = min(max(measure.noise, SMALLEST_RATE), edges[0])
     limits = np.concatenate([[split], edges])
     lower, mid, upper = _cumulative_with_split(measure, split, edges)
     below = np.append(mid[:-1], measure.total)
@@ -347,17 +341,17 @@ def _statuses(
     phrases: list[list[str]] = [[measure.status] for _ in starts]
     for row in range(2, len(phrases)):
         if starts[row] < measure.floor:
-            phrases[row].append("below the resolution floor")
+            phrases[row].append(BELOW_FLOOR)
         if spread[row] > energy[row]:
-            phrases[row].append("bounds wider than the energy")
+            phrases[row].append(WIDE_BOUNDS)
     if measure.total > 0.0 and _holds_overflow(measure, limits[-1:]):
-        phrases[-1].append("holds energy above the last edge")
+        phrases[-1].append(ABOVE_LAST_EDGE)
     if energy[1] > 0.0:
-        phrases[1].append("below the first edge")
+        phrases[1].append(BELOW_FIRST_EDGE)
     if measure.n_negative:
-        noun = "eigenvalues" if measure.solver == "exact" else "Ritz values"
-        size = "within" if -measure.nodes[0] <= measure.noise else "beyond"
-        phrases[0].append(f"{measure.n_negative} negative {noun}, {size} the noise")
+        within = bool(-measure.nodes[0] <= measure.noise)
+        exact = measure.solver == "exact"
+        phrases[0].append(negative_rates(measure.n_negative, exact=exact, within_noise=within))
     return [join_statuses(parts) for parts in phrases]
 
 

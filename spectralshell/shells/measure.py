@@ -1,4 +1,4 @@
-"""Spectral measure of one error vector: where its energy sits over the eigenvalues of M."""
+"""Spectral measures of error vectors: their energy over the eigenvalues of M, and its floors."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from spectralshell.parameter_checks import check_real
+from spectralshell.statuses import OK
 from spectralshell.warning_categories import DynamicsWarning
 
 Floats = NDArray[np.float64]
@@ -25,7 +26,7 @@ _TOTAL_TOLERANCE = 1e-9
 _ROUNDING = 1e-14
 
 # With no noise, null is what has eigenvalue zero or less.
-_TINY = float(np.finfo(np.float64).tiny)
+SMALLEST_RATE = float(np.finfo(np.float64).tiny)
 
 _POINTS_PER_OCTAVE = 2
 
@@ -38,54 +39,6 @@ _WIDTH_PER_TOTAL = 1e-3
 
 # The noise bounds one product; the eigenvalues of a rounded null space reach a little further.
 _NOISE_MARGIN = 2.0
-
-
-def finite_vector(name: str, values: Any, *, length: int | None = None) -> Floats:
-    """Return a float64 copy; raise unless it is a finite vector of that length."""
-    vector = np.array(values, dtype=np.float64)
-    if vector.ndim != 1 or (length is not None and vector.size != length):
-        expected = "(m,)" if length is None else f"({length},) like nodes"
-        raise ValueError(f"{name} must have shape {expected}, got {vector.shape}.")
-    if not np.isfinite(vector).all():
-        raise ValueError(f"{name} holds NaN or infinity, expected finite values; check the solve.")
-    return vector
-
-
-def read_only(vector: Floats) -> Floats:
-    """Return the vector, which can no longer be written to."""
-    vector.flags.writeable = False
-    return vector
-
-
-def check_name(name: Any) -> str:
-    """Return the name; raise unless it is a string."""
-    if not isinstance(name, str):
-        raise TypeError(f"name must be a string or None, got {name!r}.")
-    return name
-
-
-def check_label(name: str, value: Any) -> int | str:
-    """Return a label as int or str; raise on anything else."""
-    if isinstance(value, str):
-        return str(value)
-    if isinstance(value, Integral) and not isinstance(value, bool):
-        return int(value)
-    raise TypeError(f"{name} must be an integer or a string, got {value!r}; relabel the batch.")
-
-
-def check_edges(edges: ArrayLike, *, at_least: int = 1) -> Floats:
-    """Return edges as a vector; raise unless positive, finite and non-decreasing."""
-    vector = np.asarray(edges, dtype=np.float64)
-    if vector.ndim != 1 or vector.size < at_least:
-        raise ValueError(
-            f"edges must be one-dimensional with at least {at_least} entries, got {vector.shape}."
-        )
-    if not (vector[0] > 0.0 and np.isfinite(vector).all() and (np.diff(vector) >= 0.0).all()):
-        raise ValueError(
-            f"edges must be finite, positive and increasing, got {vector!r}; sort them, or take "
-            "ShellPartition.edges."
-        )
-    return vector
 
 
 class EnergyBounds(Protocol):
@@ -180,7 +133,7 @@ class SpectralMeasure:
     n_outputs: int = 0
     n_rows: int = 0
     dynamics_exact: bool = True
-    status: str = "ok"
+    status: str = OK
     plan: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
@@ -221,7 +174,7 @@ class SpectralMeasure:
     @cached_property
     def null(self) -> float:
         """Energy below the noise; without noise, at rates of zero and below."""
-        return float(self._estimate(np.array([self.noise or _TINY]))[0])
+        return float(self._estimate(np.array([self.noise or SMALLEST_RATE]))[0])
 
     @property
     def missing(self) -> float:
@@ -489,3 +442,51 @@ def quadrature_floor(bounds: EnergyBounds, total: float, lambda_max: float, lowe
     failed = np.flatnonzero(upper - lower > allowed)
     n_resolved = int(failed[0]) if failed.size else n_points
     return max(float(points[n_resolved - 1]) if n_resolved else lambda_max, lowest)
+
+
+def finite_vector(name: str, values: Any, *, length: int | None = None) -> Floats:
+    """Return a float64 copy; raise unless it is a finite vector of that length."""
+    vector = np.array(values, dtype=np.float64)
+    if vector.ndim != 1 or (length is not None and vector.size != length):
+        expected = "(m,)" if length is None else f"({length},) like nodes"
+        raise ValueError(f"{name} must have shape {expected}, got {vector.shape}.")
+    if not np.isfinite(vector).all():
+        raise ValueError(f"{name} holds NaN or infinity, expected finite values; check the solve.")
+    return vector
+
+
+def read_only(vector: Floats) -> Floats:
+    """Return the vector, which can no longer be written to."""
+    vector.flags.writeable = False
+    return vector
+
+
+def check_name(name: Any) -> str:
+    """Return the name; raise unless it is a string."""
+    if not isinstance(name, str):
+        raise TypeError(f"name must be a string or None, got {name!r}.")
+    return name
+
+
+def check_label(name: str, value: Any) -> int | str:
+    """Return a label as int or str; raise on anything else."""
+    if isinstance(value, str):
+        return str(value)
+    if isinstance(value, Integral) and not isinstance(value, bool):
+        return int(value)
+    raise TypeError(f"{name} must be an integer or a string, got {value!r}; relabel the batch.")
+
+
+def check_edges(edges: ArrayLike, *, at_least: int = 1) -> Floats:
+    """Return edges as a vector; raise unless positive, finite and non-decreasing."""
+    vector = np.asarray(edges, dtype=np.float64)
+    if vector.ndim != 1 or vector.size < at_least:
+        raise ValueError(
+            f"edges must be one-dimensional with at least {at_least} entries, got {vector.shape}."
+        )
+    if not (vector[0] > 0.0 and np.isfinite(vector).all() and (np.diff(vector) >= 0.0).all()):
+        raise ValueError(
+            f"edges must be finite, positive and increasing, got {vector!r}; sort them, or take "
+            "ShellPartition.edges."
+        )
+    return vector

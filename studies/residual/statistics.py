@@ -30,7 +30,7 @@ from spectralshell.shells import (
     toeplitz_residual,
 )
 from spectralshell.shells.coupling import CouplingRule
-from spectralshell.shells.toeplitz_matrix import ShellWindow, most_central, sliding_windows
+from spectralshell.shells.coupling_statistics import ShellWindow, most_central, sliding_windows
 from studies.residual.measuring import Coupled
 
 Floats = NDArray[np.float64]

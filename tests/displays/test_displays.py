@@ -1,4 +1,4 @@
-"""What all displays share: the import, the extra, axes that are given, figures that are made."""
+"""All displays: the import, the extra, axes that are given, figures that are made."""
 
 import subprocess
 import sys

@@ -12,6 +12,7 @@ from spectralshell.estimators.jacobian_block_frames import (
     fit_decay,
     normalized_coherence,
     null_frame,
+    observed_statistics,
     profile_score,
     within_band,
 )
@@ -99,6 +100,18 @@ def test_no_change_has_no_share():
     assert np.isnan(explained_shares(np.zeros((2, 2, 2)), 0)).all()
     assert np.isnan(explained_share(np.zeros((2, 2, 2)), 0))
     assert np.isnan(within_band(np.zeros((2, 2)), 0))
+
+
+def test_statistics_of_arrays_without_depth():
+    assert within_band(np.ones((3, 3)), 1) == pytest.approx(7 / 9, rel=ROUNDING)
+    found = observed_statistics(np.eye(2), np.ones((2, 2, 2)), 0)
+    assert found == {
+        "toeplitz_residual": 0.0,
+        "coherence_within_band": 1.0,
+        "change_within_band": pytest.approx(0.75, rel=ROUNDING),
+    }
+    frame = null_frame(np.eye(3), np.ones((3, 3, 3)), band=2, n_null=4, seed=0)
+    assert (frame["p_value"] == 1.0).all()
 
 
 def test_order_of_the_blocks_moves_the_band():

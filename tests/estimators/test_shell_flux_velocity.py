@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from spectralshell.estimators.shell_flux_frames import fit_velocity
+from spectralshell.estimators.shell_flux_frames import fit_velocity, flux_name
 from spectralshell.shells import ShellPartition, SoftShells, shell_balance
 
 EDGES = 2.0 ** np.arange(-6, 4)
@@ -131,3 +131,10 @@ def test_unstructured_couplings_have_no_sign_and_a_slope_near_one():
     # Three standard deviations of a proportion of 0.05 in 60 draws.
     assert told < 0.05 + 3 * (0.05 * 0.95 / 60) ** 0.5
     assert np.median([fit["b"] for fit in fits]) == pytest.approx(1.0, abs=0.15)
+
+
+@pytest.mark.parametrize("edge", [0.5, 0.1 + 0.2, 1e-300])
+def test_column_names_hold_the_edge_exactly(edge):
+    name = flux_name(edge)
+    assert name == f"flux_down[{edge}]"
+    assert float(name.removeprefix("flux_down[").removesuffix("]")) == edge

@@ -273,7 +273,7 @@ def test_intervals_are_jackknife_over_batches_not_snapshots():
     assert singles.status == "ok"
 
 
-def test_runs_side_by_side_are_resampled_as_batches_are():
+def test_trajectories_side_by_side_are_resampled_as_batches_are():
     by_batch, by_name = (
         [make_couplings(by_offset(RATES, seed=b), RATES, **labels(b)) for b in range(3)]
         for labels in (lambda b: {"batch": b}, lambda b: {"batch": 0, "name": f"seed {b}"})
@@ -379,9 +379,10 @@ def test_two_sided_p_values_are_uniform_and_reach_their_least_value():
 
 
 def test_summaries_average_what_is_known():
-    first = ShellSummary(np.array([[1.0]]), np.array([np.nan]), np.zeros(1), np.zeros(1))
-    second = ShellSummary(np.array([[3.0]]), np.array([2.0]), np.zeros(1), np.zeros(1))
+    first = ShellSummary(np.array([[1.0]]), np.array([np.nan]), np.full(1, np.nan), np.zeros(1))
+    second = ShellSummary(np.array([[3.0]]), np.array([2.0]), np.full(1, np.nan), np.zeros(1))
     mean = ShellSummary.mean([first, second])
     assert mean.coupling == 2.0
     assert mean.signed_mean == 2.0
+    assert np.isnan(mean.log_lambda)
     assert np.isnan(adjacent_share(mean.flux))
