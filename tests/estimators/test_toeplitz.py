@@ -14,8 +14,11 @@ CHEAP = {"solver": "exact", "n_null": 2}
 RTOL = 1e-12
 # A difference of states rounded in another order.
 WAY_RTOL = 1e-6
-# ln of shell couplings of modes whose own are more than rounding.
+# ln of shell couplings of modes whose own are more than rounding: those of SHORT are wrong by 0.004
+# to 0.006, with the modes that are lost by 0.3 to 0.5, whatever the arithmetic.
 ROUNDED = 0.03
+# A third of the default step, whose lost couplings are wrong by 0.03 to 0.2.
+SHORT = 3e-3
 
 
 class TestContract(ShellEstimatorContract):
@@ -45,7 +48,9 @@ def frozen_network():
 def test_attributes_belong_together(fitted, one_state):
     assert fitted.n_shells_ == len(fitted.coupling_) == len(fitted.edges_) - 1
     assert list(fitted.coupling_.columns) == list(fitted.shells_["shell"])
-    assert fitted.toeplitz_residual_ == toeplitz_residual(fitted.coupling_)
+    # A frame may hold its numbers in another order, and sums round by it.
+    expected = toeplitz_residual(fitted.coupling_)
+    assert fitted.toeplitz_residual_ == pytest.approx(expected, rel=RTOL)
     assert fitted.p_value_ in (1 / 3, 2 / 3, 1.0)
     assert fitted.intra_inter_ratio_ == fitted.statistics_["value"]["intra_inter_ratio"]
     assert fitted.null_.groupby("null").size().to_dict() == {"permutation": 2, "random": 2}
@@ -173,7 +178,7 @@ def test_couplings_lost_in_rounding_are_masked():
     snapshot = [steep_spectrum()]
     phrase = "couplings of some modes are lost in rounding"
     narrow = ToeplitzDiagnostic(
-        **CHEAP, q=4.0, derivative="difference", dtype="float32", min_modes=1
+        **CHEAP, q=4.0, derivative="difference", step=SHORT, dtype="float32", min_modes=1
     ).fit(snapshot)
     wide = ToeplitzDiagnostic(**CHEAP, q=4.0, dtype="float64").fit(snapshot)
     assert phrase in narrow.status_
