@@ -48,7 +48,7 @@ def characteristic(lambda_0: ArrayLike, s: ArrayLike, b: float) -> Any:
 
     Examples
     --------
-    >>> float(characteristic(2.0, 0.5, 2.0))
+    >>> round(float(characteristic(2.0, 0.5, 2.0)), 12)
     1.0
     """
     start, drift, slope = _check(lambda_0, s, b)
@@ -74,8 +74,8 @@ def characteristic_origin(lam: ArrayLike, s: ArrayLike, b: float) -> Any:
 
     Examples
     --------
-    >>> float(characteristic_origin(1.0, 0.5, 2.0)), float(characteristic_origin(2.0, 0.5, 2.0))
-    (2.0, inf)
+    >>> characteristic_origin([1.0, 2.0], 0.5, 2.0).round(12).tolist()
+    [2.0, inf]
     """
     end, drift, slope = _check(lam, s, b)
     distance, _ = _log_distance(end, drift, slope)
@@ -99,7 +99,7 @@ def wall(s: ArrayLike, b: float) -> Any:
 
     Examples
     --------
-    >>> float(wall(0.5, 2.0)), float(wall(0.5, 1.0))
+    >>> round(float(wall(0.5, 2.0)), 12), float(wall(0.5, 1.0))
     (2.0, inf)
     """
     drift = check_finite("s", s)
@@ -134,7 +134,7 @@ def dissipation_action(lam: ArrayLike, t: ArrayLike, *, b: float, c: float) -> A
 
     Examples
     --------
-    >>> float(dissipation_action(0.5, 3.0, b=1.7, c=0.0))
+    >>> round(float(dissipation_action(0.5, 3.0, b=1.7, c=0.0)), 12)
     3.0
     """
     end, time, slope, rate = _check_transport(lam, t, b, c)

@@ -79,7 +79,7 @@ def log_drift_characteristic(lambda_0: ArrayLike, t: ArrayLike, *, c0: float, t0
 
     Examples
     --------
-    >>> float(log_drift_characteristic(1.0, 4.0, c0=0.5, t0=1.0))
+    >>> round(float(log_drift_characteristic(1.0, 4.0, c0=0.5, t0=1.0)), 12)
     2.0
     """
     rates, time, c0, t0 = _check(lambda_0, t, c0, t0)

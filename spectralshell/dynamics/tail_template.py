@@ -51,7 +51,7 @@ def template_density(lam: ArrayLike, amplitude: ArrayLike, b: ArrayLike, kappa: 
 
     Examples
     --------
-    >>> float(template_density(2.0, 4.0, 2.0, 0.0))
+    >>> round(float(template_density(2.0, 4.0, 2.0, 0.0)), 12)
     1.0
     """
     lam_, amplitude_, b_, kappa_ = _arrays(lam=lam, amplitude=amplitude, b=b, kappa=kappa)
@@ -84,7 +84,7 @@ def frontier(kappa: ArrayLike, b: ArrayLike) -> Any:
 
     Examples
     --------
-    >>> frontier([0.25, 0.0], 2.0).tolist()
+    >>> frontier([0.25, 0.0], 2.0).round(12).tolist()
     [4.0, inf]
     """
     kappa_, b_ = np.broadcast_arrays(*_arrays(kappa=kappa, b=b))
