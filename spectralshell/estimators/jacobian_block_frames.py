@@ -257,9 +257,11 @@ def distances(n: int) -> NDArray[np.int64]:
 
 
 def normalized_coherence(coherence: Floats, norms: Floats) -> Floats:
-    """Return ‖J_l* J_m‖ / (‖J_l‖ ‖J_m‖), between 0 and 1; 0 where a block is zero."""
+    """Return ‖J_l* J_m‖ / (‖J_l‖ ‖J_m‖), exactly 1 for a block with itself; 0 where one is zero."""
     scale = np.outer(norms, norms)
     shares = np.divide(coherence, scale, out=np.zeros_like(scale), where=scale > 0.0)
+    # √x · √x rounds to another number than x.
+    np.fill_diagonal(shares, scale.diagonal() > 0.0)
     return np.asarray(np.minimum(shares, 1.0))
 
 
@@ -373,7 +375,11 @@ def profile_score(
     apart = distances(len(profile))
     different = np.triu(apart > 0)
     known = n_pairs[1:].sum()
-    constant = float(profile[1:] @ n_pairs[1:] / known) if known > 0.0 else 0.0
+    constant = 0.0
+    if known > 0.0:
+        # From the first distance on: the mean of equal numbers is that number, to the last bit.
+        first = float(profile[1])
+        constant = first + float((profile[1:] - first) @ n_pairs[1:] / known)
     predicted = profile[apart]
     by_distance = by_constant = 0.0
     for (coherence, norms), weight in zip(snapshots, weights, strict=True):
