@@ -85,12 +85,7 @@ def gradient_flow(evaluation: Evaluation) -> Direction:
 def cross_entropy_flow(evaluation: Evaluation) -> Direction:
     """Return minus the gradient of the mean cross-entropy, whatever the residual.
 
-    To be called inside the model's guard.
-
-    Raises
-    ------
-    ValueError, TypeError
-        If the targets are not class labels.
+    To be called inside the model's guard; an error if the targets are not class labels.
     """
     loss = resolve_residual("nll")
     problem = evaluation.problem
@@ -125,11 +120,6 @@ def displacement(function: ModelFunction, snapshot: Snapshot, other: Snapshot) -
     """Return the way from one snapshot's parameters to another's, over the time between them.
 
     Only the differentiated parameters take it; where others differ too, the unit says so.
-
-    Raises
-    ------
-    ValueError
-        If the other's state lacks a parameter, or has it in another shape or not finite.
     """
     here, there = snapshot.load_state(), other.load_state()
     elapsed = other.tau - snapshot.tau
@@ -158,14 +148,7 @@ def displacement(function: ModelFunction, snapshot: Snapshot, other: Snapshot) -
 
 
 def mapped_direction(function: ModelFunction, given: Mapping[str, Any]) -> Direction:
-    """Return the direction with given tensors by name, and zeros for the rest.
-
-    Raises
-    ------
-    ValueError
-        If a name is not a differentiated parameter, a shape is wrong, a value not finite, or two
-        names of one parameter come with different values.
-    """
+    """Return the direction with given tensors by name, and zeros for the rest."""
     positions = function.positions()
     tangents = [torch.zeros_like(p) for p in function.parameters]
     named: dict[int, str] = {}
@@ -195,18 +178,11 @@ def mapped_direction(function: ModelFunction, given: Mapping[str, Any]) -> Direc
     return as_direction("mapping", tuple(tangents), AS_GIVEN)
 
 
-def _others_differ(
-    function: ModelFunction, here: Mapping[str, Tensor], there: Mapping[str, Tensor]
-) -> bool:
-    """Tell whether parameters that are not differentiated have other values there."""
-    parameters = {name for name, _ in function.model.named_parameters()}
-    others = [name for name in here if name in parameters and name not in function.names]
-    return any(
-        name not in there
-        or here[name].shape != there[name].shape
-        or not torch.equal(widen(here[name]), widen(there[name]).to(here[name].device))
-        for name in others
-        if not here[name].is_meta
+def moved_parameters(function: ModelFunction, direction: Direction, amount: float) -> Parameters:
+    """Return θ + amount·θ̇, added in float64."""
+    return tuple(
+        cast(widen(p) + amount * widen(t), function.device, function.dtype)
+        for p, t in zip(function.parameters, direction.tangents, strict=True)
     )
 
 
@@ -228,3 +204,18 @@ def _pulled(evaluation: Evaluation, cotangent: Tensor) -> Parameters:
         first += n_entries
     check_finite_gradient(function.names, total)
     return total
+
+
+def _others_differ(
+    function: ModelFunction, here: Mapping[str, Tensor], there: Mapping[str, Tensor]
+) -> bool:
+    """Tell whether parameters that are not differentiated have other values there."""
+    parameters = {name for name, _ in function.model.named_parameters()}
+    others = [name for name in here if name in parameters and name not in function.names]
+    return any(
+        name not in there
+        or here[name].shape != there[name].shape
+        or not torch.equal(widen(here[name]), widen(there[name]).to(here[name].device))
+        for name in others
+        if not here[name].is_meta
+    )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from functools import cache
 from typing import Any
 
 import torch
@@ -29,6 +29,7 @@ _KINKED = (
 )
 
 _SAMPLES = 2
+"""Samples that a model is first recorded on."""
 
 
 def find_gates(evaluation: Evaluation) -> list[str]:
@@ -63,28 +64,6 @@ def warn_of_gates(names: list[str], *, option: str = "method", stacklevel: int) 
     )
 
 
-class _GateRecorder(TorchFunctionMode):
-    """While active, notes the kinked functions that are called on what requires gradients.
-
-    Comparisons are not among them: most that a model makes choose masks and have no kink, so what
-    ``torch.where`` or a product makes of one is not seen.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.found: dict[str, None] = {}
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run the function, and note it if it has kinks."""
-        kwargs = kwargs or {}
-        name = _GATES.get(func)
-        if func is F.elu and _has_kink(*args, **kwargs):
-            name = "elu"
-        if name is not None and _differentiated((args, kwargs)):
-            self.found[name] = None
-        return func(*args, **kwargs)
-
-
 def _record(evaluation: Evaluation, n_samples: int) -> list[str]:
     function = evaluation.problem.function
     leaves = tuple(p.detach().requires_grad_() for p in function.parameters)
@@ -93,6 +72,29 @@ def _record(evaluation: Evaluation, n_samples: int) -> list[str]:
     with torch.enable_grad(), recorder:
         vector(*leaves)
     return list(recorder.found)
+
+
+class _GateRecorder(TorchFunctionMode):
+    """While active, notes the kinked functions that are called on what requires gradients.
+
+    Comparisons are not among them: most choose masks and have no kink. So kinks that
+    ``torch.where`` or a product makes of one are not seen.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: dict[str, None] = {}
+        self._kinked = _kinked_functions()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run the function, and note it if it has kinks."""
+        kwargs = kwargs or {}
+        name = self._kinked.get(func)
+        if func is F.elu and _has_kink(*args, **kwargs):
+            name = "elu"
+        if name is not None and _differentiated((args, kwargs)):
+            self.found[name] = None
+        return func(*args, **kwargs)
 
 
 def _has_kink(input: Any, alpha: float = 1.0, inplace: bool = False) -> bool:
@@ -107,13 +109,13 @@ def _differentiated(arguments: Any) -> bool:
     )
 
 
-def _spellings() -> Iterator[tuple[Any, str]]:
-    for name in _KINKED:
-        for spelling in (name, f"{name}_", f"{name}_with_indices"):
-            for home in (torch, torch.Tensor, F):
-                function = getattr(home, spelling, None)
-                if callable(function):
-                    yield function, name
-
-
-_GATES: dict[Any, str] = dict(_spellings())
+@cache
+def _kinked_functions() -> dict[Any, str]:
+    """Return the functions of torch with kinks, in all their spellings, and their names."""
+    return {
+        function: name
+        for name in _KINKED
+        for spelling in (name, f"{name}_", f"{name}_with_indices")
+        for home in (torch, torch.Tensor, F)
+        if callable(function := getattr(home, spelling, None))
+    }
