@@ -11,6 +11,12 @@ OK = "ok"
 
 COLUMNS_ARE_PRODUCTS = "layers disagree with automatic differentiation: columns are products"
 
+ZERO_DIRECTION = "zero direction"
+"""The parameters stand still."""
+
+FROZEN_KERNEL = "frozen kernel"
+"""J does not depend on the parameters along the direction."""
+
 
 def measured_in(own: str, working: str) -> str:
     """Of a model in half precision."""

@@ -266,8 +266,7 @@ def survey_motion(
         dtype=dtype,
         generator=generator,
     )
-    budget = resolve_max_memory(max_memory, survey.device)
-    return KernelMotion(snapshot, survey, budget, generator)
+    return KernelMotion(snapshot, survey, max_memory=max_memory, generator=generator)
 
 
 def build_kernel_derivative(

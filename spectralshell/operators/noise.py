@@ -15,8 +15,8 @@ from spectralshell.operators.jacobian.linearizations import (
     DoubleReverse,
     ForwardMode,
     Linearization,
-    Streamed,
     VectorFunction,
+    record,
 )
 from spectralshell.operators.kernel_operator import Jacobian, Part
 from spectralshell.operators.layers.assembly import entry_samples
@@ -140,9 +140,8 @@ def _in_double(
     rung = DoubleReverse if jacobian.rung.startswith("double-vjp") else ForwardMode
 
     def linearize(vector: VectorFunction) -> Linearization:
-        if evaluation.chunk_size is None:
-            return rung(vector, function.parameters)
-        return Streamed(rung, vector, function.parameters)
+        streamed = evaluation.chunk_size is not None
+        return record(rung.name, rung, vector, function.parameters, streamed=streamed)
 
     share = _WHOLE_FLOPS / max(evaluation.forward_flops, 1.0)
     n_few = max(_FEWEST_SAMPLES, ceil(share * problem.n_samples))

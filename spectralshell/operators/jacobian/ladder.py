@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -14,9 +15,9 @@ from spectralshell.operators.jacobian.linearizations import (
     STREAMED_RUNGS,
     Linearization,
     PullBack,
-    Streamed,
     VectorFunction,
     inner,
+    record,
 )
 
 ACCEPTANCE_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
@@ -41,7 +42,11 @@ class Climb:
     linearization: Linearization
     rung: str
     refused: dict[str, str]
-    n_probes: int
+
+    @property
+    def n_probes(self) -> int:
+        """Products spent on tests."""
+        return 3 * (len(self.refused) + 1)
 
 
 def climb(
@@ -63,28 +68,49 @@ def climb(
     pulled_u, pulled_v = plain.pull(u), plain.pull(v)
     check_finite_gradient(names, pulled_u)
     del plain
-    refused: dict[str, str] = {}
-    for name in rungs if rungs is not None else (STREAMED_RUNGS if streamed else tuple(RUNGS)):
-        rung = RUNGS[name]
+    chosen = rungs if rungs is not None else (STREAMED_RUNGS if streamed else tuple(RUNGS))
+    candidates = {
+        name: partial(record, name, RUNGS[name], function, parameters, streamed=streamed)
+        for name in chosen
+    }
+    return take_first(
+        candidates,
+        lambda candidate: _acceptance_defect(candidate, u, v, pulled_u, pulled_v),
+        ACCEPTANCE_TOLERANCE[u.dtype],
+    )
+
+
+def take_first(
+    candidates: Mapping[str, Callable[[], Linearization]],
+    defect_of: Callable[[Linearization], float],
+    tolerance: float,
+    refused: Mapping[str, str] | None = None,
+) -> Climb:
+    """Return the first candidate whose products are right; DifferentiationError if none is.
+
+    ``refused`` are those known to be wrong, and why.
+    """
+    why_not = dict(refused or {})
+    for name, recorded in candidates.items():
+        if name in why_not:
+            continue
         try:
-            candidate = (
-                Streamed(rung, function, parameters) if streamed else rung(function, parameters)
-            )
-            defect = _acceptance_defect(candidate, u, v, pulled_u, pulled_v)
-        except Exception as error:  # any failure inside torch sends us to the next rung
+            candidate = recorded()
+            defect = defect_of(candidate)
+        except Exception as error:  # any failure inside torch sends us to the next one
             if is_out_of_memory(error):
                 raise
-            refused[name] = f"{type(error).__name__}: {first_line(error)}"
+            why_not[name] = f"{type(error).__name__}: {first_line(error)}"
             continue
-        if defect is None or defect <= ACCEPTANCE_TOLERANCE[u.dtype]:
-            return Climb(candidate, name, refused, n_probes=3 * (len(refused) + 1))
-        refused[name] = f"its products are wrong (relative defect {defect:.1e})"
-    raise DifferentiationError("; ".join(f"{name}: {why}" for name, why in refused.items()))
+        if defect <= tolerance:
+            return Climb(candidate, name, why_not)
+        why_not[name] = f"its products are wrong (relative defect {defect:.1e})"
+    raise DifferentiationError("; ".join(f"{name}: {why}" for name, why in why_not.items()))
 
 
 def _acceptance_defect(
     candidate: Linearization, u: Tensor, v: Tensor, pulled_u: Parameters, pulled_v: Parameters
-) -> float | None:
+) -> float:
     # A rung can be wrong without an exception: double reverse mode through a function that is
     # differentiable once only is, and symmetrically so. So ⟨u, M v⟩ = ⟨Jᵀu, Jᵀv⟩ is asked.
     # A map may change with use, by writing to its own constants: the first pair is asked for again
@@ -95,7 +121,7 @@ def _acceptance_defect(
         if product.shape != a.shape:
             raise ValueError(f"the product has shape {tuple(product.shape)}, not {tuple(a.shape)}")
     if u.is_meta:
-        return None
+        return 0.0
     scale = (inner(pulled_u, pulled_u) * inner(pulled_v, pulled_v)) ** 0.5
     expected = inner(pulled_u, pulled_v)
     defects = [abs(float(widen(a) @ widen(product)) - expected) for a, product in products]

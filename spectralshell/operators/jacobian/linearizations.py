@@ -39,11 +39,15 @@ class PullBack:
         return self._output
 
     def pull(self, cotangent: Tensor) -> Parameters:
-        """Return Jᵀu for u of shape (n,)."""
+        """Return Jᵀu for u of shape (n,): zero where the vector depends on no parameter."""
+        if not self.output.requires_grad:
+            return tuple(torch.zeros_like(p) for p in self.parameters)
         return self._grad(self.output, self.leaves, cotangent)
 
     def pull_block(self, cotangents: Tensor) -> Parameters:
         """Return Jᵀu for each row u of a block (k, n), stacked along the first dimension."""
+        if not self.output.requires_grad:
+            return tuple(p.new_zeros(len(cotangents), *p.shape) for p in self.parameters)
         return self._grad(self.output, self.leaves, cotangents, batched=True)
 
     @staticmethod
@@ -85,6 +89,9 @@ class Linearization(PullBack, ABC):
         """Return J t for each of k stacked tangents, shape (k, n)."""
         block: Tensor = vmap(lambda *t: self.push(t))(*tangents)
         return block
+
+
+Rung = Callable[[VectorFunction, Parameters], Linearization]
 
 
 class LinearizedForward(Linearization):
@@ -167,11 +174,11 @@ class Streamed(Linearization):
     calls_model = True
 
     def __init__(
-        self, rung: type[Linearization], function: VectorFunction, parameters: Parameters
+        self, name: str, rung: Rung, function: VectorFunction, parameters: Parameters
     ) -> None:
         super().__init__(function, parameters)
         self._rung = rung
-        self.name = f"{rung.name} (streamed)"
+        self.name = f"{name} (streamed)"
 
     def pull(self, cotangent: Tensor) -> Parameters:
         """Return Jᵀu for u of shape (n,)."""
@@ -200,6 +207,13 @@ RUNGS: dict[str, type[Linearization]] = {
 
 STREAMED_RUNGS = ("jvp", "double-vjp")
 """Order for chunks: tracing a tangent map anew for each product would cost more than it saves."""
+
+
+def record(
+    name: str, rung: Rung, function: VectorFunction, parameters: Parameters, *, streamed: bool
+) -> Linearization:
+    """Return a rung at a point; streamed, it records anew for each product."""
+    return Streamed(name, rung, function, parameters) if streamed else rung(function, parameters)
 
 
 def added(total: Parameters, more: Parameters) -> Parameters:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from types import TracebackType
 from typing import Self
@@ -14,29 +13,39 @@ import torch
 from torch import Tensor
 
 from spectralshell.models.function import Parameters, cast, widen
-from spectralshell.models.guard import full_precision
-from spectralshell.operators.costs import ExactPlan
+from spectralshell.models.guard import exclusive, full_precision
+from spectralshell.operators.costs import ROOM, ExactPlan, fits, plan_exact, product_cost
 from spectralshell.operators.exact_kernel import ExactKernel
 from spectralshell.operators.jacobian.linearizations import PullBack
 from spectralshell.operators.kernel_operator import KernelOperator
 from spectralshell.operators.layers.units import WHOLE, resolve_layers
-from spectralshell.operators.motion.directions import Direction
+from spectralshell.operators.matrix_free import assemble_matrix_free
+from spectralshell.operators.motion.directions import Direction, moved_parameters
 from spectralshell.operators.motion.rate import ZeroRate
-from spectralshell.operators.noise import Rounding
+from spectralshell.operators.noise import Rounding, measure_rounding
 from spectralshell.operators.problem import Chunk, Evaluation
 from spectralshell.operators.survey import KernelSurvey
+from spectralshell.statuses import FROZEN_KERNEL, OK, ZERO_DIRECTION
 
 Layers = str | Mapping[str, str] | Callable[[str], str]
 
-_TRIALS = 4
+_GRAPHS = 6.0
+"""Graphs of f and of its rate, with the tape of f, in those of a forward pass."""
 
-_TOO_FAR = 2.0
-"""Change of J, in units of the wanted one, above which a trial is followed by a shorter one."""
+_SHARED_PART = 0.25
+"""Part of the memory limit that JᵀU may take."""
 
 _SETUP_PRODUCTS = 8.0
 """What the test of the ladder costs before a first product."""
 
 _NORM_STEPS = 3
+"""Of the power method, for ‖J̇‖."""
+
+_TRIALS = 4
+"""Steps of a difference that are tried before the last is taken."""
+
+_TOO_FAR = 2.0
+"""Change of J, in units of the wanted one, above which a trial is followed by a shorter one."""
 
 
 class KernelDerivative(ABC):
@@ -55,6 +64,8 @@ class KernelDerivative(ABC):
         h of the central difference, in units of the direction; 0.0 for the exact one.
     n_products : int
         Products with J, Jᵀ, J̇ or J̇ᵀ so far, one for each column; none for what exact kernels gave.
+    is_zero : bool
+        Whether dM/dt is known to vanish; ``status`` says why.
     status : str
         ``"ok"``, ``"zero direction"``, ``"frozen kernel"`` (J does not depend on the parameters
         along the direction; a difference finds out with its first matrix or compression), or what
@@ -63,12 +74,13 @@ class KernelDerivative(ABC):
 
     method: str
 
-    def __init__(self, n: int, device: torch.device) -> None:
-        self.n = n
+    def __init__(self, error: Tensor) -> None:
+        self.n = int(error.numel())
         self.step = 0.0
         self.n_products = 0
-        self.status = "ok"
-        self._device = device
+        self.is_zero = False
+        self.status = OK
+        self._device = error.device
         self._dense: Tensor | None = None
 
     @cached_property
@@ -185,12 +197,11 @@ class KernelDerivative(ABC):
 class ZeroDerivative(KernelDerivative):
     """dM/dt along a direction that is zero."""
 
-    def __init__(
-        self, n: int, device: torch.device, method: str, parameter_names: Sequence[str]
-    ) -> None:
-        super().__init__(n, device)
+    def __init__(self, error: Tensor, method: str, parameter_names: Sequence[str]) -> None:
+        super().__init__(error)
         self.method = method
-        self.status = "zero direction"
+        self.is_zero = True
+        self.status = ZERO_DIRECTION
         self._names = parameter_names
 
     def layers(self, layers: Layers = "module") -> dict[str, Tensor]:
@@ -218,28 +229,340 @@ class ZeroDerivative(KernelDerivative):
         return torch.zeros_like(self._identity())
 
 
+class ExactDerivative(KernelDerivative):
+    """dM/dt = J̇Jᵀ + JJ̇ᵀ with J̇ by differentiating t(θ) = J(θ) θ̇.
+
+    ``rate`` is J̇J̇ᵀ with its two factors. ``form`` says how it is differentiated: ``"jvp"``, in
+    reverse through forward mode, or ``"double-vjp"``, in reverse twice; ``"zero"`` for constant J.
+    """
+
+    method = "exact"
+
+    def __init__(self, shared: SharedKernel, rate: KernelOperator) -> None:
+        super().__init__(rate.residual_vector)
+        self._shared = shared
+        self._rate = rate
+        self.form = rate.rung
+        if all(isinstance(part.linearization, ZeroRate) for part in rate.jacobian.parts):
+            self.is_zero = True
+            self.status = FROZEN_KERNEL
+
+    def layers(self, layers: Layers = "module") -> dict[str, Tensor]:
+        """Return dM_l/dt for each label, float64 of shape (n, n); they sum to dM/dt."""
+        halves = self._cross(self._identity(), resolve_layers(layers, self._rate.parameter_names))
+        return {label: half + half.T for label, half in halves.items()}
+
+    def rate_gram(self, vector: Tensor) -> Tensor:
+        """Return J̇J̇ᵀ v in float64, shape (n,): its largest eigenvalue is ‖dJ/dt‖²."""
+        self.n_products += 2
+        return self._rate.matvec(vector)
+
+    def close(self) -> None:
+        """Free the graph of this direction; products are errors afterwards."""
+        self._rate.close()
+
+    def _measure_noise(self) -> float:
+        if self.is_zero or self._device.type == "meta":
+            return 0.0
+        # J and J̇ each lose about half of what M does, and each stands in both terms.
+        rounding = self._shared.rounding
+        return 2.0 * rounding.noise * math.sqrt(rounding.norm * self._rate_norm())
+
+    def _rate_norm(self) -> float:
+        """Return ‖J̇J̇ᵀ‖, from below, by steps of the power method."""
+        generator = torch.Generator().manual_seed(0)
+        vector = self._checked(torch.randn(self.n, 1, generator=generator))[:, 0]
+        norm = 0.0
+        for _ in range(_NORM_STEPS):
+            size = float(vector.norm())
+            if not 0.0 < size < math.inf:
+                break
+            vector = self.rate_gram(vector / size)
+            norm = max(norm, float(vector.norm()))
+        return norm
+
+    def _prefers_dense(self, n_columns: int) -> bool:
+        return n_columns >= self.n
+
+    def _multiply(self, block: Tensor) -> Tensor:
+        kernel, rate = self._shared.operator, self._rate
+        images = []
+        for column in block.T:
+            first = rate.jvp(kernel.rmatvec(column))
+            images.append(first + kernel.jvp(rate.rmatvec(column)))
+        self.n_products += 4 * len(images)
+        return torch.stack(images, dim=1) if images else torch.zeros_like(block)
+
+    def _compress(self, block: Tensor) -> Tensor:
+        half = self._cross(block, resolve_layers(None, ()))[WHOLE]
+        return half + half.T
+
+    def _build_dense(self) -> Tensor:
+        return self._compress(self._identity())
+
+    def _cross(self, block: Tensor, label_of: Callable[[str], str]) -> dict[str, Tensor]:
+        self.n_products += block.shape[1] + self._shared.n_pulls(block)
+        return self._shared.cross(block, self._rate, label_of)
+
+
+class DifferenceDerivative(KernelDerivative):
+    """dM/dt = (M(θ + hθ̇) − M(θ − hθ̇)) / 2h, with exact kernels where they fit.
+
+    Known to be zero from when the two kernels were seen to be equal in every bit.
+    """
+
+    method = "difference"
+
+    def __init__(self, shared: SharedKernel, direction: Direction, step: float) -> None:
+        survey, max_bytes = shared.survey, shared.max_bytes
+        super().__init__(survey.evaluation.residual_vector)
+        self.step = step
+        self._shared = shared
+        self._direction = direction
+        plan = plan_exact(survey.footprint, max_bytes, survey.evaluation.problem.chunk_size)
+        self._plan = plan if fits(plan.peak_bytes, max_bytes) else None
+        self._product_cost = product_cost(survey.footprint, shared.chunk_size)
+        self._operators: list[KernelOperator] = []
+
+    def layers(self, layers: Layers = "module") -> dict[str, Tensor]:
+        """Return dM_l/dt for each label, float64 of shape (n, n); they sum to dM/dt."""
+        if self._plan is None:
+            raise ValueError(
+                "max_memory: the exact kernels whose layers are compared do not fit; allow more, "
+                "take fewer samples, or use method='exact'."
+            )
+        plus, minus = self._exact_kernels(self._plan, layers)
+        return {
+            label: self._quotient(kernel, minus.layers[label])
+            for label, kernel in plus.layers.items()
+        }
+
+    def rate_gram(self, vector: Tensor) -> Tensor:
+        """Return J̇J̇ᵀ v in float64, shape (n,): its largest eigenvalue is ‖dJ/dt‖²."""
+        plus, minus = self._kernels()
+        pulled = zip(plus.rmatvec(vector), minus.rmatvec(vector), strict=True)
+        tangents = [(a - b) / (2.0 * self.step) for a, b in pulled]
+        self.n_products += 4
+        return self._quotient(plus.jvp(tangents), minus.jvp(tangents))
+
+    def close(self) -> None:
+        """Free the graphs at the two points; they are recorded again when needed."""
+        for operator in self._operators:
+            operator.close()
+        self._operators = []
+
+    def _prefers_dense(self, n_columns: int) -> bool:
+        if self._plan is None:
+            return False
+        products = n_columns + (0.0 if self._operators else _SETUP_PRODUCTS)
+        return self._plan.kernel_cost <= products * self._product_cost
+
+    def _multiply(self, block: Tensor) -> Tensor:
+        plus, minus = self._kernels()
+        self.n_products += 4 * block.shape[1]
+        return self._quotient(plus.matmat(block), minus.matmat(block))
+
+    def _compress(self, block: Tensor) -> Tensor:
+        product = self._multiply(block)
+        if _is_zero(product):  # for this block: a random vector tells whether for all
+            probe = torch.randn(self.n, 1, generator=torch.Generator().manual_seed(0))
+            self._note_if_frozen(self._multiply(self._checked(probe)))
+        half = block.T @ product
+        return (half + half.T) / 2
+
+    def _build_dense(self) -> Tensor:
+        if self._plan is not None:
+            plus, minus = self._exact_kernels(self._plan, None)
+            difference = self._quotient(plus.matrix, minus.matrix)
+        else:
+            operators = self._kernels()
+            self.n_products += 4 * self.n
+            difference = self._quotient(*(operator.to_dense() for operator in operators))
+        self._note_if_frozen(difference)
+        return (difference + difference.T) / 2
+
+    def _measure_noise(self) -> float:
+        # Two errors that know nothing of each other, over 2h.
+        rounding = self._shared.rounding
+        return rounding.noise * rounding.norm / (math.sqrt(2.0) * self.step)
+
+    def _note_if_frozen(self, product: Tensor) -> None:
+        if _is_zero(product):
+            self.is_zero = True
+            self.status = FROZEN_KERNEL
+
+    def _kernels(self) -> list[KernelOperator]:
+        if not self._operators:
+            self._operators = [self._shared.build(end) for end in self._ends()]
+        return self._operators
+
+    def _exact_kernels(self, plan: ExactPlan, layers: Layers | None) -> list[ExactKernel]:
+        kernels = []
+        for end in self._ends():
+            with end.build_exact(plan, layers) as kernel:
+                kernels.append(kernel)
+                self.n_products += 2 * kernel.n_matvecs
+        return kernels
+
+    def _ends(self) -> Iterator[KernelSurvey]:
+        for sign in (1, -1):
+            yield self._shared.displaced(self._direction, sign * self.step)
+
+    def _quotient(self, plus: Tensor, minus: Tensor) -> Tensor:
+        return (widen(plus) - widen(minus)) / (2.0 * self.step)
+
+
+def _is_zero(product: Tensor) -> bool:
+    return not product.is_meta and product.numel() > 0 and not bool(product.any())
+
+
+class SharedKernel:
+    """M at θ, matrix-free, for all directions of a motion: built when first needed."""
+
+    def __init__(self, survey: KernelSurvey, max_bytes: int) -> None:
+        self.survey = survey
+        self.max_bytes = max_bytes
+        self.chunk_size = _fitting_chunk(survey, max_bytes)
+        self.evaluation = survey.evaluation  # in the operator's chunks, once it is built
+        self._operator: KernelOperator | None = None
+        self._block: Tensor | None = None
+        self._pulled: Parameters = ()
+        self._closed = False
+
+    @property
+    def operator(self) -> KernelOperator:
+        """M; its graphs stay until :meth:`close`."""
+        if self._operator is None:
+            self._operator = self.build(self.survey)
+            with exclusive():
+                self.evaluation = self.evaluation_in(self._operator.chunk_size)
+        return self._operator
+
+    def build(self, survey: KernelSurvey) -> KernelOperator:
+        """Build the kernel of a survey in chunks that fit, without measuring its noise."""
+        evaluation = survey.evaluation
+        with exclusive():
+            return assemble_matrix_free(
+                evaluation.problem, self.chunk_size, evaluation=evaluation, measured=False
+            )
+
+    def evaluation_in(self, size: int | None) -> Evaluation:
+        """Return the evaluation in chunks of ``size`` samples."""
+        for known in (self.evaluation, self.survey.evaluation):
+            if known.chunk_size == size:
+                return known
+        return self.survey.evaluation.problem.evaluate(size)
+
+    @cached_property
+    def rounding(self) -> Rounding:
+        """Norm and noise of M: about nine products the first time, for float32 more in float64."""
+        jacobian, function = self.operator.jacobian, self.evaluation.problem.function
+        with function.guard(), function.installed():
+            return measure_rounding(jacobian, self.evaluation)
+
+    def displaced(self, direction: Direction, amount: float) -> KernelSurvey:
+        """Return the survey of θ + amount·θ̇; what was checked and counted here is taken over."""
+        self.check_open()
+        here = self.survey.evaluation
+        with exclusive():
+            there = here.moved(moved_parameters(here.problem.function, direction, amount))
+        return KernelSurvey(there, self.survey.footprint)
+
+    def cross(
+        self, block: Tensor, rate: KernelOperator, label_of: Callable[[str], str]
+    ) -> dict[str, Tensor]:
+        """Return UᵀJ_l J̇_lᵀU for each label, float64 of shape (k, k).
+
+        Costs k products with J̇ᵀ, and k with Jᵀ unless JᵀU of the same block was kept; where it does
+        not fit, k with J for each label instead.
+        """
+        names = self.operator.parameter_names
+        n_columns = block.shape[1]
+        found = {label_of(name): block.new_zeros(n_columns, n_columns) for name in names}
+        pulled = self._pull(block)
+        for columns, tangents in rate.rmatmat(block):
+            if pulled:
+                with full_precision(self.operator.device):
+                    for name, left, right in zip(names, pulled, tangents, strict=True):
+                        product = _rows(left) @ _rows(right).T
+                        found[label_of(name)][:, columns] += widen(product)
+                continue
+            for label, total in found.items():
+                mine = tuple(
+                    tangent if label_of(name) == label else torch.zeros_like(tangent)
+                    for name, tangent in zip(names, tangents, strict=True)
+                )
+                for offset, column in enumerate(range(columns.start, columns.stop)):
+                    image = self.operator.jvp([tangent[offset] for tangent in mine])
+                    total[:, column] = block.T @ image
+        return found
+
+    def n_pulls(self, block: Tensor) -> int:
+        """Return the products with J or Jᵀ that :meth:`cross` needs for a block."""
+        return 0 if self._is_kept(block) else int(block.shape[1])
+
+    def check_open(self) -> None:
+        """Raise ValueError after :meth:`close`."""
+        if self._closed:
+            raise ValueError("this KernelMotion was closed; survey the snapshot again.")
+
+    def close(self) -> None:
+        """Free the recorded graphs, and JᵀU."""
+        self._closed = True
+        if self._operator is not None:
+            self._operator.close()
+        self._forget_pulled()
+
+    def _is_kept(self, block: Tensor) -> bool:
+        kept = self._block
+        if kept is None or kept.shape != block.shape:
+            return False
+        return kept is block or (not kept.is_meta and bool(torch.equal(kept, block)))
+
+    def _pull(self, block: Tensor) -> Parameters:
+        """Return JᵀU, kept since every direction needs it; nothing where it does not fit."""
+        if self._is_kept(block):
+            return self._pulled
+        self._forget_pulled()
+        operator, n_columns = self.operator, block.shape[1]
+        n_bytes = n_columns * operator.n_parameters * operator.dtype.itemsize
+        if n_bytes > int(_SHARED_PART * self.max_bytes):
+            return ()
+        pulled: Parameters = ()
+        for columns, tangents in operator.rmatmat(block):
+            if not pulled:
+                pulled = tuple(t.new_empty(n_columns, *t.shape[1:]) for t in tangents)
+            for whole, part in zip(pulled, tangents, strict=True):
+                whole[columns] = part
+        self._block, self._pulled = block.clone(), pulled
+        return pulled
+
+    def _forget_pulled(self) -> None:
+        self._block, self._pulled = None, ()
+
+
+def _fitting_chunk(survey: KernelSurvey, max_bytes: int) -> int | None:
+    """Return the samples of a chunk whose graphs fit, None for all."""
+    footprint = survey.footprint
+    size = survey.evaluation.chunk_size or footprint.n_samples
+    while size > 1 and _GRAPHS * size * footprint.graph_bytes > ROOM * max_bytes:
+        size = (size + 1) // 2
+    return None if size >= footprint.n_samples else size
+
+
+def _rows(stacked: Tensor) -> Tensor:
+    return stacked.reshape(len(stacked), -1)
+
+
 def natural_step(evaluation: Evaluation, direction: Direction, chunk_size: int | None) -> float:
     """Return the step h of a difference along a direction; the same one whenever it is asked for.
 
-    To be called outside inference mode, under the model lock.
-
-    Parameters
-    ----------
-    evaluation : Evaluation
-        At the point of the derivative.
-    direction : Direction
-        Of positive norm.
-    chunk_size : int or None
-        Samples that are tried: the first ones with entries. None is all.
-
-    Notes
-    -----
-    In proportion to the parameters, ‖hθ̇‖ = eps^(1/3) ‖θ‖, is the largest step. A gradient acts on
-    few directions and turns J much faster than that, so Jᵀu of a random u is compared at θ ± hθ̇,
-    and h shortened until half of their distance is about eps^(1/3) ‖Jᵀu‖. A kernel that hardly
-    moves keeps the largest step, and so does one that grows in proportion from J = 0. Cost: a
-    forward and a backward pass at θ, and two of each for a trial, at most four trials.
+    To be called with the model held exclusively; tried are the first ``chunk_size`` samples.
     """
+    # In proportion to the parameters, ‖hθ̇‖ = eps^(1/3) ‖θ‖, is the largest step. A gradient acts on
+    # few directions and turns J much faster than that, so Jᵀu of a random u is compared at θ ± hθ̇,
+    # and h shortened until half of their distance is about eps^(1/3) ‖Jᵀu‖. A kernel that hardly
+    # moves keeps the largest step, and so does one that grows in proportion from J = 0.
     function = evaluation.problem.function
     if function.device.type == "meta":
         return 1.0
@@ -250,7 +573,9 @@ def natural_step(evaluation: Evaluation, direction: Direction, chunk_size: int |
     here = _pulled(evaluation, chunk, function.parameters, cotangent)
     for _ in range(_TRIALS):
         plus, minus = (
-            _pulled(evaluation, chunk, _displaced(evaluation, direction, sign * step), cotangent)
+            _pulled(
+                evaluation, chunk, moved_parameters(function, direction, sign * step), cotangent
+            )
             for sign in (1.0, -1.0)
         )
         change = 0.5 * _norm(a - b for a, b in zip(plus, minus, strict=True))
@@ -285,353 +610,16 @@ def _draw(evaluation: Evaluation, n: int) -> Tensor:
     return cast(numbers, function.device, function.dtype)
 
 
-def _displaced(evaluation: Evaluation, direction: Direction, amount: float) -> Parameters:
-    function = evaluation.problem.function
-    return tuple(
-        cast(widen(p) + amount * widen(t), function.device, function.dtype)
-        for p, t in zip(function.parameters, direction.tangents, strict=True)
-    )
-
-
 def _pulled(
     evaluation: Evaluation, chunk: Chunk, parameters: Parameters, cotangent: Tensor
 ) -> Parameters:
     function = evaluation.problem.function
-    plain = PullBack(evaluation.vector_function(chunk), parameters)
-    with function.guard():
-        if not plain.output.requires_grad:
-            return tuple(torch.zeros_like(p) for p in parameters)
-        # A backward pass may read the model anew, as under checkpointing: at its own point.
-        point = tuple(p.detach().requires_grad_() for p in parameters)
-        with function.installed(point):
-            return plain.pull(cotangent)
+    # A backward pass may read the model anew, as under checkpointing: at its own point.
+    point = tuple(p.detach().requires_grad_() for p in parameters)
+    with function.guard(), function.installed(point):
+        return PullBack(evaluation.vector_function(chunk), parameters).pull(cotangent)
 
 
 def _norm(tensors: Iterable[Tensor]) -> float:
     square = sum(float(widen(t).square().sum()) for t in tensors)
     return float(square**0.5)
-
-
-@dataclass(frozen=True)
-class Points:
-    """The two ends of a central difference.
-
-    Attributes
-    ----------
-    displaced : callable
-        Gives the survey of θ plus a multiple of the direction.
-    build : callable
-        Gives the matrix-free kernel of a survey.
-    plan : ExactPlan or None
-        How exact kernels are built; None where they do not fit.
-    product_cost : float
-        Predicted seconds of the reference machine for a matrix-free product.
-    rounding : callable
-        Gives the norm of the rounding error of M.
-    """
-
-    displaced: Callable[[float], KernelSurvey]
-    build: Callable[[KernelSurvey], KernelOperator]
-    plan: ExactPlan | None
-    product_cost: float
-    rounding: Callable[[], float]
-
-
-class DifferenceDerivative(KernelDerivative):
-    """dM/dt = (M(θ + hθ̇) − M(θ − hθ̇)) / 2h.
-
-    Parameters
-    ----------
-    n : int
-    device : torch.device
-    points : Points
-    step : float
-        h.
-
-    Attributes
-    ----------
-    status : str
-        ``"frozen kernel"`` from when the two kernels were seen to be equal in every bit.
-    """
-
-    method = "difference"
-
-    def __init__(self, n: int, device: torch.device, points: Points, step: float) -> None:
-        super().__init__(n, device)
-        self.step = step
-        self._points = points
-        self._operators: list[KernelOperator] = []
-
-    def layers(self, layers: Layers = "module") -> dict[str, Tensor]:
-        """Return dM_l/dt for each label, float64 of shape (n, n); they sum to dM/dt.
-
-        Raises
-        ------
-        ValueError
-            If exact kernels do not fit in memory.
-        """
-        if self._points.plan is None:
-            raise ValueError(
-                "max_memory: the exact kernels whose layers are compared do not fit; allow more, "
-                "take fewer samples, or use method='exact'."
-            )
-        plus, minus = self._exact_kernels(layers)
-        return {
-            label: self._quotient(kernel, minus.layers[label])
-            for label, kernel in plus.layers.items()
-        }
-
-    def rate_gram(self, vector: Tensor) -> Tensor:
-        """Return J̇J̇ᵀ v in float64, shape (n,): its largest eigenvalue is ‖dJ/dt‖²."""
-        plus, minus = self._kernels()
-        pulled = zip(plus.rmatvec(vector), minus.rmatvec(vector), strict=True)
-        tangents = [(a - b) / (2.0 * self.step) for a, b in pulled]
-        self.n_products += 4
-        return self._quotient(plus.jvp(tangents), minus.jvp(tangents))
-
-    def close(self) -> None:
-        """Free the graphs at the two points; they are recorded again when needed."""
-        for operator in self._operators:
-            operator.close()
-        self._operators = []
-
-    def _prefers_dense(self, n_columns: int) -> bool:
-        points = self._points
-        if points.plan is None:
-            return False
-        products = n_columns + (0.0 if self._operators else _SETUP_PRODUCTS)
-        return points.plan.kernel_cost <= products * points.product_cost
-
-    def _multiply(self, block: Tensor) -> Tensor:
-        plus, minus = self._kernels()
-        self.n_products += 4 * block.shape[1]
-        return self._quotient(plus.matmat(block), minus.matmat(block))
-
-    def _compress(self, block: Tensor) -> Tensor:
-        product = self._multiply(block)
-        if _is_zero(product):  # for this block: a random vector tells whether for all
-            probe = torch.randn(self.n, 1, generator=torch.Generator().manual_seed(0))
-            self._note_if_frozen(self._multiply(self._checked(probe)))
-        half = block.T @ product
-        return (half + half.T) / 2
-
-    def _build_dense(self) -> Tensor:
-        if self._points.plan is not None:
-            plus, minus = self._exact_kernels(None)
-            difference = self._quotient(plus.matrix, minus.matrix)
-        else:
-            operators = self._kernels()
-            self.n_products += 4 * self.n
-            difference = self._quotient(*(operator.to_dense() for operator in operators))
-        self._note_if_frozen(difference)
-        return (difference + difference.T) / 2
-
-    def _measure_noise(self) -> float:
-        # Two errors that know nothing of each other, over 2h.
-        return self._points.rounding() / (math.sqrt(2.0) * self.step)
-
-    def _note_if_frozen(self, product: Tensor) -> None:
-        if _is_zero(product):
-            self.status = "frozen kernel"
-
-    def _kernels(self) -> list[KernelOperator]:
-        if not self._operators:
-            self._operators = [
-                self._points.build(self._points.displaced(sign * self.step)) for sign in (1, -1)
-            ]
-        return self._operators
-
-    def _exact_kernels(self, layers: Layers | None) -> list[ExactKernel]:
-        plan = self._points.plan
-        if plan is None:
-            raise ValueError("max_memory: exact kernels do not fit.")
-        kernels = []
-        for sign in (1, -1):
-            with self._points.displaced(sign * self.step).build_exact(plan, layers) as kernel:
-                kernels.append(kernel)
-                self.n_products += 2 * kernel.n_matvecs
-        return kernels
-
-    def _quotient(self, plus: Tensor, minus: Tensor) -> Tensor:
-        return (widen(plus) - widen(minus)) / (2.0 * self.step)
-
-
-def _is_zero(product: Tensor) -> bool:
-    return not product.is_meta and product.numel() > 0 and not bool(product.any())
-
-
-class SharedPullBack:
-    """JᵀU of the last block U, kept where it fits, since every direction needs it.
-
-    Parameters
-    ----------
-    kernel : KernelOperator
-    max_bytes : int
-        Most memory of JᵀU.
-    """
-
-    def __init__(self, kernel: KernelOperator, max_bytes: int) -> None:
-        self._kernel = kernel
-        self._max_bytes = max_bytes
-        self._block: Tensor | None = None
-        self._pulled: Parameters = ()
-
-    def cross(
-        self, block: Tensor, rate: KernelOperator, label_of: Callable[[str], str]
-    ) -> dict[str, Tensor]:
-        """Return UᵀJ_l J̇_lᵀU for each label, float64 of shape (k, k).
-
-        Cost: k products with J̇ᵀ, and k with Jᵀ unless they were kept; where they do not fit, k with
-        J for each label instead.
-        """
-        names = self._kernel.parameter_names
-        n_columns = block.shape[1]
-        found = {label_of(name): block.new_zeros(n_columns, n_columns) for name in names}
-        pulled = self._pull(block)
-        for columns, tangents in rate.rmatmat(block):
-            if pulled:
-                with full_precision(self._kernel.device):
-                    for name, left, right in zip(names, pulled, tangents, strict=True):
-                        product = _rows(left) @ _rows(right).T
-                        found[label_of(name)][:, columns] += widen(product)
-                continue
-            for label, total in found.items():
-                mine = tuple(
-                    tangent if label_of(name) == label else torch.zeros_like(tangent)
-                    for name, tangent in zip(names, tangents, strict=True)
-                )
-                for offset, column in enumerate(range(columns.start, columns.stop)):
-                    image = self._kernel.jvp([tangent[offset] for tangent in mine])
-                    total[:, column] = block.T @ image
-        return found
-
-    def n_pulls(self, block: Tensor) -> int:
-        """Return the products with J or Jᵀ that :meth:`cross` needs for a block."""
-        return 0 if self._is_kept(block) else int(block.shape[1])
-
-    def close(self) -> None:
-        """Free what is kept."""
-        self._block, self._pulled = None, ()
-
-    def _is_kept(self, block: Tensor) -> bool:
-        kept = self._block
-        if kept is None or kept.shape != block.shape:
-            return False
-        return kept is block or (not kept.is_meta and bool(torch.equal(kept, block)))
-
-    def _pull(self, block: Tensor) -> Parameters:
-        if self._is_kept(block):
-            return self._pulled
-        self.close()
-        kernel, n_columns = self._kernel, block.shape[1]
-        if n_columns * kernel.n_parameters * kernel.dtype.itemsize > self._max_bytes:
-            return ()
-        pulled: Parameters = ()
-        for columns, tangents in kernel.rmatmat(block):
-            if not pulled:
-                pulled = tuple(t.new_empty(n_columns, *t.shape[1:]) for t in tangents)
-            for whole, part in zip(pulled, tangents, strict=True):
-                whole[columns] = part
-        self._block, self._pulled = block.clone(), pulled
-        return pulled
-
-
-class ExactDerivative(KernelDerivative):
-    """dM/dt = J̇Jᵀ + JJ̇ᵀ with J̇ by differentiating t(θ) = J(θ) θ̇.
-
-    Parameters
-    ----------
-    kernel : KernelOperator
-        M, with J and Jᵀ.
-    rate : KernelOperator
-        J̇J̇ᵀ, with J̇ and J̇ᵀ.
-    shared : SharedPullBack
-        Of ``kernel``.
-    measured : callable
-        Gives the norm and noise of ``kernel``.
-
-    Attributes
-    ----------
-    form : str
-        How J̇ is differentiated: ``"jvp"``, in reverse through forward mode, or ``"double-vjp"``, in
-        reverse mode twice; ``"zero"`` where J is constant.
-    """
-
-    method = "exact"
-
-    def __init__(
-        self,
-        kernel: KernelOperator,
-        rate: KernelOperator,
-        shared: SharedPullBack,
-        measured: Callable[[], Rounding],
-    ) -> None:
-        super().__init__(kernel.n, kernel.residual_vector.device)
-        self._kernel = kernel
-        self._rate = rate
-        self._shared = shared
-        self._measured = measured
-        self.form = rate.rung
-        if all(isinstance(part.linearization, ZeroRate) for part in rate.jacobian.parts):
-            self.status = "frozen kernel"
-
-    def layers(self, layers: Layers = "module") -> dict[str, Tensor]:
-        """Return dM_l/dt for each label, float64 of shape (n, n); they sum to dM/dt."""
-        halves = self._cross(self._identity(), resolve_layers(layers, self._kernel.parameter_names))
-        return {label: half + half.T for label, half in halves.items()}
-
-    def rate_gram(self, vector: Tensor) -> Tensor:
-        """Return J̇J̇ᵀ v in float64, shape (n,): its largest eigenvalue is ‖dJ/dt‖²."""
-        self.n_products += 2
-        return self._rate.matvec(vector)
-
-    def close(self) -> None:
-        """Free the graph of this direction; products are errors afterwards."""
-        self._rate.close()
-
-    def _measure_noise(self) -> float:
-        if self.status != "ok" or self._device.type == "meta":
-            return 0.0
-        # J and J̇ each lose about half of what M does, and each stands in both terms.
-        rounding = self._measured()
-        return 2.0 * rounding.noise * math.sqrt(rounding.norm * self._rate_norm())
-
-    def _rate_norm(self) -> float:
-        """Return ‖J̇J̇ᵀ‖, from below, by steps of the power method."""
-        generator = torch.Generator().manual_seed(0)
-        vector = self._checked(torch.randn(self.n, 1, generator=generator))[:, 0]
-        norm = 0.0
-        for _ in range(_NORM_STEPS):
-            size = float(vector.norm())
-            if not 0.0 < size < math.inf:
-                break
-            vector = self.rate_gram(vector / size)
-            norm = max(norm, float(vector.norm()))
-        return norm
-
-    def _prefers_dense(self, n_columns: int) -> bool:
-        return n_columns >= self.n
-
-    def _multiply(self, block: Tensor) -> Tensor:
-        kernel, rate = self._kernel, self._rate
-        images = []
-        for column in block.T:
-            first = rate.jvp(kernel.rmatvec(column))
-            images.append(first + kernel.jvp(rate.rmatvec(column)))
-        self.n_products += 4 * len(images)
-        return torch.stack(images, dim=1) if images else torch.zeros_like(block)
-
-    def _compress(self, block: Tensor) -> Tensor:
-        half = self._cross(block, resolve_layers(None, ()))[WHOLE]
-        return half + half.T
-
-    def _build_dense(self) -> Tensor:
-        return self._compress(self._identity())
-
-    def _cross(self, block: Tensor, label_of: Callable[[str], str]) -> dict[str, Tensor]:
-        self.n_products += block.shape[1] + self._shared.n_pulls(block)
-        return self._shared.cross(block, self._rate, label_of)
-
-
-def _rows(stacked: Tensor) -> Tensor:
-    return stacked.reshape(len(stacked), -1)

@@ -194,13 +194,11 @@ def _pulled(evaluation: Evaluation, cotangent: Tensor) -> Parameters:
         n_entries = evaluation.count_entries(chunk)
         if n_entries == 0:
             continue
-        plain = PullBack(evaluation.vector_function(chunk), function.parameters)
-        if plain.output.requires_grad:
-            part = cast(cotangent[first : first + n_entries], function.device, function.dtype)
-            # A backward pass may read the model anew, as under checkpointing.
-            with function.installed():
-                pulled = plain.pull(part)
-            total = tuple(a + b for a, b in zip(total, pulled, strict=True))
+        part = cast(cotangent[first : first + n_entries], function.device, function.dtype)
+        # A backward pass may read the model anew, as under checkpointing.
+        with function.installed():
+            pulled = PullBack(evaluation.vector_function(chunk), function.parameters).pull(part)
+        total = tuple(a + b for a, b in zip(total, pulled, strict=True))
         first += n_entries
     check_finite_gradient(function.names, total)
     return total

@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor
 
-from spectralshell.models.function import Parameters, cast, widen
+from spectralshell.models.function import Parameters
 from spectralshell.models.guard import exclusive
-from spectralshell.operators.costs import ROOM, fits, plan_exact, product_cost
+from spectralshell.operators.costs import resolve_max_memory
 from spectralshell.operators.kernel_operator import KernelOperator
-from spectralshell.operators.matrix_free import assemble_matrix_free
 from spectralshell.operators.motion.derivative import (
     DifferenceDerivative,
     ExactDerivative,
     KernelDerivative,
-    Points,
-    SharedPullBack,
+    SharedKernel,
     ZeroDerivative,
     natural_step,
 )
@@ -37,10 +36,9 @@ from spectralshell.operators.motion.rate import (
     PlainReference,
     build_rate,
     take_reference,
-    working_forms,
+    wrong_forms,
 )
-from spectralshell.operators.noise import Rounding, measure_rounding
-from spectralshell.operators.problem import Evaluation, halve_until_it_fits
+from spectralshell.operators.problem import halve_until_it_fits
 from spectralshell.operators.survey import KernelSurvey
 from spectralshell.parameter_checks import check_option, check_real
 
@@ -48,123 +46,7 @@ if TYPE_CHECKING:
     from spectralshell.snapshots import Snapshot
 
 
-_GRAPHS = 6.0
-"""Graphs of f and of its rate, with the tape of f, in those of a forward pass."""
-
-_SHARED_PART = 0.25
-"""Part of the memory limit that JᵀU may take."""
-
 METHODS = ("exact", "difference")
-
-
-class MotionParts:
-    """The matrix-free kernel of a survey, and what is found once for all of its directions.
-
-    Parameters
-    ----------
-    survey : KernelSurvey
-    max_bytes : int
-        Working memory.
-    """
-
-    def __init__(self, survey: KernelSurvey, max_bytes: int) -> None:
-        self._survey = survey
-        self._max_bytes = max_bytes
-        self._evaluation = survey.evaluation
-        self._kernel: KernelOperator | None = None
-        self._rounding: Rounding | None = None
-        self._shared: SharedPullBack | None = None
-        self._forms: dict[str, str] | None = None
-        self._reference: tuple[int | None, PlainReference] | None = None
-
-    @property
-    def fitting_chunk(self) -> int | None:
-        """Samples of a chunk whose graphs fit; None for all."""
-        footprint = self._survey.footprint
-        size = self._survey.evaluation.chunk_size or footprint.n_samples
-        while size > 1 and _GRAPHS * size * footprint.graph_bytes > ROOM * self._max_bytes:
-            size = (size + 1) // 2
-        return None if size >= footprint.n_samples else size
-
-    def build_kernel(self, survey: KernelSurvey) -> KernelOperator:
-        """Build the matrix-free kernel of a survey, its noise not measured."""
-        with exclusive():
-            problem, size = survey.evaluation.problem, self.fitting_chunk
-            return assemble_matrix_free(problem, size, evaluation=survey.evaluation, measured=False)
-
-    def kernel(self) -> KernelOperator:
-        """Return the matrix-free kernel; its graphs stay until :meth:`close`."""
-        if self._kernel is None:
-            self._kernel = self.build_kernel(self._survey)
-            with exclusive():
-                self._evaluation = self._evaluation_in(self._kernel.chunk_size)
-        return self._kernel
-
-    def measured(self) -> Rounding:
-        """Return the norm and noise of the matrix-free kernel, measured once.
-
-        Cost: about nine products the first time, and three in float64 for float32.
-        """
-        if self._rounding is None:
-            kernel, function = self.kernel(), self._evaluation.problem.function
-            with function.guard(), function.installed():
-                self._rounding = measure_rounding(kernel.jacobian, self._evaluation)
-        return self._rounding
-
-    def rounding(self) -> float:
-        """Return the 2-norm of the rounding error of M; 0.0 on the meta device."""
-        measured = self.measured()
-        return measured.noise * measured.norm
-
-    def differentiate_twice(self, direction: Direction) -> ExactDerivative:
-        """Return the exact derivative along a direction."""
-        kernel = self.kernel()
-        shared = self._shared
-        if shared is None:
-            shared = self._shared = SharedPullBack(kernel, int(_SHARED_PART * self._max_bytes))
-        with exclusive():
-            rate, _ = halve_until_it_fits(
-                self._evaluation.problem,
-                self._evaluation.chunk_size,
-                lambda size: self._build_rate(kernel, direction.tangents, size),
-            )
-        return ExactDerivative(kernel, rate, shared, self.measured)
-
-    def close(self) -> None:
-        """Free the recorded graphs."""
-        if self._kernel is not None:
-            self._kernel.close()
-        if self._shared is not None:
-            self._shared.close()
-        self._reference = None
-
-    def _build_rate(
-        self, kernel: KernelOperator, tangents: Parameters, size: int | None
-    ) -> KernelOperator:
-        evaluation = self._evaluation_in(size)
-        function = evaluation.problem.function
-
-        with function.guard(), function.installed():
-            if self._forms is None:
-                self._forms = working_forms(evaluation)
-            reference = self._reference_for(evaluation)
-            return build_rate(evaluation, kernel, tangents, forms=self._forms, reference=reference)
-
-    def _reference_for(self, evaluation: Evaluation) -> PlainReference:
-        if self._reference is None or self._reference[0] != evaluation.chunk_size:
-            function = evaluation.problem.function
-            chunk = next(c for c in evaluation.chunks() if evaluation.count_entries(c))
-            reference = take_reference(
-                evaluation.vector_function(chunk), function.parameters, evaluation.problem.draw
-            )
-            self._reference = evaluation.chunk_size, reference
-        return self._reference[1]
-
-    def _evaluation_in(self, size: int | None) -> Evaluation:
-        for known in (self._evaluation, self._survey.evaluation):
-            if known.chunk_size == size:
-                return known
-        return self._survey.evaluation.problem.evaluate(size)
 
 
 class KernelMotion:
@@ -173,7 +55,7 @@ class KernelMotion:
     Attributes
     ----------
     survey : KernelSurvey
-        Of the snapshot itself.
+        The snapshot, evaluated and its costs counted: its kernel is built from it.
     residual_vector : Tensor of float64, shape (n,)
         e / √N.
     n, n_rows, n_parameters : int
@@ -191,8 +73,9 @@ class KernelMotion:
         self,
         snapshot: Snapshot,
         survey: KernelSurvey,
-        max_bytes: int,
-        generator: torch.Generator | None,
+        *,
+        max_memory: int | str | None = None,
+        generator: torch.Generator | None = None,
     ) -> None:
         problem = survey.evaluation.problem
         self.survey = survey
@@ -205,12 +88,12 @@ class KernelMotion:
         self.device = problem.function.device
         self.dtype = problem.function.dtype
         self._snapshot = snapshot
-        self._max_bytes = max_bytes
         self._generator = _own_generator(generator)
+        self._shared = SharedKernel(survey, resolve_max_memory(max_memory, self.device))
         self._flow: Direction | None = None
         self._gates: tuple[str, ...] | None = None
-        self._parts = MotionParts(survey, max_bytes)
-        self._closed = False
+        self._refused: dict[str, str] | None = None
+        self._reference: PlainReference | None = None
 
     def direction(
         self,
@@ -247,7 +130,7 @@ class KernelMotion:
         -----
         Cost: a forward and a backward pass for the first two, once for ``"gradient-flow"``.
         """
-        self._check_open()
+        self._shared.check_open()
         if norm is not None:
             norm = check_real("norm", norm, low=0.0)
         with exclusive():
@@ -264,7 +147,7 @@ class KernelMotion:
         self._check_direction(direction)
         if direction.norm == 0.0:
             return torch.zeros_like(self.residual_vector)
-        return self._parts.kernel().error_jvp(direction.tangents)
+        return self._shared.operator.error_jvp(direction.tangents)
 
     def displaced(self, direction: Direction, amount: float) -> KernelSurvey:
         """Return the survey of θ + amount·θ̇, residual and parameters as here.
@@ -279,13 +162,7 @@ class KernelMotion:
         Cost: one evaluation. What was checked and counted here is taken over.
         """
         self._check_direction(direction)
-        function = self.survey.evaluation.problem.function
-        with exclusive():
-            parameters = tuple(
-                cast(widen(p) + amount * widen(t), function.device, function.dtype)
-                for p, t in zip(function.parameters, direction.tangents, strict=True)
-            )
-            return KernelSurvey(self.survey.evaluation.moved(parameters), self.survey.footprint)
+        return self._shared.displaced(direction, amount)
 
     def derivative(
         self, direction: Direction, *, method: str = "exact", step: float | None = None
@@ -332,12 +209,12 @@ class KernelMotion:
         if step is not None:
             step = check_real("step", step, low=0.0, low_open=True)
         if direction.norm == 0.0:
-            device = self.residual_vector.device
-            return ZeroDerivative(self.n, device, method, self.parameter_names)
+            return ZeroDerivative(self.residual_vector, method, self.parameter_names)
         if method == "difference":
-            return self._difference(direction, step)
+            step = self.default_step(direction) if step is None else step
+            return DifferenceDerivative(self._shared, direction, step)
         warn_of_gates(list(self.gates), stacklevel=2)
-        return self._parts.differentiate_twice(direction)
+        return ExactDerivative(self._shared, self._rate(direction))
 
     def default_step(self, direction: Direction) -> float:
         """Return the step h of a central difference along a direction, in units of the direction.
@@ -355,7 +232,7 @@ class KernelMotion:
         if direction.norm == 0.0:
             return 1.0
         with exclusive():
-            return natural_step(self.survey.evaluation, direction, self._parts.fitting_chunk)
+            return natural_step(self.survey.evaluation, direction, self._shared.chunk_size)
 
     @property
     def gates(self) -> tuple[str, ...]:
@@ -368,8 +245,8 @@ class KernelMotion:
 
     def close(self) -> None:
         """Free the recorded graphs; exact derivatives made here end with it."""
-        self._closed = True
-        self._parts.close()
+        self._shared.close()
+        self._reference = None
 
     def __enter__(self) -> Self:
         return self
@@ -410,22 +287,34 @@ class KernelMotion:
                 self._flow = gradient_flow(self.survey.evaluation)
         return self._flow
 
-    def _difference(self, direction: Direction, step: float | None) -> DifferenceDerivative:
-        parts, footprint = self._parts, self.survey.footprint
-        chunk = self.survey.evaluation.problem.chunk_size
-        plan = plan_exact(footprint, self._max_bytes, chunk)
-        points = Points(
-            displaced=lambda amount: self.displaced(direction, amount),
-            build=parts.build_kernel,
-            plan=plan if fits(plan.peak_bytes, self._max_bytes) else None,
-            product_cost=product_cost(footprint, parts.fitting_chunk),
-            rounding=parts.rounding,
-        )
-        step = self.default_step(direction) if step is None else step
-        return DifferenceDerivative(self.n, self.residual_vector.device, points, step)
+    def _rate(self, direction: Direction) -> KernelOperator:
+        """Return J̇ along a direction, in the chunks of M, or smaller ones where memory runs out."""
+        kernel, evaluation = self._shared.operator, self._shared.evaluation
+        rate: KernelOperator
+        with exclusive():
+            rate, _ = halve_until_it_fits(
+                evaluation.problem,
+                evaluation.chunk_size,
+                partial(self._rate_in, kernel, direction.tangents),
+            )
+        return rate
+
+    def _rate_in(
+        self, kernel: KernelOperator, tangents: Parameters, size: int | None
+    ) -> KernelOperator:
+        evaluation = self._shared.evaluation_in(size)
+        function = evaluation.problem.function
+        with function.guard(), function.installed():
+            if self._refused is None:
+                self._refused = wrong_forms(evaluation)
+            if self._reference is None or self._reference.chunk_size != evaluation.chunk_size:
+                self._reference = take_reference(evaluation)
+            return build_rate(
+                evaluation, kernel, tangents, refused=self._refused, reference=self._reference
+            )
 
     def _check_direction(self, direction: Direction) -> None:
-        self._check_open()
+        self._shared.check_open()
         if not isinstance(direction, Direction):
             raise TypeError(
                 f"direction must be a Direction, as KernelMotion.direction() gives it, got "
@@ -438,10 +327,6 @@ class KernelMotion:
                 "direction: its tangents have other shapes than the parameters; it belongs to "
                 "another motion."
             )
-
-    def _check_open(self) -> None:
-        if self._closed:
-            raise ValueError("this KernelMotion was closed; survey the snapshot again.")
 
 
 def _own_generator(given: torch.Generator | None) -> torch.Generator:

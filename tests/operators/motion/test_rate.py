@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from spectralshell.operators import DifferentiationError, survey_motion
 from spectralshell.operators.jacobian.ladder import climb
 from spectralshell.operators.motion import rate as jacobian_rate
-from spectralshell.operators.motion.rate import FORMS, ForwardRate, working_forms
+from spectralshell.operators.motion.rate import FORMS, ForwardRate, wrong_forms
 from spectralshell.snapshots import Snapshot
 from spectralshell.warning_categories import GateWarning
 from tests.fingerprints import model_fingerprint
@@ -137,7 +137,7 @@ def test_second_derivatives_are_not_compared_where_there_is_no_float64():
 
     function = SimpleNamespace(device=torch.device("mps"), in_double=refuse)
     evaluation = SimpleNamespace(problem=SimpleNamespace(function=function))
-    assert working_forms(evaluation) == {"jvp": "", "double-vjp": ""}
+    assert wrong_forms(evaluation) == {}
 
 
 @pytest.mark.parametrize("name", ["mlp", "layernorm mlp", "custom function"])
