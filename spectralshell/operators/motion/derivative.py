@@ -230,11 +230,7 @@ class ZeroDerivative(KernelDerivative):
 
 
 class ExactDerivative(KernelDerivative):
-    """dM/dt = J̇Jᵀ + JJ̇ᵀ with J̇ by differentiating t(θ) = J(θ) θ̇.
-
-    ``rate`` is J̇J̇ᵀ with its two factors. ``form`` says how it is differentiated: ``"jvp"``, in
-    reverse through forward mode, or ``"double-vjp"``, in reverse twice; ``"zero"`` for constant J.
-    """
+    """dM/dt = J̇Jᵀ + JJ̇ᵀ with J̇ by differentiating t(θ) = J(θ) θ̇; ``rate`` is J̇J̇ᵀ."""
 
     method = "exact"
 
@@ -242,6 +238,7 @@ class ExactDerivative(KernelDerivative):
         super().__init__(rate.residual_vector)
         self._shared = shared
         self._rate = rate
+        # "jvp", reverse through forward mode; "double-vjp", reverse mode twice; "zero", constant J.
         self.form = rate.rung
         if all(isinstance(part.linearization, ZeroRate) for part in rate.jacobian.parts):
             self.is_zero = True
@@ -473,8 +470,7 @@ class SharedKernel:
     ) -> dict[str, Tensor]:
         """Return UᵀJ_l J̇_lᵀU for each label, float64 of shape (k, k).
 
-        Costs k products with J̇ᵀ, and k with Jᵀ unless JᵀU of the same block was kept; where it does
-        not fit, k with J for each label instead.
+        For k columns k products with J̇ᵀ, and k with Jᵀ, or with J for each label without JᵀU.
         """
         names = self.operator.parameter_names
         n_columns = block.shape[1]
@@ -590,8 +586,7 @@ def natural_step(evaluation: Evaluation, direction: Direction, chunk_size: int |
 def _shortening(here: float, change: float, bend: float, wanted: float) -> float:
     """Return the factor to the next step, 1.0 where this one will do.
 
-    ``here`` is the size of Jᵀu, ``change`` half the distance of the two ends, and ``bend`` the
-    distance of their mean from the middle.
+    ``change`` is half the distance of the ends of Jᵀu, ``bend`` that of their mean from ``here``.
     """
     if not math.isfinite(change):
         return wanted

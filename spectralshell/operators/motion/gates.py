@@ -35,8 +35,7 @@ _SAMPLES = 2
 def find_gates(evaluation: Evaluation) -> list[str]:
     """Return the names of the kinked functions that the residual calls on the parameters' way.
 
-    To be called inside the model's guard. Cost: one recorded evaluation of two samples, or of the
-    whole batch where the model does not run on two.
+    To be called inside the model's guard. Costs a recorded evaluation of two samples, if they run.
     """
     problem = evaluation.problem
     try:
@@ -77,8 +76,7 @@ def _record(evaluation: Evaluation, n_samples: int) -> list[str]:
 class _GateRecorder(TorchFunctionMode):
     """While active, notes the kinked functions that are called on what requires gradients.
 
-    Comparisons are not among them: most choose masks and have no kink. So kinks that
-    ``torch.where`` or a product makes of one are not seen.
+    Not comparisons, as most choose masks: what ``torch.where`` makes of one is not seen.
     """
 
     def __init__(self) -> None:

@@ -67,8 +67,7 @@ def build_rate(
 ) -> KernelOperator:
     """Return J̇ along a direction, as the operator J̇J̇ᵀ with its two factors; ``kernel`` is M.
 
-    To be called inside the model's guard; ``refused`` are forms known to be wrong, and why. An
-    error if no form agrees with plain reverse mode.
+    To be called inside the model's guard; ``refused`` are forms known to be wrong, and why.
     """
     problem, streamed = evaluation.problem, evaluation.chunk_size is not None
     function = problem.function
@@ -219,8 +218,7 @@ class ForwardRate(Linearization):
 class ReverseRate(Linearization):
     """J̇ᵀu = ∇⟨Jᵀu, θ̇⟩ by reverse mode twice, and J̇ as its transpose: no third derivative.
 
-    Slower than forward mode. The mean and the scale inside a layer normalisation are constants to
-    what torch differentiates there, and for some operations it has nothing to differentiate.
+    Slower, but right where torch's forward mode is not, as in layer normalisation.
     """
 
     name = "double-vjp"
@@ -377,10 +375,9 @@ def take_reference(evaluation: Evaluation) -> PlainReference:
 
 
 def wrong_forms(evaluation: Evaluation) -> dict[str, str]:
-    """Return the forms of the second derivative that are wrong, and why.
+    """Return the forms of the second derivative that are wrong on a few samples, and why.
 
-    Compared on a few samples in float64 with a difference, since torch's own second derivatives are
-    wrong for some operations. To be called inside the model's guard.
+    torch's own are wrong for some operations. To be called inside the model's guard.
     """
     problem = evaluation.problem
     if problem.function.device.type in ("meta", "mps"):  # without values, without float64
@@ -419,8 +416,7 @@ def compare_forms(
 ) -> dict[str, str]:
     """Return what is wrong with each form, "" if nothing, for a function in float64 at a point.
 
-    ``installed(point)`` is the context in which the model, if there is one, is at a point: a
-    backward pass may read it.
+    ``installed(point)`` is the context in which a backward pass reads the model there, if any.
     """
     found, judged = _compare_at(function, parameters, names, draw, installed)
     if judged:
@@ -447,8 +443,7 @@ def _compare_at(
 ) -> tuple[dict[str, str], bool]:
     """Return what is wrong with each form at a point, and whether a step could tell.
 
-    J̇ᵀu along a random direction is compared with the central difference of Jᵀu over shorter and
-    shorter steps. A form that agrees over one of them is right.
+    A form is right whose J̇ᵀu agrees with a difference of Jᵀu over one of ever shorter steps.
     """
     tangents = tuple(draw(p.numel()).double().reshape(p.shape) for p in parameters)
     relative = (_norm(parameters) or 1.0) / _norm(tangents)
@@ -491,11 +486,7 @@ def _compare_at(
 
 @dataclass(frozen=True)
 class _Quotient:
-    """The central difference of Jᵀu over two points, and Jᵀu between them.
-
-    Of a function with kinks, one of millions may lie between two points however close; the
-    difference is then wrong, and so is the mean of its ends as the value between them.
-    """
+    """The central difference of Jᵀu over two points, and Jᵀu between them."""
 
     plus: Parameters
     middle: Parameters
@@ -509,7 +500,7 @@ class _Quotient:
 
     @property
     def is_smooth(self) -> bool:
-        """Whether the second difference vanishes, as it does between kinks."""
+        """Whether the second difference vanishes: between close points it does, but for a kink."""
         points = zip(self.plus, self.middle, self.minus, strict=True)
         bend = _norm((a + b - 2.0 * m) / self.amount for a, m, b in points)
         return self._excess(bend) <= _DIFFERENCE_TOLERANCE
