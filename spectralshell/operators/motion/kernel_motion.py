@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from functools import partial
+from functools import cached_property, partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
@@ -45,7 +45,7 @@ from spectralshell.parameter_checks import check_option, check_real
 if TYPE_CHECKING:
     from spectralshell.snapshots import Snapshot
 
-METHODS = ("exact", "difference")
+_METHODS = ("exact", "difference")
 
 
 def survey_motion(
@@ -197,8 +197,6 @@ class KernelMotion:
         self._snapshot = snapshot
         self._generator = _own_generator(generator)
         self._shared = SharedKernel(survey, resolve_max_memory(max_memory, self.device))
-        self._flow: Direction | None = None
-        self._gates: tuple[str, ...] | None = None
         self._refused: dict[str, str] | None = None
         self._reference: PlainReference | None = None
 
@@ -244,7 +242,7 @@ class KernelMotion:
             found = self._find_direction(spec, generator)
         if norm is not None:
             return found.with_norm(norm)
-        return found.with_norm(self._gradient_flow().norm) if found.name == "random" else found
+        return found.with_norm(self._gradient_flow.norm) if found.name == "random" else found
 
     def error_rate(self, direction: Direction) -> Tensor:
         """Return ė, the rate of the residual vector along a direction: float64, shape (n,).
@@ -312,7 +310,7 @@ class KernelMotion:
         Difference: two exact kernels for ``to_dense``, or 2 k products of two matrix-free ones.
         """
         self._check_direction(direction)
-        check_option("method", method, METHODS)
+        check_option("method", method, _METHODS)
         if step is not None:
             step = check_real("step", step, low=0.0, low_open=True)
         if direction.norm == 0.0:
@@ -341,14 +339,11 @@ class KernelMotion:
         with exclusive():
             return natural_step(self.survey.evaluation, direction, self._shared.chunk_size)
 
-    @property
+    @cached_property
     def gates(self) -> tuple[str, ...]:
         """Functions with kinks that the model uses."""
-        if self._gates is None:
-            function = self.survey.evaluation.problem.function
-            with function.guard():
-                self._gates = tuple(find_gates(self.survey.evaluation))
-        return self._gates
+        with self.survey.evaluation.problem.function.guard():
+            return tuple(find_gates(self.survey.evaluation))
 
     def close(self) -> None:
         """Free the recorded graphs; exact derivatives made here end with it."""
@@ -376,7 +371,7 @@ class KernelMotion:
             if spec == "random":
                 return random_direction(problem.function, generator or self._generator)
             if spec == "gradient-flow":
-                return self._gradient_flow()
+                return self._gradient_flow
             with problem.function.guard():
                 return cross_entropy_flow(self.survey.evaluation)
         if isinstance(spec, Mapping):
@@ -388,11 +383,10 @@ class KernelMotion:
             f"mapping of parameter names to tensors, got {type(spec).__name__}."
         )
 
+    @cached_property
     def _gradient_flow(self) -> Direction:
-        if self._flow is None:
-            with self.survey.evaluation.problem.function.guard():
-                self._flow = gradient_flow(self.survey.evaluation)
-        return self._flow
+        with self.survey.evaluation.problem.function.guard():
+            return gradient_flow(self.survey.evaluation)
 
     def _rate(self, direction: Direction) -> KernelOperator:
         """Return J̇ along a direction, in the chunks of M, or smaller ones where memory runs out."""
