@@ -179,9 +179,12 @@ def test_arguments_and_order_of_use_are_checked():
     derivative = motion.derivative(direction)
     with pytest.raises(ValueError, match="operand"):
         derivative.compress(random_block(3, 3))
+    difference = motion.derivative(direction, method="difference")
     motion.close()
     with pytest.raises(ValueError, match="closed"):
         motion.direction("random")
+    with pytest.raises(ValueError, match="closed"):
+        difference.to_dense()
     with pytest.raises(ValueError, match="closed"):
         derivative.matvec(random_block(motion.n, 1)[:, 0])
 
