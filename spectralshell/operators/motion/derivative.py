@@ -420,20 +420,19 @@ class SharedKernel:
         self.survey = survey
         self.max_bytes = max_bytes
         self.chunk_size = _fitting_chunk(survey, max_bytes)
-        self.evaluation = survey.evaluation  # in the operator's chunks, once it is built
-        self._operator: KernelOperator | None = None
         self._block: Tensor | None = None
         self._pulled: Parameters = ()
         self._closed = False
 
-    @property
+    @cached_property
     def operator(self) -> KernelOperator:
         """M; its graphs stay until :meth:`close`."""
-        if self._operator is None:
-            self._operator = self.build(self.survey)
-            with exclusive():
-                self.evaluation = self.evaluation_in(self._operator.chunk_size)
-        return self._operator
+        return self.build(self.survey)
+
+    @cached_property
+    def evaluation(self) -> Evaluation:
+        """The evaluation in the chunks of the operator, which may be smaller than planned."""
+        return _in_chunks(self.survey.evaluation, self.operator.chunk_size)
 
     def build(self, survey: KernelSurvey) -> KernelOperator:
         """Build the kernel of a survey in chunks that fit, without measuring its noise."""
@@ -445,10 +444,8 @@ class SharedKernel:
 
     def evaluation_in(self, size: int | None) -> Evaluation:
         """Return the evaluation in chunks of ``size`` samples."""
-        for known in (self.evaluation, self.survey.evaluation):
-            if known.chunk_size == size:
-                return known
-        return self.survey.evaluation.problem.evaluate(size)
+        known = self.evaluation
+        return known if known.chunk_size == size else _in_chunks(self.survey.evaluation, size)
 
     @cached_property
     def rounding(self) -> Rounding:
@@ -505,8 +502,8 @@ class SharedKernel:
     def close(self) -> None:
         """Free the recorded graphs, and JᵀU."""
         self._closed = True
-        if self._operator is not None:
-            self._operator.close()
+        if "operator" in vars(self):  # it was built
+            self.operator.close()
         self._forget_pulled()
 
     def _is_kept(self, block: Tensor) -> bool:
@@ -535,6 +532,13 @@ class SharedKernel:
 
     def _forget_pulled(self) -> None:
         self._block, self._pulled = None, ()
+
+
+def _in_chunks(known: Evaluation, size: int | None) -> Evaluation:
+    if known.chunk_size == size:
+        return known
+    with exclusive():
+        return known.problem.evaluate(size)
 
 
 def _fitting_chunk(survey: KernelSurvey, max_bytes: int) -> int | None:
