@@ -12,7 +12,7 @@ from torch import Tensor
 
 from spectralshell.models.function import ModelFunction, Parameters, cast, widen
 from spectralshell.operators.jacobian.ladder import check_finite_gradient
-from spectralshell.operators.jacobian.linearizations import PullBack
+from spectralshell.operators.jacobian.linearizations import PullBack, added
 from spectralshell.operators.problem import Evaluation
 from spectralshell.residuals import resolve_residual
 
@@ -198,7 +198,7 @@ def _pulled(evaluation: Evaluation, cotangent: Tensor) -> Parameters:
         # A backward pass may read the model anew, as under checkpointing.
         with function.installed():
             pulled = PullBack(evaluation.vector_function(chunk), function.parameters).pull(part)
-        total = tuple(a + b for a, b in zip(total, pulled, strict=True))
+        total = added(total, pulled)
         first += n_entries
     check_finite_gradient(function.names, total)
     return total

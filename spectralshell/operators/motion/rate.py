@@ -32,6 +32,7 @@ from spectralshell.operators.jacobian.linearizations import (
     Linearization,
     PullBack,
     VectorFunction,
+    inner,
     record,
 )
 from spectralshell.operators.kernel_operator import Jacobian, KernelOperator, Part
@@ -340,11 +341,11 @@ class PlainReference:
         rate_u, rate_v = rate.pull(self.u), rate.pull(self.v)
         if self.u.is_meta:
             return 0.0
-        found = _inner(rate_u, self.pulled_v) + _inner(self.pulled_u, rate_v)
+        found = inner(rate_u, self.pulled_v) + inner(self.pulled_u, rate_v)
         size_u, size_v = _norm(self.pulled_u), _norm(self.pulled_v)
         scale = _norm(rate_u) * size_v + size_u * _norm(rate_v)
         rounding = _ROUNDINGS * torch.finfo(self.u.dtype).eps * size_u * size_v * _norm(tangents)
-        defect = abs(found - _inner(self.gradient, tangents))
+        defect = abs(found - inner(self.gradient, tangents))
         if not defect < float("inf"):
             return float("inf")
         return max(defect - rounding, 0.0) / scale if scale > 0.0 else float(defect > rounding)
@@ -514,10 +515,6 @@ class _Quotient:
         if not excess > 0.0:
             return 0.0 if math.isfinite(excess) else math.inf
         return excess / size if size > 0.0 else 1.0
-
-
-def _inner(a: Parameters, b: Parameters) -> float:
-    return float(sum(float((widen(x) * widen(y)).sum()) for x, y in zip(a, b, strict=True)))
 
 
 def _norm(tensors: Iterable[Tensor]) -> float:
