@@ -568,8 +568,8 @@ def natural_step(evaluation: Evaluation, direction: Direction, chunk_size: int |
         return 1.0
     wanted = float(torch.finfo(function.dtype).eps ** (1 / 3))
     step = wanted * (_norm(function.parameters) or 1.0) / direction.norm
-    chunk = next(c for c in evaluation.chunks(chunk_size) if evaluation.count_entries(c))
-    cotangent = _draw(evaluation, evaluation.count_entries(chunk))
+    entries, chunk = evaluation.chunks_with_entries(chunk_size)[0]
+    cotangent = _draw(evaluation, entries.stop - entries.start)
     here = _pulled(evaluation, chunk, function.parameters, cotangent)
     for _ in range(_TRIALS):
         plus, minus = (

@@ -189,17 +189,12 @@ def moved_parameters(function: ModelFunction, direction: Direction, amount: floa
 def _pulled(evaluation: Evaluation, cotangent: Tensor) -> Parameters:
     function = evaluation.problem.function
     total = tuple(torch.zeros_like(p) for p in function.parameters)
-    first = 0
-    for chunk in evaluation.chunks():
-        n_entries = evaluation.count_entries(chunk)
-        if n_entries == 0:
-            continue
-        part = cast(cotangent[first : first + n_entries], function.device, function.dtype)
+    for entries, chunk in evaluation.chunks_with_entries():
+        part = cast(cotangent[entries], function.device, function.dtype)
         # A backward pass may read the model anew, as under checkpointing.
         with function.installed():
             pulled = PullBack(evaluation.vector_function(chunk), function.parameters).pull(part)
         total = added(total, pulled)
-        first += n_entries
     check_finite_gradient(function.names, total)
     return total
 

@@ -77,11 +77,9 @@ def build_rate(
         name: partial(form, tangents=tangents, push_rung=push_rung) for name, form in FORMS.items()
     }
     parts: list[Part] = []
-    chosen, first = "", 0
-    for chunk in evaluation.chunks():
-        n_entries = evaluation.count_entries(chunk)
-        if n_entries == 0:
-            continue
+    chosen = ""
+    for entries, chunk in evaluation.chunks_with_entries():
+        n_entries = entries.stop - entries.start
         vector = evaluation.vector_function(chunk)
         rates = {
             name: partial(record, name, form, vector, function.parameters, streamed=streamed)
@@ -98,8 +96,7 @@ def build_rate(
             rate, problem.draw(n_entries)
         ):
             rate = ZeroRate(n_entries, vector, function.parameters)
-        parts.append(Part(slice(first, first + n_entries), rate))
-        first += n_entries
+        parts.append(Part(entries, rate))
     reads_model = kernel.jacobian.reads_model
     return KernelOperator(evaluation, Jacobian(function, parts, reads_model=reads_model))
 
@@ -354,9 +351,7 @@ class PlainReference:
 def take_reference(evaluation: Evaluation) -> PlainReference:
     """Differentiate ⟨Jᵀu, Jᵀv⟩ of random u and v by the parameters, in reverse mode twice."""
     draw = evaluation.problem.draw
-    function = evaluation.vector_function(
-        next(chunk for chunk in evaluation.chunks() if evaluation.count_entries(chunk))
-    )
+    function = evaluation.vector_function(evaluation.chunks_with_entries()[0][1])
     leaves = tuple(p.detach().requires_grad_() for p in evaluation.problem.function.parameters)
     with torch.enable_grad(), quiet_differentiation():
         output = function(*leaves)
