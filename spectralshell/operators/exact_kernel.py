@@ -13,16 +13,14 @@ from torch import Tensor
 from spectralshell.models.function import Parameters, cast, widen
 from spectralshell.models.guard import exclusive, full_precision, quiet_differentiation
 from spectralshell.operators.costs import ExactPlan
-from spectralshell.operators.jacobian.ladder import (
-    IndependenceError,
-    check_finite_gradient,
-    is_out_of_memory,
-)
+from spectralshell.operators.jacobian.ladder import is_out_of_memory
 from spectralshell.operators.jacobian.linearizations import (
     DoubleReverse,
     ForwardMode,
+    IndependenceError,
     PullBack,
     added,
+    check_finite_gradient,
     inner,
 )
 from spectralshell.operators.kernel_operator import Kernel, KernelOperator
@@ -98,8 +96,13 @@ class ExactKernel(Kernel):
         self.n_probes = found.n_probes
         self.layers = dict(found.kernels) if keep_layers else {}
         self.matrix = found.total()
-        self.status = join_statuses([*evaluation.problem.notes, *found.notes])
+        self._notes = (*evaluation.problem.notes, *found.notes)
         self._noise = found.noise
+
+    @property
+    def status(self) -> str:
+        """``"ok"``, or what to know about the measurement."""
+        return join_statuses(self._notes)
 
     @cached_property
     def noise(self) -> float:
