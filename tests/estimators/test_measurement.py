@@ -56,7 +56,7 @@ def test_energies_close_and_bounds_hold_the_dense_truth(case, kind):
 
 
 def test_rows_close_where_six_steps_resolve_nothing():
-    X = [make_snapshot(CASES_BY_NAME["gpt-neox"])]
+    X = [make_snapshot(CASES_BY_NAME["residual cnn"])]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ResolutionWarning)
         estimator = ShellEnergyEstimator(solver="lanczos", n_steps=N_STEPS).fit(X)

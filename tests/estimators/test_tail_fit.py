@@ -3,6 +3,7 @@ import dataclasses
 import numpy as np
 import pandas as pd
 import pytest
+from scipy.integrate import trapezoid
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
 from spectralshell.datasets.synthetic import make_grsd_spectra
@@ -17,6 +18,10 @@ from tests.estimators.tail_data import SHELLS, WINDOW, exact_energies, frame
 
 # Differences of score between shell ratios: what a smooth measure leaves.
 SCORE_SPREAD = 5e-3
+
+# The search ends where the squares change by less than 1e-10 of themselves: b is then known to
+# 1e-5 of its standard error, 0.01 here.
+SETTLED = 1e-7
 
 
 @parametrize_with_checks([GRSDTailFitter()])
@@ -220,11 +225,12 @@ def test_names_are_no_independent_batches():
         GRSDTailFitter().fit(pd.concat([named, named.iloc[:1]]))
 
 
-def test_order_of_rows_does_not_matter():
+@pytest.mark.parametrize("seed", range(3))
+def test_order_of_rows_does_not_matter(seed):
     X = frame("template", 1.6)
     one = GRSDTailFitter(window=WINDOW).fit(X)
-    other = GRSDTailFitter(window=WINDOW).fit(X.sample(frac=1, random_state=0))
-    assert one.b_ == pytest.approx(other.b_, abs=1e-9)
+    other = GRSDTailFitter(window=WINDOW).fit(X.sample(frac=1, random_state=seed))
+    assert one.b_ == pytest.approx(other.b_, abs=SETTLED)
     np.testing.assert_allclose(one.b_interval_, other.b_interval_, atol=1e-6)
 
 
@@ -283,8 +289,8 @@ def test_score_is_the_mean_log_density():
     fitter = GRSDTailFitter(edges=SHELLS.edges).fit(X.to_numpy())
     x = np.linspace(np.log(SHELLS.edges[0]), np.log(SHELLS.edges[-1]), 100_001)
     f = np.exp(-0.5 * x)
-    f /= np.trapezoid(f, x)
-    assert fitter.score(X.to_numpy()) == pytest.approx(np.trapezoid(f * np.log(f), x), abs=1e-4)
+    f /= trapezoid(f, x)
+    assert fitter.score(X.to_numpy()) == pytest.approx(trapezoid(f * np.log(f), x), abs=1e-4)
 
 
 def test_score_weights_rows():
