@@ -23,7 +23,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-oldest lint docs benchmark study-residual clean
+.PHONY: help demo test test-oldest lint docs dist benchmark study-residual clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -44,6 +44,11 @@ lint: $(VENV)/.installed-lint  ## ruff, its format check, and mypy
 
 docs: $(VENV)/.installed-docs  ## build the documentation; a warning is an error
 	$(ONE_THREAD) $(BIN)/python -m sphinx -W --keep-going -b html docs docs/_build/html
+
+dist: $(VENV)/.installed-dist  ## build wheel and sdist in dist/, check both, run the README with the wheel
+	rm -rf dist *.egg-info
+	$(BIN)/python -m build --outdir dist
+	$(ONE_THREAD) $(BIN)/python tools/check_dist.py dist
 
 benchmark: $(TORCH_PEERS)/.installed $(NEURAL_TANGENTS)/.installed  ## compare with other tools; writes out/benchmarks/, docs/benchmarks/
 	$(TORCH_PEERS)/bin/python -m benchmarks --docs docs/benchmarks \
