@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from spectralshell import ShellEnergyEstimator, Snapshot
+from spectralshell import ShellEnergyEstimator
 from spectralshell.estimators.measurement import MeasurementConfig, measure_snapshot
 from spectralshell.warning_categories import ResolutionWarning
+from tests.device import place_snapshot
 from tests.zoo import (
     CASES_BY_NAME,
     RESIDUALS,
@@ -95,7 +96,7 @@ def test_noise_of_a_short_run_follows_the_norm_of_the_kernel():
     inputs = torch.cat([torch.full((8, 1), 1e3), torch.tensor([[1.0], [-1.0]]).repeat(4, 1)], dim=1)
     model = torch.nn.Linear(2, 1, bias=False)
     torch.nn.init.zeros_(model.weight)
-    snapshot = Snapshot(model, inputs, inputs[:, 1:])
+    snapshot = place_snapshot(model, inputs, inputs[:, 1:])
     measure = measure_snapshot(snapshot, MeasurementConfig(solver="lanczos", n_steps=1))
     assert measure.lambda_max == pytest.approx(1.0, rel=1e-3)
     assert measure.noise >= 6e-7 * 1e6 * 0.9

@@ -6,6 +6,7 @@ import torch
 from spectralshell.operators import build_kernel
 from spectralshell.operators.kernel import assemble_kernel
 from spectralshell.operators.linearizations import RUNGS, ForwardMode
+from tests.device import place
 from tests.zoo import CASES_BY_NAME, make_snapshot
 
 
@@ -40,7 +41,7 @@ def test_a_rung_that_is_wrong_at_any_time_is_refused(rung, monkeypatch):
 @pytest.mark.parametrize(("forward_flops", "widths"), [(1e3, [64, 6]), (1e8, [10] * 7), (1e12, [])])
 def test_width_of_blocks_follows_from_operations_alone(forward_flops, widths, monkeypatch):
     kernel = assemble_kernel(make_snapshot(CASES_BY_NAME["mlp"]))
-    block = torch.randn(kernel.n, 70, generator=torch.Generator().manual_seed(0)).double()
+    block = place(torch.randn(kernel.n, 70, generator=torch.Generator().manual_seed(0)).double())
     expected = kernel.to_dense() @ block
     kernel.forward_flops = forward_flops
     linearization, seen = kernel.parts[0].linearization, []

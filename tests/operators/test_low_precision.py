@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from spectralshell.operators import build_kernel
-from spectralshell.snapshots import Snapshot
+from tests.device import place_snapshot
 
 X = torch.linspace(-1, 1, 24).reshape(6, 4)
 
@@ -14,7 +14,7 @@ class Lowered(nn.Linear):
     raised = False
 
     def forward(self, x):
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast(x.device.type, torch.bfloat16):
             outputs = super().forward(x)
         return outputs.float() if self.raised else outputs
 
@@ -24,7 +24,7 @@ def test_a_model_that_lowers_the_precision_inside(raised):
     model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), Lowered(4, 3))
     model[2].raised = raised
     with pytest.raises(ValueError, match=r"lowers? the precision inside"):
-        build_kernel(Snapshot(model, X, torch.zeros(6, 3)))
+        build_kernel(place_snapshot(model, X, torch.zeros(6, 3)))
 
 
 def test_compiled_modules_are_refused():
@@ -32,4 +32,4 @@ def test_compiled_modules_are_refused():
         scripted = torch.jit.script(nn.Linear(4, 3))
     for model in (scripted, nn.Sequential(scripted)):
         with pytest.raises(TypeError, match=r"compiled by torch\.jit"):
-            Snapshot(model, X, torch.zeros(6, 3))
+            place_snapshot(model, X, torch.zeros(6, 3))
