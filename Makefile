@@ -12,6 +12,7 @@ OLD_WARNINGS := -W ignore::pyparsing.warnings.PyparsingDeprecationWarning
 TORCH_PEERS := .venv-torch-peers
 NEURAL_TANGENTS := .venv-neural-tangents
 BENCHMARK_OPTIONS ?=
+GPU_CHECK_OPTIONS ?=
 STUDY_OPTIONS ?=
 
 # pip reads the first for ordinary installs, newer versions the second for the isolated build.
@@ -23,7 +24,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-oldest lint docs dist benchmark study-residual clean
+.PHONY: help demo test test-oldest lint docs dist benchmark gpu-check study-residual clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -53,6 +54,9 @@ dist: $(VENV)/.installed-dist  ## build wheel and sdist in dist/, check both, ru
 benchmark: $(TORCH_PEERS)/.installed $(NEURAL_TANGENTS)/.installed  ## compare with other tools; writes out/benchmarks/, docs/benchmarks/
 	$(TORCH_PEERS)/bin/python -m benchmarks --docs docs/benchmarks \
 		--jax-python $(NEURAL_TANGENTS)/bin/python $(BENCHMARK_OPTIONS)
+
+gpu-check: $(VENV)/.installed-demo  ## compare a GPU (else a dry run) with the CPU; writes out/gpu-check/
+	$(BIN)/python -m benchmarks.gpu_check $(GPU_CHECK_OPTIONS)
 
 study-residual: $(VENV)/.installed-demo  ## residual against plain networks; writes out/study-residual/, docs/studies/residual/
 	$(ONE_THREAD) $(BIN)/python -m studies.residual --docs docs/studies/residual $(STUDY_OPTIONS)
