@@ -1,7 +1,7 @@
 """Where the tests of operators, Krylov methods and estimators compute.
 
-``SPECTRALSHELL_TEST_DEVICE=cuda`` sends models, inputs and targets to a GPU. By default they stay on
-the CPU, where dense references are computed and random numbers are drawn in any case.
+``SPECTRALSHELL_TEST_DEVICE=cuda`` sends models, inputs and targets to a GPU. By default they stay
+on the CPU, where dense references are computed and random numbers are drawn in any case.
 """
 
 from __future__ import annotations
@@ -28,6 +28,11 @@ def place(value: Any, device: torch.device = DEVICE) -> Any:
     if isinstance(value, (list, tuple)):
         return type(value)(place(item, device) for item in value)
     return value
+
+
+def make_tensor(values: Any, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """Make a tensor of values on the device."""
+    return torch.tensor(values, dtype=dtype, device=DEVICE)
 
 
 def place_snapshot(model: nn.Module, inputs: Any, targets: Any, **more: Any) -> Snapshot:

@@ -13,7 +13,7 @@ from spectralshell import (
 from spectralshell.estimators import coupling_measurement as couplings
 from spectralshell.estimators import jacobian_blocks, shell_flux_measurement
 from spectralshell.warning_categories import GateWarning
-from tests.device import place_snapshot
+from tests.device import place, place_snapshot
 from tests.fingerprints import model_fingerprint
 
 # The same arithmetic in another order.
@@ -42,13 +42,13 @@ def network(seed=0, activation=nn.Tanh):
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         layers = [nn.Linear(3, 4), activation(), nn.Linear(4, 4), activation(), nn.Linear(4, 2)]
-        return nn.Sequential(*layers).double()
+        return place(nn.Sequential(*layers).double())
 
 
 def data(n=5, seed=1):
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(n, 3, generator=generator, dtype=torch.float64)
-    return x, torch.arange(n) % 2
+    return place((x, torch.arange(n) % 2))
 
 
 def snapshot(seed=0, **labels):
@@ -181,7 +181,7 @@ def test_a_callable_that_asks_for_a_random_direction_is_seeded(kind):
 @anything
 def test_duplicated_and_permuted_data_change_nothing(kind):
     x, y = data()
-    order = torch.tensor([3, 1, 4, 0, 2])
+    order = [3, 1, 4, 0, 2]
     variants = [(x, y), (x.repeat(2, 1), y.repeat(2)), (x[order], y[order])]
     rows = []
     for inputs, targets in variants:
@@ -272,7 +272,7 @@ POOR = {
 
 def poor_snapshot(case):
     x, y = data()
-    model, linear = network(), nn.Linear(3, 2, bias=False).double()
+    model, linear = network(), place(nn.Linear(3, 2, bias=False).double())
     return {
         "no error": lambda: place_snapshot(model, x, model(x).detach()),
         "one sample": lambda: place_snapshot(model, x[:1], y[:1]),

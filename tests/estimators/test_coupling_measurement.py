@@ -47,7 +47,7 @@ def in_entries(couplings, vectors):
 
 def test_couplings_sum_up_to_the_derivative(snapshot, exact):
     dense = build_kernel_derivative(snapshot, "gradient-flow", residual="brier").to_dense()
-    eigenvalues = np.linalg.eigvalsh(dense.numpy())
+    eigenvalues = np.linalg.eigvalsh(dense.cpu().numpy())
     np.testing.assert_allclose(
         np.linalg.eigvalsh(exact.couplings), eigenvalues, atol=TOLERANCE * abs(eigenvalues).max()
     )

@@ -121,7 +121,7 @@ def test_rates_are_those_of_the_dense_blocks(measured, reference):
         for position, block in enumerate(blocks)
     ]
     stacked = torch.stack([torch.stack(part) for part in parts]).flatten(2)
-    gram = torch.einsum("lms,lks->lmk", stacked, stacked).numpy()
+    gram = torch.einsum("lms,lks->lmk", stacked, stacked).cpu().numpy()
     tolerance = RATES if measured.derivative == "exact" else DIFFERENCE
     np.testing.assert_allclose(measured.gram, gram, atol=tolerance * gram.max())
     whole = sum(torch.cat(rate, dim=1) for rate in rates)

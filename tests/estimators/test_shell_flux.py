@@ -14,7 +14,7 @@ from spectralshell.estimators.measurement_parameters import probe_seed
 from spectralshell.operators import survey_motion
 from spectralshell.shells import SoftShells
 from spectralshell.warning_categories import DynamicsWarning
-from tests.device import place_snapshot
+from tests.device import place, place_snapshot
 from tests.estimators.contract import ShellEstimatorContract
 from tests.estimators.sharp import Sharp
 
@@ -36,14 +36,14 @@ def small_model(seed=0, activation=torch.nn.Tanh):
     with torch.no_grad():
         for p in model.parameters():
             p.copy_(0.7 * torch.randn(p.shape, generator=generator, dtype=torch.float64))
-    return model
+    return place(model)
 
 
 def batch(seed=0, n=10):
     generator = torch.Generator().manual_seed(100 + seed)
     x = torch.randn(n, 4, generator=generator, dtype=torch.float64)
     y = torch.randn(n, 2, generator=generator, dtype=torch.float64)
-    return x, y
+    return place((x, y))
 
 
 def descend(model, data, step, n_steps, every):
@@ -211,7 +211,7 @@ def test_matrix_free_dissipation_is_that_of_the_modes():
 
 @pytest.mark.parametrize("solver", ["exact", "lanczos"])
 def test_a_frozen_kernel_has_no_flux_and_says_so(solver):
-    model = torch.nn.Linear(4, 2).double()
+    model = place(torch.nn.Linear(4, 2).double())
     X = make_snapshots(model, [batch(0), batch(1)])
     estimator = ShellFluxEstimator(solver=solver).fit(X)
     fluxes = estimator.fluxes_
