@@ -5,10 +5,14 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 WORKERS ?= 2
+# The lowest versions that pyproject.toml states, and what old matplotlib calls of newer pyparsing.
+OLDEST := .venv-oldest
+OLD_WARNINGS := -W ignore::pyparsing.warnings.PyparsingDeprecationWarning
 # The tools of the benchmarks live apart: some need another numpy, some packages that break torch.
 TORCH_PEERS := .venv-torch-peers
 NEURAL_TANGENTS := .venv-neural-tangents
 BENCHMARK_OPTIONS ?=
+GPU_CHECK_OPTIONS ?=
 STUDY_OPTIONS ?=
 
 # pip reads the first for ordinary installs, newer versions the second for the isolated build.
@@ -20,7 +24,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint docs benchmark study-residual clean
+.PHONY: help demo test test-oldest lint docs dist benchmark gpu-check study-residual clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -31,6 +35,9 @@ demo: $(VENV)/.installed-demo  ## train on digits, measure, fit, write out/*.par
 test: $(VENV)/.installed-test  ## run the tests, the docstrings' examples and those of the docs
 	$(ONE_THREAD) $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
+test-oldest: $(OLDEST)/.installed  ## run the tests with the lowest versions of pyproject.toml, in .venv-oldest
+	$(ONE_THREAD) $(OLDEST)/bin/python -m pytest -n $(WORKERS) --dist worksteal $(OLD_WARNINGS)
+
 lint: $(VENV)/.installed-lint  ## ruff, its format check, and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -39,9 +46,17 @@ lint: $(VENV)/.installed-lint  ## ruff, its format check, and mypy
 docs: $(VENV)/.installed-docs  ## build the documentation; a warning is an error
 	$(ONE_THREAD) $(BIN)/python -m sphinx -W --keep-going -b html docs docs/_build/html
 
+dist: $(VENV)/.installed-dist  ## build wheel and sdist in dist/, check both, run the README with the wheel
+	rm -rf dist *.egg-info
+	$(BIN)/python -m build --outdir dist
+	$(ONE_THREAD) $(BIN)/python tools/check_dist.py dist
+
 benchmark: $(TORCH_PEERS)/.installed $(NEURAL_TANGENTS)/.installed  ## compare with other tools; writes out/benchmarks/, docs/benchmarks/
 	$(TORCH_PEERS)/bin/python -m benchmarks --docs docs/benchmarks \
 		--jax-python $(NEURAL_TANGENTS)/bin/python $(BENCHMARK_OPTIONS)
+
+gpu-check: $(VENV)/.installed-demo  ## compare a GPU (else a dry run) with the CPU; writes out/gpu-check/
+	$(BIN)/python -m benchmarks.gpu_check $(GPU_CHECK_OPTIONS)
 
 study-residual: $(VENV)/.installed-demo  ## residual against plain networks; writes out/study-residual/, docs/studies/residual/
 	$(ONE_THREAD) $(BIN)/python -m studies.residual --docs docs/studies/residual $(STUDY_OPTIONS)
@@ -55,6 +70,15 @@ $(BIN)/python:
 
 $(VENV)/.installed-%: pyproject.toml constraints.txt | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[$*]"
+	touch $@
+
+# Its versions are other ones: constraints.txt does not hold here, what the tool prints does.
+$(OLDEST)/.installed: export PIP_CONSTRAINT := $(CURDIR)/$(OLDEST)/constraints.txt
+$(OLDEST)/.installed: export PIP_BUILD_CONSTRAINT := $(CURDIR)/$(OLDEST)/constraints.txt
+$(OLDEST)/.installed: pyproject.toml tools/oldest_versions.py
+	$(PYTHON) -m venv --clear $(OLDEST)
+	$(PYTHON) tools/oldest_versions.py test > $(OLDEST)/constraints.txt
+	$(OLDEST)/bin/python -m pip install --quiet --editable ".[test]"
 	touch $@
 
 # Without dependencies: curvlinops asks for torchvision through a package that nothing here uses.

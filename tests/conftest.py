@@ -6,6 +6,7 @@ import pytest
 from hypothesis import settings
 
 from spectralshell.datasets import load_digits_trajectory
+from tests.device import place_trajectory
 
 # A change is judged by the examples that everybody sees; other runs look for new ones.
 settings.register_profile("ci", derandomize=True)
@@ -24,10 +25,10 @@ SMALL_TRAJECTORY = {
 @pytest.fixture
 def trajectory():
     """Twelve snapshots of a small network on the digits, n = 80 each, without measures."""
-    return load_digits_trajectory(**SMALL_TRAJECTORY)
+    return place_trajectory(load_digits_trajectory(**SMALL_TRAJECTORY))
 
 
 @pytest.fixture(scope="session")
 def measured_trajectory():
     """The same snapshots for the whole run: they keep the measures of the first test."""
-    return load_digits_trajectory(**SMALL_TRAJECTORY)
+    return place_trajectory(load_digits_trajectory(**SMALL_TRAJECTORY))

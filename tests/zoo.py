@@ -1,5 +1,7 @@
 """Small models of many kinds, as case dictionaries, and a dense reference for their kernels.
 
+Models, inputs and targets are on the device of :mod:`tests.device`, the reference on the CPU.
+
 A case has ``name``, ``build`` (makes the model, float32), ``inputs`` (makes the inputs), ``labels``
 (shape of the class labels), ``n_classes``, and optionally ``rung`` (the first rung that works, if
 it is not linearize) and ``meta`` (whether the forward pass runs without values).
@@ -21,6 +23,7 @@ from spectralshell.operators import KernelOperator
 from spectralshell.operators.matrix_free import assemble_matrix_free
 from spectralshell.operators.problem import pose_problem
 from spectralshell.snapshots import Snapshot
+from tests.device import CPU, place, place_snapshot
 
 
 class ResidualBlock(nn.Module):
@@ -290,13 +293,13 @@ def build_model(case: Mapping[str, Any], dtype: torch.dtype = torch.float64) -> 
             if isinstance(module, nn.BatchNorm2d):
                 module.running_mean.normal_()
                 module.running_var.uniform_(0.5, 2.0)
-    return model.to(dtype).train()
+    return place(model.to(dtype)).train()
 
 
 def make_inputs(case: Mapping[str, Any], dtype: torch.dtype = torch.float64) -> Any:
     """Make a case's inputs, floating ones in ``dtype``."""
     inputs = case["inputs"](torch.Generator().manual_seed(3))
-    return map_floats(inputs, dtype)
+    return place(map_floats(inputs, dtype))
 
 
 def make_targets(case: Mapping[str, Any], kind: str, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -304,11 +307,11 @@ def make_targets(case: Mapping[str, Any], kind: str, dtype: torch.dtype = torch.
     generator = torch.Generator().manual_seed(5)
     shape = case["labels"]
     if kind in ("mse", "callable"):
-        return torch.randn(*shape, case["n_classes"], generator=generator).to(dtype)
+        return place(torch.randn(*shape, case["n_classes"], generator=generator).to(dtype))
     labels = torch.randint(0, case["n_classes"], shape, generator=generator)
     if len(shape) > 1:
         labels[0, 1] = -100
-    return labels
+    return place(labels)
 
 
 def make_snapshot(
@@ -316,7 +319,7 @@ def make_snapshot(
 ) -> Snapshot:
     """Make the snapshot of a case for a kind of residual (a key of ``RESIDUALS``)."""
     model = build_model(case, dtype)
-    return Snapshot(model, make_inputs(case, dtype), make_targets(case, kind, dtype), **more)
+    return place_snapshot(model, make_inputs(case, dtype), make_targets(case, kind, dtype), **more)
 
 
 def build_on_rungs(
@@ -337,12 +340,12 @@ def map_floats(value: Any, dtype: torch.dtype) -> Any:
 
 
 def dense_reference(model: nn.Module, inputs: Any, targets: Tensor, kind: str) -> dict[str, Tensor]:
-    """Compute e, J and M in float64 by plain reverse mode, one row at a time.
+    """Compute e, J and M in float64 on the CPU by plain reverse mode, one row at a time.
 
     Written from the table of the design, sharing no code with the package.
     """
-    model = copy.deepcopy(model).double().eval()
-    inputs = map_floats(inputs, torch.float64)
+    model = place(copy.deepcopy(model), CPU).double().eval()
+    inputs, targets = map_floats(place(inputs, CPU), torch.float64), place(targets, CPU)
     if isinstance(inputs, dict):
         outputs = model(**inputs).logits
     else:

@@ -380,7 +380,8 @@ def _draw_fit(
     if any_invisible:
         handles.append(hollow_handle("v", "zero, or below the view"))
     handles += _draw_window(ax, window)
-    ax.set_xlabel("" if not ax.xaxis.get_tick_params()["labelbottom"] else LAMBDA_LABEL)
+    has_labels = ax.xaxis.get_major_ticks(1)[0].label1.get_visible()
+    ax.set_xlabel(LAMBDA_LABEL if has_labels else "")
     ax.set_ylabel(DENSITY_LABEL)
     return handles
 

@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from spectralshell import JacobianBlockDiagnostic, Snapshot
+from spectralshell import JacobianBlockDiagnostic
 from spectralshell.estimators import jacobian_blocks
+from tests.device import place_snapshot
 from tests.estimators.contract import SnapshotEstimatorContract
 
 FOUR = {"^0.weight": "in", "^0.bias": "shift", "^2.weight": "out", "^2.bias": "level"}
@@ -102,7 +103,7 @@ def test_score_rewards_what_distance_predicts(measured_trajectory, monkeypatch):
 def fresh_copy(snapshot):
     """The snapshot without what it remembers."""
     labels = {"tau": snapshot.tau, "batch": snapshot.batch, "state": snapshot.load_state()}
-    return Snapshot(snapshot.model, snapshot.inputs, snapshot.targets, **labels)
+    return place_snapshot(snapshot.model, snapshot.inputs, snapshot.targets, **labels)
 
 
 def test_one_pair_of_blocks_has_no_profile_to_learn(measured_trajectory):
@@ -124,7 +125,9 @@ def test_a_random_state_instance_gives_one_null(measured_trajectory):
 
 def linear_snapshots():
     x = torch.randn(4, 3, generator=torch.Generator().manual_seed(0))
-    return [Snapshot(nn.Linear(3, 2), x, torch.zeros(4, 2), batch=batch) for batch in range(2)]
+    return [
+        place_snapshot(nn.Linear(3, 2), x, torch.zeros(4, 2), batch=batch) for batch in range(2)
+    ]
 
 
 def test_without_structure_there_are_statuses_and_no_exception():
@@ -144,7 +147,7 @@ def test_without_structure_there_are_statuses_and_no_exception():
 def test_names_become_an_index_level():
     X = linear_snapshots()
     named = [
-        Snapshot(s.model, s.inputs, s.targets, batch=s.batch, name=name)
+        place_snapshot(s.model, s.inputs, s.targets, batch=s.batch, name=name)
         for s, name in zip(X, "ab", strict=True)
     ]
     diagnostic = JacobianBlockDiagnostic().fit(named)
@@ -155,7 +158,7 @@ def test_names_become_an_index_level():
 
 def test_snapshots_of_another_model_are_an_error():
     X = linear_snapshots()
-    other = Snapshot(
+    other = place_snapshot(
         nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 2)),
         X[0].inputs,
         X[0].targets,

@@ -29,7 +29,7 @@ def test_leading_pairs_are_the_dense_ones(snapshot, solver):
     (pairs,) = ShellEnergyEstimator(solver=solver).eigenpairs([snapshot], k=3)
     assert pairs.vectors.shape == (len(rates), 3)
     assert pairs.eigenvalues == pytest.approx(rates[:3], rel=TOLERANCE)
-    overlaps = np.abs(pairs.vectors.numpy().T @ modes[:, :3])
+    overlaps = np.abs(pairs.vectors.cpu().numpy().T @ modes[:, :3])
     assert overlaps == pytest.approx(np.eye(3), abs=1e-5)
     assert pairs.converged(TOLERANCE).all()
 

@@ -15,6 +15,7 @@ from sklearn.pipeline import make_pipeline
 
 from spectralshell import GRSDTailFitter, ShellEnergyEstimator, cross_validate_exponent
 from spectralshell.datasets import load_digits_trajectory
+from tests.device import place_trajectory
 
 Q = [1.2, 1.3, 1.4, 1.5, 1.6, 1.7, 1.8, 1.9, 2.0, 2.2]
 N_FOLDS = 5
@@ -23,8 +24,8 @@ N_FOLDS = 5
 @pytest.fixture(scope="module")
 def X():
     """Ten snapshots, two states on five batches."""
-    return load_digits_trajectory(
-        n_snapshots=2, n_batches=5, batch_size=8, hidden=(12,), max_iter=200
+    return place_trajectory(
+        load_digits_trajectory(n_snapshots=2, n_batches=5, batch_size=8, hidden=(12,), max_iter=200)
     )
 
 

@@ -13,6 +13,7 @@ from spectralshell import ShellEnergyEstimator, largest_q_within_one_se
 from spectralshell.measurements import spectrum as measurement
 from spectralshell.operators import KernelOperator
 from spectralshell.warning_categories import ResolutionWarning
+from tests.device import place
 from tests.estimators.contract import ShellEstimatorContract
 
 # Sums of a few hundred float64 energies.
@@ -178,7 +179,8 @@ def flat_profile():
     scale = torch.logspace(-4, 0, n, dtype=torch.float64)
     model = torch.nn.Linear(n, 1, bias=False, dtype=torch.float64)
     torch.nn.init.zeros_(model.weight)
-    return [(model, torch.diag(scale) * n**0.5, torch.ones(n, 1, dtype=torch.float64))]
+    targets = torch.ones(n, 1, dtype=torch.float64)
+    return [place((model, torch.diag(scale) * n**0.5, targets))]
 
 
 def test_a_flat_profile_warns_before_anyone_calls_it_unimodal():
@@ -200,8 +202,8 @@ def test_floor_of_a_smooth_measure_falls_as_the_square_of_the_steps(n_steps):
 
 
 def test_zero_error_gives_zero_energies_and_a_status():
-    model = torch.nn.Linear(3, 2, dtype=torch.float64)
-    inputs = torch.eye(3, dtype=torch.float64)
+    model = place(torch.nn.Linear(3, 2, dtype=torch.float64))
+    inputs = place(torch.eye(3, dtype=torch.float64))
     estimator = ShellEnergyEstimator().fit([(model, inputs, model(inputs).detach())])
     assert (estimator.shells_["energy"] == 0).all()
     assert estimator.shells_["status"].str.contains("zero error").any()

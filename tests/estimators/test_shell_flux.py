@@ -8,12 +8,13 @@ import pytest
 import torch
 from sklearn.model_selection import GridSearchCV, GroupKFold
 
-from spectralshell import ShellEnergyEstimator, ShellFluxEstimator, Snapshot, make_snapshots
+from spectralshell import ShellEnergyEstimator, ShellFluxEstimator, make_snapshots
 from spectralshell.measurements import fluxes as shell_flux_measurement
 from spectralshell.measurements.settings import probe_seed
 from spectralshell.operators import survey_motion
 from spectralshell.shells import SoftShells
 from spectralshell.warning_categories import DynamicsWarning
+from tests.device import place, place_snapshot
 from tests.estimators.contract import ShellEstimatorContract
 from tests.estimators.sharp import Sharp
 
@@ -35,14 +36,14 @@ def small_model(seed=0, activation=torch.nn.Tanh):
     with torch.no_grad():
         for p in model.parameters():
             p.copy_(0.7 * torch.randn(p.shape, generator=generator, dtype=torch.float64))
-    return model
+    return place(model)
 
 
 def batch(seed=0, n=10):
     generator = torch.Generator().manual_seed(100 + seed)
     x = torch.randn(n, 4, generator=generator, dtype=torch.float64)
     y = torch.randn(n, 2, generator=generator, dtype=torch.float64)
-    return x, y
+    return place((x, y))
 
 
 def descend(model, data, step, n_steps, every):
@@ -62,7 +63,7 @@ def descend(model, data, step, n_steps, every):
 
 def soft_below(estimator, model, state, data):
     """Energies below the edges of an exact measurement at another state."""
-    snapshot = Snapshot(model, *data, state=state)
+    snapshot = place_snapshot(model, *data, state=state)
     measure = estimator._measure([snapshot])[0].measure
     shells = SoftShells(estimator._shells.partition, estimator.softness)
     return shells.below(measure.nodes) @ measure.weights
@@ -74,7 +75,7 @@ def test_energies_below_edges_change_by_dissipation_and_flux(residual, direction
     """For every residual and direction, as dissipation takes ė as it is."""
     model, (x, y) = small_model(), batch()
     data = (x, y) if residual == "mse" else (x, y.argmax(dim=1))
-    snapshot = Snapshot(model, *data)
+    snapshot = place_snapshot(model, *data)
     estimator = ShellFluxEstimator(
         residual=residual, direction=direction, solver="exact", floor=1e-3, random_state=1
     ).fit([snapshot])
@@ -180,7 +181,7 @@ def test_step_of_a_matrix_free_difference_follows_the_jacobian():
         torch.manual_seed(0)
         model = Sharp()
     x = torch.randn(6, 3, generator=generator)
-    snapshot = Snapshot(model, x, torch.randn(6, 2, generator=generator))
+    snapshot = place_snapshot(model, x, torch.randn(6, 2, generator=generator))
     settings = {"q": 4.0, "floor": 1e-2}
     exact = ShellFluxEstimator(solver="exact", **settings).fit([snapshot]).fluxes_["flux_down"]
 
@@ -200,7 +201,7 @@ def test_step_of_a_matrix_free_difference_follows_the_jacobian():
 
 def test_matrix_free_dissipation_is_that_of_the_modes():
     """Along a random direction ė is far from −M e, and outside the Krylov space."""
-    snapshot = Snapshot(small_model(), *batch())
+    snapshot = place_snapshot(small_model(), *batch())
     settings = {"direction": "random", "random_state": 3, "floor": 1e-3}
     exact = ShellFluxEstimator(solver="exact", **settings).fit([snapshot]).balance_
     lanczos = ShellFluxEstimator(solver="lanczos", **settings).fit([snapshot]).balance_
@@ -210,7 +211,7 @@ def test_matrix_free_dissipation_is_that_of_the_modes():
 
 @pytest.mark.parametrize("solver", ["exact", "lanczos"])
 def test_a_frozen_kernel_has_no_flux_and_says_so(solver):
-    model = torch.nn.Linear(4, 2).double()
+    model = place(torch.nn.Linear(4, 2).double())
     X = make_snapshots(model, [batch(0), batch(1)])
     estimator = ShellFluxEstimator(solver=solver).fit(X)
     fluxes = estimator.fluxes_
@@ -223,7 +224,7 @@ def test_a_frozen_kernel_has_no_flux_and_says_so(solver):
 @pytest.mark.parametrize("solver", ["exact", "lanczos"])
 def test_no_error_gives_zeros_with_a_status(solver):
     model, (x, _) = small_model(), batch()
-    snapshot = Snapshot(model, x, model(x).detach())
+    snapshot = place_snapshot(model, x, model(x).detach())
     estimator = ShellFluxEstimator(solver=solver, n_steps=5).fit([snapshot])
     assert (estimator.fluxes_["flux_down"] == 0).all()
     assert estimator.fluxes_["status"].str.contains("zero").all()
@@ -254,7 +255,7 @@ def decaying_modes(times):
     for tau in times:
         weight = (1.0 - torch.exp(-rates * tau)) / rates.sqrt()
         state = {"weight": weight[None]}
-        snapshots.append(Snapshot(model, inputs, targets, tau=tau, state=state))
+        snapshots.append(place_snapshot(model, inputs, targets, tau=tau, state=state))
     return snapshots
 
 
@@ -272,7 +273,7 @@ def test_what_another_optimiser_did_is_found_along_its_way():
     start = {name: p.detach().clone() for name, p in model.named_parameters()}
     moves = {name: torch.ones_like(p) for name, p in start.items()}
     X = [
-        Snapshot(model, *data, tau=t, state={n: p + t * moves[n] for n, p in start.items()})
+        place_snapshot(model, *data, tau=t, state={n: p + t * moves[n] for n, p in start.items()})
         for t in (0.0, 0.01, 0.02)
     ]
     other = ShellFluxEstimator(solver="exact", floor=0.05).fit(X).trajectory_
@@ -287,7 +288,7 @@ def test_what_another_optimiser_did_is_found_along_its_way():
 
 def test_direction_to_a_snapshot_is_a_mapping_over_the_time():
     model, data = small_model(), batch()
-    here, there = Snapshot(model, *data), Snapshot(small_model(1), *data, tau=0.5)
+    here, there = place_snapshot(model, *data), place_snapshot(small_model(1), *data, tau=0.5)
     first, last = here.load_state(), there.load_state()
     moves = {name: (last[name] - first[name]) / 0.5 for name in first}
     frames = [
@@ -328,7 +329,7 @@ def test_auto_takes_all_modes_where_they_are_affordable(measured_trajectory):
 def test_names_are_labels(measured_trajectory):
     first = measured_trajectory[0]
     X = [
-        Snapshot(first.model, first.inputs, first.targets, tau=tau, name=name)
+        place_snapshot(first.model, first.inputs, first.targets, tau=tau, name=name)
         for name in ("a", "b")
         for tau in (0.0, 0.5)
     ]

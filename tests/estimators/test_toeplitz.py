@@ -6,8 +6,9 @@ import pytest
 import torch
 from sklearn.model_selection import GridSearchCV, GroupKFold
 
-from spectralshell import Snapshot, ToeplitzDiagnostic
+from spectralshell import ToeplitzDiagnostic
 from spectralshell.shells import ShellPartition, shell_coupling, toeplitz_residual
+from tests.device import place_snapshot
 from tests.estimators.contract import ShellEstimatorContract
 
 CHEAP = {"solver": "exact", "n_null": 2}
@@ -42,7 +43,7 @@ def frozen_network():
     torch.manual_seed(0)
     model = torch.nn.Linear(6, 3, dtype=torch.float64)
     inputs = torch.randn(10, 6, dtype=torch.float64)
-    return Snapshot(model, inputs, torch.randn(10, 3, dtype=torch.float64))
+    return place_snapshot(model, inputs, torch.randn(10, 3, dtype=torch.float64))
 
 
 def test_attributes_belong_together(fitted, one_state):
@@ -170,7 +171,7 @@ def steep_spectrum():
     with torch.no_grad():
         model[0].weight.mul_(3.0)
     x = torch.linspace(-2.0, 2.0, 24)[:, None]
-    return Snapshot(model, x, torch.sin(x * torch.arange(1.0, 5.0)))
+    return place_snapshot(model, x, torch.sin(x * torch.arange(1.0, 5.0)))
 
 
 def test_couplings_lost_in_rounding_are_masked():

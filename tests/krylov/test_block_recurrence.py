@@ -15,6 +15,7 @@ from spectralshell.krylov import (
     lanczos,
     ritz_pairs,
 )
+from tests.device import CPU, DEVICE, make_tensor, place
 from tests.krylov.zoo import KINDS, random_case
 
 # The bound on the basis that the design sets; two passes give about 1e-14.
@@ -30,12 +31,12 @@ def planted(values, seed=0):
     rng = np.random.default_rng(seed)
     vectors = np.linalg.qr(rng.standard_normal((len(values),) * 2))[0]
     matrix = (vectors * np.asarray(values, dtype=float)) @ vectors.T
-    return torch.tensor(0.5 * (matrix + matrix.T))
+    return make_tensor(0.5 * (matrix + matrix.T))
 
 
 def block(n, width, seed=1):
     generator = torch.Generator().manual_seed(seed)
-    return torch.randn(n, width, generator=generator, dtype=torch.float64)
+    return place(torch.randn(n, width, generator=generator, dtype=torch.float64))
 
 
 def run_on(matrix, start, steps):
@@ -47,12 +48,12 @@ def largest(matrix):
 
 
 def assert_identities(matrix, start, run):
-    basis, projected = run.basis.numpy(), run.projected
+    basis, projected = run.basis.cpu().numpy(), run.projected
     m, last = len(projected), run.coupling_last.shape[1]
     scale = largest(matrix)
     np.testing.assert_allclose(basis.T @ basis, np.eye(m), atol=ORTHONORMAL)
     np.testing.assert_array_equal(projected, projected.T)
-    rest = matrix.numpy() @ basis - basis @ projected
+    rest = matrix.cpu().numpy() @ basis - basis @ projected
     assert np.abs(rest[:, : m - last]).max(initial=0.0) <= RECURRENCE * scale
     # Beyond the basis the products of the last block have R, in orthonormal columns.
     outside = rest[:, m - last :]
@@ -64,18 +65,18 @@ def assert_identities(matrix, start, run):
     assert np.abs(basis.T @ rest).max(initial=0.0) <= RECURRENCE * scale
     if m:
         r = len(run.start_coefficients)
-        norms = np.linalg.norm(start.numpy(), axis=0)
-        defect = np.abs(basis[:, :r] @ run.start_coefficients - start.numpy())
+        norms = np.linalg.norm(start.cpu().numpy(), axis=0)
+        defect = np.abs(basis[:, :r] @ run.start_coefficients - start.cpu().numpy())
         assert (defect <= ORTHONORMAL * norms).all()
 
 
 def assert_pairs_hold(matrix, pairs):
     """Residual norms are those of the pairs, and eigenvalues lie within them."""
     scale = largest(matrix)
-    defects = matrix @ pairs.vectors - pairs.vectors * torch.from_numpy(pairs.eigenvalues)
-    norms = torch.linalg.vector_norm(defects, dim=0).numpy()
+    defects = matrix @ pairs.vectors - pairs.vectors * make_tensor(pairs.eigenvalues)
+    norms = torch.linalg.vector_norm(defects, dim=0).cpu().numpy()
     np.testing.assert_allclose(norms, pairs.residual_norms, atol=RECURRENCE * scale)
-    exact = torch.linalg.eigvalsh(matrix).numpy()
+    exact = torch.linalg.eigvalsh(matrix).cpu().numpy()
     distances = np.abs(exact[:, None] - pairs.eigenvalues).min(axis=0)
     assert (distances <= pairs.residual_norms + RECURRENCE * scale).all()
 
@@ -84,8 +85,8 @@ def assert_pairs_hold(matrix, pairs):
 @pytest.mark.parametrize("seed", range(2 * len(KINDS)))
 def test_recurrence_and_ritz_pairs(seed, width):
     case = random_case(seed)
-    matrix, n = torch.tensor(case.matrix), len(case.start)
-    start = torch.column_stack([torch.tensor(case.start), block(n, width)[:, 1:]])
+    matrix, n = make_tensor(case.matrix), len(case.start)
+    start = torch.column_stack([make_tensor(case.start), block(n, width)[:, 1:]])
     run = run_on(matrix, start, max(case.depth // width, 1))
     assert_identities(matrix, start, run)
     assert_pairs_hold(matrix, block_ritz_pairs(run))
@@ -96,7 +97,9 @@ def test_the_error_vector_lies_in_the_basis():
     start[:, 0] *= 1e-3
     run = run_on(matrix, start, 3)
     error = start[:, 0]
-    np.testing.assert_allclose(run.basis[:, 0] * run.start_coefficients[0, 0], error, rtol=1e-14)
+    np.testing.assert_allclose(
+        place(run.basis[:, 0] * run.start_coefficients[0, 0], CPU), place(error, CPU), rtol=1e-14
+    )
     np.testing.assert_array_equal(run.start_coefficients[1:, 0], 0.0)
     amplitudes = block_ritz_pairs(run).vectors.T @ error
     np.testing.assert_allclose(float(amplitudes @ amplitudes), float(error @ error), rtol=1e-13)
@@ -136,12 +139,12 @@ def test_converged_pairs_are_the_dense_ones_and_masked_ones_are_not(name):
     )
     # Vectors within a cluster are not unique, their span is: sin of its angle ≤ residual / gap.
     overlaps = pairs.vectors[:, :n_top].T @ dense.vectors[:, :n_top]
-    cosines = torch.linalg.svdvals(overlaps).numpy()
+    cosines = torch.linalg.svdvals(overlaps).cpu().numpy()
     gap = 28.0
     np.testing.assert_allclose(cosines, 1.0, atol=n_top * CONVERGED * scale / gap)
     # No masked pair is an eigenpair.
     rest = pairs.vectors[:, n_top:]
-    defects = matrix @ rest - rest * torch.from_numpy(pairs.eigenvalues[n_top:])
+    defects = matrix @ rest - rest * make_tensor(pairs.eigenvalues[n_top:])
     assert float(torch.linalg.vector_norm(defects, dim=0).min()) > CONVERGED * scale
 
 
@@ -171,7 +174,7 @@ DEGENERATE = {
     ),
     "zero error": (
         np.arange(1.0, N + 1),
-        torch.column_stack([torch.zeros(N), block(N, 2)]),
+        torch.column_stack([torch.zeros(N, device=DEVICE), block(N, 2)]),
         3,
         6,
         "start block of rank 2",
@@ -185,7 +188,7 @@ DEGENERATE = {
     ),
     "an eigenvector": (
         np.arange(1.0, N + 1),
-        torch.column_stack([torch.eye(N, dtype=torch.float64)[3], block(N, 2)]),
+        torch.column_stack([torch.eye(N, dtype=torch.float64, device=DEVICE)[3], block(N, 2)]),
         3,
         7,
         "deflation at step 1",
@@ -198,7 +201,7 @@ DEGENERATE = {
 def test_rank_loss_is_a_status(name):
     values, start, steps, columns, status = DEGENERATE[name]
     # A diagonal operator multiplies without rounding, so that ranks are clean.
-    matrix = torch.diag(torch.tensor(values))
+    matrix = torch.diag(make_tensor(values))
     run = run_on(matrix, start, steps)
     assert (run.status, run.basis.shape) == (status, (N, columns))
     assert run.exhausted == ("breakdown" in status or "exhaustion" in status)
@@ -211,10 +214,10 @@ def test_rank_loss_is_a_status(name):
 
 def test_a_column_that_ends_early_costs_the_others_nothing():
     values = np.arange(1.0, N + 1)
-    matrix = torch.diag(torch.tensor(values))
+    matrix = torch.diag(make_tensor(values))
     others = block(N, 2)
     others[3] = 0.0
-    start = torch.column_stack([torch.eye(N, dtype=torch.float64)[3], others])
+    start = torch.column_stack([torch.eye(N, dtype=torch.float64, device=DEVICE)[3], others])
     alone = block_ritz_pairs(run_on(matrix, others, 4))
     together = block_ritz_pairs(run_on(matrix, start, 4))
     expected = np.sort(np.append(alone.eigenvalues, 4.0))[::-1]
@@ -222,7 +225,7 @@ def test_a_column_that_ends_early_costs_the_others_nothing():
 
 
 def test_zero_start_spends_nothing():
-    run = block_lanczos(lambda V: 1 / 0, torch.zeros(N, 3), 5)
+    run = block_lanczos(lambda V: 1 / 0, torch.zeros(N, 3, device=DEVICE), 5)
     assert (run.status, run.n_matvecs, run.exhausted) == ("zero start block", 0, True)
     assert run.basis.shape == (N, 0)
     assert run.start_coefficients.shape == (0, 3)
@@ -269,11 +272,11 @@ def test_float32_products_keep_the_basis_orthonormal_and_the_bounds_true():
     matrix = planted(np.geomspace(1e-9, 1.0, 80))
     single, noise = matrix.float(), 6e-7
     run = block_lanczos(lambda V: single @ V.float(), block(80, 4), 15)
-    gram = (run.basis.T @ run.basis).numpy()
+    gram = (run.basis.T @ run.basis).cpu().numpy()
     np.testing.assert_allclose(gram, np.eye(len(gram)), atol=ORTHONORMAL)
     pairs = block_ritz_pairs(run, noise=noise)
-    defects = matrix @ pairs.vectors - pairs.vectors * torch.from_numpy(pairs.eigenvalues)
-    assert (torch.linalg.vector_norm(defects, dim=0).numpy() <= pairs.residual_norms).all()
+    defects = matrix @ pairs.vectors - pairs.vectors * make_tensor(pairs.eigenvalues)
+    assert (torch.linalg.vector_norm(defects, dim=0).cpu().numpy() <= pairs.residual_norms).all()
     assert (pairs.residual_norms >= noise).all()
 
 
@@ -290,11 +293,11 @@ def test_couplings_from_the_basis_converge_to_the_exact_ones(width):
     matrix = planted(np.geomspace(1e-4, 1.0, n))
     motion = block(n, n, seed=5)
     motion = 0.5 * (motion + motion.T)
-    exact = compress(lambda V: motion @ V, dense_pairs(matrix, top).vectors).numpy()
+    exact = compress(lambda V: motion @ V, dense_pairs(matrix, top).vectors).cpu().numpy()
     errors, resolved = [], []
     for columns in (12, 24, 48, 96):
         pairs = block_ritz_pairs(run_on(matrix, block(n, width), columns // width), top)
-        couplings = compress(lambda V: motion @ V, pairs.vectors).numpy()
+        couplings = compress(lambda V: motion @ V, pairs.vectors).cpu().numpy()
         # Vectors are known up to their signs.
         difference = np.abs(np.abs(couplings) - np.abs(exact))
         errors.append(difference.max() / np.abs(exact).max())
@@ -317,7 +320,11 @@ def test_non_finite_product_is_an_error(bad, at):
 
     def matmat(V):
         calls.append(1)
-        return torch.arange(1.0, N + 1)[:, None] * V * (bad if len(calls) == at else 1.0)
+        return (
+            torch.arange(1.0, N + 1, device=DEVICE)[:, None]
+            * V
+            * (bad if len(calls) == at else 1.0)
+        )
 
     with pytest.raises(ValueError, match=f"matmat must return finite.*step {at};"):
         block_lanczos(matmat, block(N, 2), 6)
@@ -369,5 +376,5 @@ def test_invariants(values, width, steps, copies, seed):
     assert (pairs.eigenvalues <= float(ends[1]) + slack).all()
     if run.exhausted and len(run.projected) == len(values):
         np.testing.assert_allclose(
-            pairs.eigenvalues[::-1], torch.linalg.eigvalsh(matrix), atol=slack
+            pairs.eigenvalues[::-1], torch.linalg.eigvalsh(matrix).cpu(), atol=slack
         )

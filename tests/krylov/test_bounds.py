@@ -4,11 +4,11 @@ import pickle
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from spectralshell.krylov import CumulativeBounds, gauss, lanczos, radau_matrix
+from tests.device import make_tensor
 from tests.krylov.zoo import random_case
 
 # The rules are those of matrices within a few eps, and the points keep away from Ritz values.
@@ -16,8 +16,8 @@ AGREEMENT = 1e-10
 
 
 def lanczos_bounds(values, amplitudes, depth, noise=0.0):
-    diagonal = torch.tensor(values)
-    run = lanczos(lambda v: diagonal * v, torch.tensor(amplitudes), depth)
+    diagonal = make_tensor(values)
+    run = lanczos(lambda v: diagonal * v, make_tensor(amplitudes), depth)
     bounds = CumulativeBounds.from_lanczos(
         run.alpha, run.beta, run.beta_last, 0.5 * run.norm**2, noise, run.exhausted
     )

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from spectralshell.krylov import CumulativeBounds, eigenmeasure, lanczos
+from tests.device import make_tensor
 from tests.krylov.zoo import edges_of, random_case
 
 N_CASES = 500
@@ -17,7 +18,7 @@ MEDIAN_ADDED_WIDTH = 1e-4
 
 
 def bounds_of(case, dtype):
-    run = lanczos(case.product(dtype), torch.tensor(case.start), case.depth)
+    run = lanczos(case.product(dtype), make_tensor(case.start), case.depth)
     mass = 0.5 * run.norm**2
     noise = NOISE[dtype] * case.lambda_max
     return CumulativeBounds.from_lanczos(
@@ -59,7 +60,7 @@ def test_lanczos_bounds_contain_the_truth_in_all_cases(dtype):
 def test_dense_bounds_contain_the_truth(seed):
     case = random_case(seed)
     noise = NOISE[torch.float64]
-    spectrum = eigenmeasure(torch.tensor(case.matrix), torch.tensor(case.start), noise)
+    spectrum = eigenmeasure(make_tensor(case.matrix), make_tensor(case.start), noise)
     edges = edges_of(case, spectrum.eigenvalues, np.random.default_rng(seed))
     assert_contains(spectrum.bounds(), case, edges)
 
@@ -69,8 +70,8 @@ def test_recurrence_is_exact_for_an_operator_within_the_noise(dtype):
     # The premise of the widening: ‖M Q - Q T - β q eᵀ‖ <= η in wide arithmetic.
     for seed in range(60):
         case = random_case(seed)
-        run = lanczos(case.product(dtype), torch.tensor(case.start), case.depth)
-        basis = run.basis.numpy().astype(np.longdouble)
+        run = lanczos(case.product(dtype), make_tensor(case.start), case.depth)
+        basis = run.basis.cpu().numpy().astype(np.longdouble)
         tridiagonal = np.diag(run.alpha) + np.diag(run.beta, 1) + np.diag(run.beta, -1)
         defect = case.matrix.astype(np.longdouble) @ basis - basis @ tridiagonal
         # The direction after the last is orthogonal to the basis, apart from it all is rounding.

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from spectralshell.krylov import eigenmeasure
+from tests.device import DEVICE, make_tensor
 from tests.krylov.zoo import KINDS, random_case
 
 # Eigenvalues are good to the float64 noise of the design, relative to the norm.
@@ -14,14 +15,14 @@ EIGENVALUES = 4e-15
 @pytest.mark.parametrize("seed", range(2 * len(KINDS)))
 def test_spectrum_and_energies(seed):
     case = random_case(seed)
-    spectrum = eigenmeasure(torch.tensor(case.matrix), torch.tensor(case.start), 0.0, vectors=True)
+    spectrum = eigenmeasure(make_tensor(case.matrix), make_tensor(case.start), 0.0, vectors=True)
     scale = case.lambda_max
     np.testing.assert_allclose(
         spectrum.eigenvalues, np.sort(case.eigenvalues), atol=EIGENVALUES * scale
     )
     np.testing.assert_allclose(spectrum.energies.sum(), case.mass, rtol=1e-12)
     np.testing.assert_allclose(spectrum.mass, case.mass, rtol=1e-12)
-    vectors = spectrum.vectors.numpy()
+    vectors = spectrum.vectors.cpu().numpy()
     np.testing.assert_allclose(
         (vectors * spectrum.eigenvalues) @ vectors.T, case.matrix, atol=10 * EIGENVALUES * scale
     )
@@ -31,7 +32,7 @@ def test_spectrum_and_energies(seed):
 @pytest.mark.parametrize("seed", range(2 * len(KINDS)))
 def test_without_vectors_the_spectrum_is_the_same(seed):
     case = random_case(seed)
-    matrix, start = torch.tensor(case.matrix), torch.tensor(case.start)
+    matrix, start = make_tensor(case.matrix), make_tensor(case.start)
     both = [eigenmeasure(matrix, start, 0.0, vectors=vectors) for vectors in (False, True)]
     np.testing.assert_allclose(
         both[0].eigenvalues, both[1].eigenvalues, atol=EIGENVALUES * case.lambda_max
@@ -47,8 +48,8 @@ def test_without_vectors_the_spectrum_is_the_same(seed):
 
 
 def test_asymmetry_is_removed_and_reported():
-    matrix = torch.tensor([[1.0, 0.5], [0.0, 1.0]])
-    spectrum = eigenmeasure(matrix, torch.ones(2), 1e-6)
+    matrix = make_tensor([[1.0, 0.5], [0.0, 1.0]])
+    spectrum = eigenmeasure(matrix, torch.ones(2, device=DEVICE), 1e-6)
     np.testing.assert_allclose(spectrum.eigenvalues, [0.75, 1.25])
     assert spectrum.asymmetry == pytest.approx(0.25)  # per column
     assert spectrum.status.startswith("asymmetry 2.5e-01")
@@ -56,7 +57,7 @@ def test_asymmetry_is_removed_and_reported():
 
 
 def test_zero_start_and_zero_matrix():
-    spectrum = eigenmeasure(torch.zeros(3, 3), torch.zeros(3), 0.0)
+    spectrum = eigenmeasure(torch.zeros(3, 3, device=DEVICE), torch.zeros(3, device=DEVICE), 0.0)
     assert spectrum.mass == 0.0
     assert spectrum.bounds().at([1.0]) == (0.0, 0.0)
 

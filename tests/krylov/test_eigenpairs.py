@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from spectralshell.krylov import compress, dense_pairs, lanczos, ritz_pairs
+from tests.device import DEVICE, make_tensor, place
 from tests.krylov.zoo import KINDS, random_case
 
 # Eigenvalues and products are good to the float64 noise of the design, relative to the norm.
@@ -16,29 +17,29 @@ CONVERGED = 1e-12
 
 
 def planted(values, seed=0):
-    values = torch.as_tensor(values, dtype=torch.float64)
+    values = make_tensor(values, dtype=torch.float64)
     generator = torch.Generator().manual_seed(seed)
-    square = torch.randn(len(values), len(values), generator=generator, dtype=torch.float64)
+    square = place(torch.randn(len(values), len(values), generator=generator, dtype=torch.float64))
     basis = torch.linalg.qr(square).Q
     matrix = (basis * values) @ basis.T
     return 0.5 * (matrix + matrix.T), basis
 
 
 def assert_orthonormal(vectors):
-    gram = (vectors.T @ vectors).numpy()
+    gram = (vectors.T @ vectors).cpu().numpy()
     np.testing.assert_allclose(gram, np.eye(len(gram)), atol=ORTHONORMAL)
 
 
 def true_norms(matrix, pairs):
-    defects = matrix @ pairs.vectors - pairs.vectors * torch.from_numpy(pairs.eigenvalues)
-    return torch.linalg.vector_norm(defects, dim=0).numpy()
+    defects = matrix @ pairs.vectors - pairs.vectors * make_tensor(pairs.eigenvalues)
+    return torch.linalg.vector_norm(defects, dim=0).cpu().numpy()
 
 
 @pytest.mark.parametrize("k", [0, 1, 3, 10, 40, 45], ids="k={}".format)
 @pytest.mark.parametrize("seed", range(2 * len(KINDS)))
 def test_dense_pairs_are_the_top_of_the_spectrum(seed, k):
     case = random_case(seed)
-    matrix, n = torch.tensor(case.matrix), len(case.matrix)
+    matrix, n = make_tensor(case.matrix), len(case.matrix)
     pairs = dense_pairs(matrix, k)
     kept = min(k, n)
     expected = np.sort(case.eigenvalues)[::-1][:kept]
@@ -54,13 +55,13 @@ def test_dense_pairs_are_the_top_of_the_spectrum(seed, k):
 @pytest.mark.parametrize("seed", range(2 * len(KINDS)))
 def test_residual_norms_of_ritz_pairs_hold(seed, k):
     case = random_case(seed)
-    run = lanczos(case.product(), torch.tensor(case.start), case.depth)
+    run = lanczos(case.product(), make_tensor(case.start), case.depth)
     pairs = ritz_pairs(run, k)
     kept = min(k, len(run.alpha))
     assert pairs.vectors.shape == (len(case.start), kept)
     assert (np.diff(pairs.eigenvalues) <= 0).all()
     assert_orthonormal(pairs.vectors)
-    actual = true_norms(torch.tensor(case.matrix), pairs)
+    actual = true_norms(make_tensor(case.matrix), pairs)
     # The allowance covers the rounding of the check itself only up to a factor.
     assert (actual <= pairs.residual_norms + 4 * NOISE * case.lambda_max).all()
     distances = np.abs(case.eigenvalues[:, None] - pairs.eigenvalues).min(axis=0)
@@ -78,7 +79,7 @@ def test_converged_ritz_pairs_are_eigenpairs_and_the_others_have_large_norms():
     np.testing.assert_allclose(
         pairs.eigenvalues[good], dense.eigenvalues[good], atol=CONVERGED * 100
     )
-    overlap = (pairs.vectors * dense.vectors).sum(dim=0).abs().numpy()
+    overlap = (pairs.vectors * dense.vectors).sum(dim=0).abs().cpu().numpy()
     np.testing.assert_allclose(overlap[good], 1.0, atol=CONVERGED)
     assert (pairs.residual_norms[~good] > 1e-3).all()
     assert dense.converged(CONVERGED).all()
@@ -119,7 +120,7 @@ def test_degenerate_spectra(values, expected):
 
 
 def test_zero_start_gives_no_pair_and_a_status():
-    pairs = ritz_pairs(lanczos(lambda v: v, torch.zeros(4), 3), 2)
+    pairs = ritz_pairs(lanczos(lambda v: v, torch.zeros(4, device=DEVICE), 3), 2)
     assert pairs.vectors.shape == (4, 0)
     assert pairs.status == "zero start vector; 0 of 2 pairs"
     assert pairs.converged(0.0).shape == (0,)
@@ -134,10 +135,10 @@ def test_compress_is_the_slice(dtype):
     eps = torch.finfo(dtype).eps
     slice_ = compress(lambda V: other.to(dtype) @ V.to(dtype), pairs.vectors)
     expected = pairs.vectors.T @ other @ pairs.vectors
-    np.testing.assert_allclose(slice_.numpy(), expected.numpy(), atol=20 * eps)
+    np.testing.assert_allclose(slice_.cpu().numpy(), expected.cpu().numpy(), atol=20 * eps)
     assert torch.equal(slice_, slice_.T)
     own = compress(lambda V: matrix @ V, pairs.vectors)
-    np.testing.assert_allclose(own.numpy(), np.diag(pairs.eigenvalues), atol=20 * NOISE)
+    np.testing.assert_allclose(own.cpu().numpy(), np.diag(pairs.eigenvalues), atol=20 * NOISE)
 
 
 @pytest.mark.parametrize(

@@ -3,10 +3,10 @@
 import mpmath
 import numpy as np
 import pytest
-import torch
 
 from spectralshell.krylov import gauss, lanczos, radau_matrix, residual_norms
 from spectralshell.krylov.secular import RadauFamily
+from tests.device import make_tensor
 from tests.krylov.zoo import random_case
 
 # Rules of up to ten points reproduce moments of a measure on [0, 1] to some hundred eps.
@@ -19,8 +19,8 @@ def run_of(seed, n=30, depth=8):
     rng = np.random.default_rng(seed)
     values = np.sort(rng.uniform(0.01, 1, n))
     amplitudes = rng.standard_normal(n)
-    diagonal = torch.tensor(values)
-    run = lanczos(lambda v: diagonal * v, torch.tensor(amplitudes), depth)
+    diagonal = make_tensor(values)
+    run = lanczos(lambda v: diagonal * v, make_tensor(amplitudes), depth)
     shares = amplitudes**2 / (amplitudes @ amplitudes)
     return values, shares, run
 
@@ -61,10 +61,10 @@ def test_radau_rule_near_ritz_values_keeps_a_tame_entry():
 
 def test_residual_norms_are_those_of_the_ritz_pairs():
     case = random_case(5)
-    run = lanczos(case.product(), torch.tensor(case.start), 6)
+    run = lanczos(case.product(), make_tensor(case.start), 6)
     nodes, _, last = gauss(run.alpha, run.beta)
     jacobi = np.diag(run.alpha) + np.diag(run.beta, 1) + np.diag(run.beta, -1)
-    vectors = run.basis.numpy() @ np.linalg.eigh(jacobi)[1]
+    vectors = run.basis.cpu().numpy() @ np.linalg.eigh(jacobi)[1]
     dense = np.linalg.norm(case.matrix @ vectors - vectors * nodes, axis=0)
     np.testing.assert_allclose(
         residual_norms(last, run.beta_last), dense, atol=1e-13 * case.lambda_max
@@ -75,8 +75,8 @@ def test_gauss_of_graded_weights_keeps_absolute_accuracy():
     # Weights from 1 down to 1e-24: components of 1e-12 keep an absolute error of a few eps.
     values = np.linspace(0.1, 1, 10)
     amplitudes = np.logspace(-12, 0, 10)
-    diagonal = torch.tensor(values)
-    run = lanczos(lambda v: diagonal * v, torch.tensor(amplitudes), 10)
+    diagonal = make_tensor(values)
+    run = lanczos(lambda v: diagonal * v, make_tensor(amplitudes), 10)
     nodes, weights, _ = gauss(run.alpha, run.beta)
     expected = np.interp(nodes, values, amplitudes / np.linalg.norm(amplitudes))
     last = len(nodes) - 4

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from tests.device import make_tensor
+
 KINDS = (
     "power law",
     "gap",
@@ -37,7 +39,7 @@ class Case:
         return float(self.eigenvalues.max())
 
     def product(self, dtype: torch.dtype = torch.float64):
-        matrix = torch.tensor(self.matrix).to(dtype)
+        matrix = make_tensor(self.matrix).to(dtype)
         return lambda vector: matrix @ vector.to(dtype)
 
     def truth(self, edges: np.ndarray) -> np.ndarray:

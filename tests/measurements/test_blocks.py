@@ -10,7 +10,7 @@ from torch.func import functional_call, jacrev, jvp
 
 from spectralshell.estimators.jacobian_block_frames import explained_shares, normalized_coherence
 from spectralshell.measurements.blocks import BlockConfig, measure_blocks
-from spectralshell.snapshots import Snapshot
+from tests.device import place_snapshot
 from tests.estimators.sharp import Sharp
 
 # Coherence goes with the square root of the kernels' rounding.
@@ -62,7 +62,7 @@ def snapshot_of(build, n_outputs=2, dtype=torch.float64, **labels):
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(6, 3, generator=generator, dtype=dtype)
     y = torch.randn(6, n_outputs, generator=generator, dtype=dtype)
-    return Snapshot(model, x, y, **labels)
+    return place_snapshot(model, x, y, **labels)
 
 
 def dense_reference(snapshot, groups):
@@ -121,7 +121,7 @@ def test_rates_are_those_of_the_dense_blocks(measured, reference):
         for position, block in enumerate(blocks)
     ]
     stacked = torch.stack([torch.stack(part) for part in parts]).flatten(2)
-    gram = torch.einsum("lms,lks->lmk", stacked, stacked).numpy()
+    gram = torch.einsum("lms,lks->lmk", stacked, stacked).cpu().numpy()
     tolerance = RATES if measured.derivative == "exact" else DIFFERENCE
     np.testing.assert_allclose(measured.gram, gram, atol=tolerance * gram.max())
     whole = sum(torch.cat(rate, dim=1) for rate in rates)
@@ -158,7 +158,7 @@ def test_blocks_alike_are_fully_coherent():
     snapshot = snapshot_of(lambda: Towers(2, False), n_outputs=1)
     first = {n: t for n, t in snapshot.load_state().items() if n.startswith("towers.0")}
     state = first | {name.replace("towers.0", "towers.1"): t for name, t in first.items()}
-    twins = Snapshot(snapshot.model, snapshot.inputs, snapshot.targets, state=state)
+    twins = place_snapshot(snapshot.model, snapshot.inputs, snapshot.targets, state=state)
     measure = measure_blocks(twins, BlockConfig(blocks=lambda name: name.split(".")[1]))
     normalized = normalized_coherence(measure.coherence, measure.norms)
     np.testing.assert_allclose(normalized, 1.0, atol=1e-12)
@@ -195,7 +195,7 @@ def test_zero_error_does_not_move():
     snapshot = snapshot_of(perceptron)
     with torch.no_grad():
         targets = snapshot.model(snapshot.inputs)
-    still = Snapshot(snapshot.model, snapshot.inputs, targets)
+    still = place_snapshot(snapshot.model, snapshot.inputs, targets)
     measure = measure_blocks(still, BlockConfig())
     assert "zero direction" in measure.status
     assert measure.jacobian_rate == 0.0
@@ -218,7 +218,7 @@ def test_gates_are_named_only_where_their_jumps_are_missed(activation, derivativ
 def test_directions():
     snapshot = snapshot_of(perceptron)
     moved = {name: tensor + 0.1 for name, tensor in snapshot.load_state().items()}
-    there = Snapshot(snapshot.model, snapshot.inputs, snapshot.targets, state=moved, tau=2.0)
+    there = place_snapshot(snapshot.model, snapshot.inputs, snapshot.targets, state=moved, tau=2.0)
     measures = {
         name: measure_blocks(snapshot, BlockConfig(direction=direction, random_seed=seed))
         for name, direction, seed in (

@@ -16,7 +16,7 @@ from spectralshell.measurements.settings import (
     coupling_config,
 )
 from spectralshell.operators import build_kernel_derivative
-from spectralshell.snapshots import Snapshot
+from tests.device import place_snapshot
 
 # Two float64 routes to one matrix.
 TOLERANCE = 1e-10
@@ -28,7 +28,7 @@ def classifier(seed=0, activation=nn.Tanh):
     torch.manual_seed(seed)
     model = nn.Sequential(nn.Linear(5, 8), activation(), nn.Linear(8, 3)).double()
     inputs = torch.randn(6, 5, dtype=torch.float64)
-    return Snapshot(model, inputs, torch.arange(6) % 3, tau=2.0, batch="b")
+    return place_snapshot(model, inputs, torch.arange(6) % 3, tau=2.0, batch="b")
 
 
 @pytest.fixture
@@ -47,7 +47,7 @@ def in_entries(couplings, vectors):
 
 def test_couplings_sum_up_to_the_derivative(snapshot, exact):
     dense = build_kernel_derivative(snapshot, "gradient-flow", residual="brier").to_dense()
-    eigenvalues = np.linalg.eigvalsh(dense.numpy())
+    eigenvalues = np.linalg.eigvalsh(dense.cpu().numpy())
     np.testing.assert_allclose(
         np.linalg.eigvalsh(exact.couplings), eigenvalues, atol=TOLERANCE * abs(eigenvalues).max()
     )
@@ -107,7 +107,7 @@ def test_difference_is_close_to_the_exact_derivative(snapshot, exact):
 def test_linear_model_has_a_frozen_kernel(derivative):
     torch.manual_seed(0)
     model = nn.Linear(4, 2).double()
-    still = Snapshot(model, torch.randn(5, 4).double(), torch.randn(5, 2).double())
+    still = place_snapshot(model, torch.randn(5, 4).double(), torch.randn(5, 2).double())
     config = CouplingConfig(solver="exact", derivative=derivative, n_random=1)
     couplings = couple_snapshot(still, config)
     assert couplings.frozen
@@ -117,7 +117,7 @@ def test_linear_model_has_a_frozen_kernel(derivative):
 
 def test_no_error_is_a_status(snapshot):
     outputs = snapshot.model(snapshot.inputs).detach()
-    solved = Snapshot(snapshot.model, snapshot.inputs, outputs)
+    solved = place_snapshot(snapshot.model, snapshot.inputs, outputs)
     for solver in ("exact", "lanczos"):
         couplings = couple_snapshot(solved, CouplingConfig(solver=solver, n_steps=3))
         assert "zero error" in couplings.status

@@ -8,13 +8,13 @@ from torch import nn
 from spectralshell import (
     JacobianBlockDiagnostic,
     ShellFluxEstimator,
-    Snapshot,
     ToeplitzDiagnostic,
 )
 from spectralshell.estimators import jacobian_blocks
 from spectralshell.measurements import couplings
 from spectralshell.measurements import fluxes as shell_flux_measurement
 from spectralshell.warning_categories import GateWarning
+from tests.device import place, place_snapshot
 from tests.fingerprints import model_fingerprint
 
 # The same arithmetic in another order.
@@ -43,17 +43,17 @@ def network(seed=0, activation=nn.Tanh):
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         layers = [nn.Linear(3, 4), activation(), nn.Linear(4, 4), activation(), nn.Linear(4, 2)]
-        return nn.Sequential(*layers).double()
+        return place(nn.Sequential(*layers).double())
 
 
 def data(n=5, seed=1):
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(n, 3, generator=generator, dtype=torch.float64)
-    return x, torch.arange(n) % 2
+    return place((x, torch.arange(n) % 2))
 
 
 def snapshot(seed=0, **labels):
-    return Snapshot(network(seed), *data(), **labels)
+    return place_snapshot(network(seed), *data(), **labels)
 
 
 def size_of_motion(kind, estimator, found):
@@ -115,7 +115,7 @@ def statuses_of(kind, estimator):
 
 @pytest.mark.parametrize(("kind", "n_jobs"), [*((kind, 1) for kind in ESTIMATORS), ("flux", 2)])
 def test_held_gates_are_warned_of_once_from_workers_and_caches_too(kind, n_jobs):
-    X = [Snapshot(network(activation=nn.ReLU), *data(), batch=batch) for batch in range(2)]
+    X = [place_snapshot(network(activation=nn.ReLU), *data(), batch=batch) for batch in range(2)]
     for _ in range(2):  # measured, and remembered
         with pytest.warns() as caught:
             estimator = ESTIMATORS[kind](n_jobs=n_jobs).fit(X)
@@ -182,11 +182,11 @@ def test_a_callable_that_asks_for_a_random_direction_is_seeded(kind):
 @anything
 def test_duplicated_and_permuted_data_change_nothing(kind):
     x, y = data()
-    order = torch.tensor([3, 1, 4, 0, 2])
+    order = [3, 1, 4, 0, 2]
     variants = [(x, y), (x.repeat(2, 1), y.repeat(2)), (x[order], y[order])]
     rows = []
     for inputs, targets in variants:
-        X = [Snapshot(network(), inputs, targets)]
+        X = [place_snapshot(network(), inputs, targets)]
         rows.append(ESTIMATORS[kind](residual="brier").fit(X).transform(X).to_numpy())
     for row in rows[1:]:
         np.testing.assert_allclose(row, rows[0], rtol=RTOL, atol=RTOL * np.nanmax(np.abs(rows[0])))
@@ -243,7 +243,7 @@ def test_a_failing_model_is_left_alone(kind):
     model.linear.weight.grad = torch.ones_like(model.linear.weight)
     before = model_fingerprint(model)
     with pytest.raises(RuntimeError, match="stubborn"):
-        ESTIMATORS[kind]().fit([Snapshot(model, *data())])
+        ESTIMATORS[kind]().fit([place_snapshot(model, *data())])
     assert model_fingerprint(model) == before
 
 
@@ -273,12 +273,12 @@ POOR = {
 
 def poor_snapshot(case):
     x, y = data()
-    model, linear = network(), nn.Linear(3, 2, bias=False).double()
+    model, linear = network(), place(nn.Linear(3, 2, bias=False).double())
     return {
-        "no error": lambda: Snapshot(model, x, model(x).detach()),
-        "one sample": lambda: Snapshot(model, x[:1], y[:1]),
-        "no kernel": lambda: Snapshot(linear, torch.zeros_like(x), y),
-        "no motion": lambda: Snapshot(linear, x, y),
+        "no error": lambda: place_snapshot(model, x, model(x).detach()),
+        "one sample": lambda: place_snapshot(model, x[:1], y[:1]),
+        "no kernel": lambda: place_snapshot(linear, torch.zeros_like(x), y),
+        "no motion": lambda: place_snapshot(linear, x, y),
     }[case]()
 
 

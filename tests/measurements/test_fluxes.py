@@ -13,10 +13,11 @@ from spectralshell.measurements.fluxes import (
     JacobiRun,
 )
 from spectralshell.shells import ShellPartition, SoftShells
+from tests.device import make_tensor, place
 
 SHELLS = SoftShells(ShellPartition.covering(1e-3, 1.0, q=2.0))
 LAMBDA = np.logspace(-4, 0, 300)
-ERROR = torch.ones(300, dtype=torch.float64)
+ERROR = place(torch.ones(300, dtype=torch.float64))
 H = 1e-5
 # Of the largest flux, against the same difference of exact energies after half as many steps as
 # there are modes.
@@ -29,7 +30,7 @@ def moved(amount):
 
 
 def run_in(rates, n_steps):
-    diagonal = torch.tensor(rates)
+    diagonal = make_tensor(rates)
     result = lanczos(lambda v: diagonal * v, ERROR, n_steps)
     return result, JacobiRun.of(result)
 

@@ -5,10 +5,11 @@ import dataclasses
 import pytest
 import torch
 
-from spectralshell import ShellEnergyEstimator, Snapshot
+from spectralshell import ShellEnergyEstimator
 from spectralshell.measurements.solver import PLAN_COLUMNS, plan_solver
 from spectralshell.operators.costs import Footprint, measure_footprint
 from spectralshell.operators.survey import survey_kernel
+from tests.device import place_snapshot
 from tests.zoo import CASES, CASES_BY_NAME, make_snapshot
 
 AMPLE = 10**12
@@ -112,5 +113,5 @@ def test_a_batch_that_cannot_be_halved_is_counted_whole():
         def forward(self, x):
             return self.linear(x.reshape(3, 2, 2)).reshape(6, 1)
 
-    snapshot = Snapshot(Fixed(), torch.randn(6, 2), torch.zeros(6, 1))
+    snapshot = place_snapshot(Fixed(), torch.randn(6, 2), torch.zeros(6, 1))
     assert survey_kernel(snapshot).footprint.n_slots == 1

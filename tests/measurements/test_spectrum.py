@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from spectralshell import ShellEnergyEstimator, Snapshot
+from spectralshell import ShellEnergyEstimator
 from spectralshell.measurements.settings import MeasurementConfig
 from spectralshell.measurements.spectrum import measure_snapshot
 from spectralshell.warning_categories import ResolutionWarning
+from tests.device import place_snapshot
 from tests.zoo import (
     CASES_BY_NAME,
     RESIDUALS,
@@ -57,7 +58,7 @@ def test_energies_close_and_bounds_hold_the_dense_truth(case, kind):
 
 
 def test_rows_close_where_six_steps_resolve_nothing():
-    X = [make_snapshot(CASES_BY_NAME["gpt-neox"])]
+    X = [make_snapshot(CASES_BY_NAME["residual cnn"])]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ResolutionWarning)
         estimator = ShellEnergyEstimator(solver="lanczos", n_steps=N_STEPS).fit(X)
@@ -96,7 +97,7 @@ def test_noise_of_a_short_run_follows_the_norm_of_the_kernel():
     inputs = torch.cat([torch.full((8, 1), 1e3), torch.tensor([[1.0], [-1.0]]).repeat(4, 1)], dim=1)
     model = torch.nn.Linear(2, 1, bias=False)
     torch.nn.init.zeros_(model.weight)
-    snapshot = Snapshot(model, inputs, inputs[:, 1:])
+    snapshot = place_snapshot(model, inputs, inputs[:, 1:])
     measure = measure_snapshot(snapshot, MeasurementConfig(solver="lanczos", n_steps=1))
     assert measure.lambda_max == pytest.approx(1.0, rel=1e-3)
     assert measure.noise >= 6e-7 * 1e6 * 0.9

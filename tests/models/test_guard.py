@@ -8,29 +8,30 @@ from torch import nn
 
 from spectralshell.operators import build_exact_kernel, survey_motion
 from spectralshell.operators.build import build_kernel
-from spectralshell.snapshots import Snapshot, make_snapshots
+from spectralshell.snapshots import make_snapshots
+from tests.device import DEVICE, place, place_snapshot
 from tests.fingerprints import model_fingerprint
 from tests.zoo import build_on_rungs
 
-X = torch.linspace(-1, 1, 24, dtype=torch.float64).reshape(6, 4)
-Y = torch.linspace(1, -1, 18, dtype=torch.float64).reshape(6, 3)
+X = place(torch.linspace(-1, 1, 24, dtype=torch.float64).reshape(6, 4))
+Y = place(torch.linspace(1, -1, 18, dtype=torch.float64).reshape(6, 3))
 EXACT = 1e-13  # the same operations in float64
 
 
 def network(*between):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return nn.Sequential(nn.Linear(4, 5), *between, nn.Linear(5, 3)).double()
+        return place(nn.Sequential(nn.Linear(4, 5), *between, nn.Linear(5, 3)).double())
 
 
 def test_threads_take_turns_with_a_model():
     model = network(nn.Tanh(), nn.Dropout())
-    snapshots = [Snapshot(model, X + shift, Y) for shift in range(4)]
+    snapshots = [place_snapshot(model, X + shift, Y) for shift in range(4)]
 
     def work(snapshot):
         # Forward mode calls the model in every product.
         kernel = build_on_rungs(snapshot, rungs=["jvp"])
-        return kernel.to_dense(), Snapshot(model, X, Y).load_state()["0.weight"]
+        return kernel.to_dense(), place_snapshot(model, X, Y).load_state()["0.weight"]
 
     expected = [work(snapshot) for snapshot in snapshots]
     before = model_fingerprint(model)
@@ -49,13 +50,13 @@ def test_freezing_the_model_later_changes_no_snapshot():
     model[0].requires_grad_(False)
     for snapshot in batches:
         assert torch.equal(build_kernel(snapshot).to_dense(), expected)
-    assert build_kernel(Snapshot(model, X, Y)).n_parameters == 18
+    assert build_kernel(place_snapshot(model, X, Y)).n_parameters == 18
 
 
 def test_a_model_may_write_to_its_weights():
     model = nn.Sequential(nn.Embedding(5, 4, max_norm=0.5), nn.Linear(4, 3)).double()
     tokens = torch.tensor([0, 2, 4])
-    snapshot = Snapshot(model, tokens, Y[:3])
+    snapshot = place_snapshot(model, tokens, Y[:3])
     before = snapshot.load_state()["0.weight"].clone()
     kernel = build_kernel(snapshot)
     dense = kernel.to_dense()
@@ -66,14 +67,17 @@ def test_a_model_may_write_to_its_weights():
 
 
 def test_weights_in_the_same_memory_are_tied():
-    model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4)).double()
+    model = place(nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4)).double())
     model[2].weight.data = model[0].weight.data
-    kernel = build_kernel(Snapshot(model, X, X))
+    kernel = build_kernel(place_snapshot(model, X, X))
     assert kernel.n_parameters == 24
     shared = nn.Sequential(*model)
     shared[2].weight = shared[0].weight
     torch.testing.assert_close(
-        kernel.to_dense(), build_kernel(Snapshot(shared, X, X)).to_dense(), rtol=EXACT, atol=EXACT
+        kernel.to_dense(),
+        build_kernel(place_snapshot(shared, X, X)).to_dense(),
+        rtol=EXACT,
+        atol=EXACT,
     )
 
 
@@ -83,7 +87,7 @@ def test_backward_hooks_stay_silent():
     model[0].register_full_backward_hook(lambda *gradients: seen.append(1))
     model[1].register_full_backward_pre_hook(lambda *gradients: seen.append(2))
     before = model_fingerprint(model)
-    kernel = build_kernel(Snapshot(model, X, Y))
+    kernel = build_kernel(place_snapshot(model, X, Y))
     kernel.to_dense()
     assert seen == []
     assert model_fingerprint(model) == before
@@ -92,7 +96,7 @@ def test_backward_hooks_stay_silent():
 class Counting(nn.Module):
     def __init__(self):
         super().__init__()
-        self.count = torch.zeros(1)
+        self.count = torch.zeros(1, device=DEVICE)
 
     def forward(self, x):
         with torch.no_grad():
@@ -104,7 +108,7 @@ def test_tensor_attributes_are_put_back():
     model = network(Counting())
     count = model[1].count
     # In chunks, products call the model.
-    kernel = build_kernel(Snapshot(model, X, Y), chunk_size=3)
+    kernel = build_kernel(place_snapshot(model, X, Y), chunk_size=3)
     kernel.matvec(kernel.residual_vector)
     assert model[1].count is count
     assert count.item() == 0.0
@@ -113,15 +117,15 @@ def test_tensor_attributes_are_put_back():
 @pytest.mark.parametrize("rung", ["linearize", "jvp"])
 def test_autocast_of_the_caller_does_not_reach_inside(rung):
     model = network(nn.Tanh()).float()
-    snapshot = Snapshot(model, X.float(), Y.float())
+    snapshot = place_snapshot(model, X.float(), Y.float())
     expected = build_on_rungs(snapshot, rungs=[rung]).to_dense()
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(DEVICE.type, torch.bfloat16):
         assert torch.equal(build_on_rungs(snapshot, rungs=[rung]).to_dense(), expected)
 
 
 def test_autocast_of_the_caller_does_not_reach_matrices():
-    snapshot = Snapshot(network(nn.Tanh()).float(), X.float(), Y.float())
-    block = torch.linspace(-1, 2, 90, dtype=torch.float64).reshape(18, 5)
+    snapshot = place_snapshot(network(nn.Tanh()).float(), X.float(), Y.float())
+    block = place(torch.linspace(-1, 2, 90, dtype=torch.float64).reshape(18, 5))
 
     def measure():
         exact, free = build_exact_kernel(snapshot, layers="parameter"), build_kernel(snapshot)
@@ -140,7 +144,7 @@ def test_autocast_of_the_caller_does_not_reach_matrices():
         return products, figures
 
     products, figures = measure()
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(DEVICE.type, torch.bfloat16):
         again, same = measure()
     assert all(torch.equal(a, b) for a, b in zip(products, again, strict=True))
     assert figures == same
@@ -148,33 +152,33 @@ def test_autocast_of_the_caller_does_not_reach_matrices():
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_the_norm_is_estimated_from_below(dtype):
-    kernel = build_kernel(Snapshot(network(nn.Tanh()), X, Y), dtype=dtype)
+    kernel = build_kernel(place_snapshot(network(nn.Tanh()), X, Y), dtype=dtype)
     exact = float(torch.linalg.eigvalsh(kernel.to_dense())[-1])
     assert 0.7 * exact < kernel.norm < 1.0001 * exact  # five steps, and the rounding of float32
 
 
 def test_inputs_that_require_gradients_leave_none_in_results():
-    kernel = build_kernel(Snapshot(network(nn.Tanh()), X.clone().requires_grad_(), Y))
+    kernel = build_kernel(place_snapshot(network(nn.Tanh()), X.clone().requires_grad_(), Y))
     results = (kernel.residual_vector, kernel.to_dense(), *kernel.velocity())
     assert not any(result.requires_grad for result in results)
 
 
 @pytest.mark.parametrize("dtype", [None, "float32"])
 def test_half_precision_is_told(dtype):
-    snapshot = Snapshot(network(nn.Tanh()).half(), X, Y)
+    snapshot = place_snapshot(network(nn.Tanh()).half(), X, Y)
     assert build_kernel(snapshot, dtype=dtype).status == "float16 model measured in float32"
 
 
 def test_sparse_embeddings_give_dense_gradients():
     model = nn.Sequential(nn.Embedding(5, 4, sparse=True), nn.Linear(4, 3)).double()
-    snapshot = Snapshot(model, torch.tensor([0, 2, 4]), Y[:3])
+    snapshot = place_snapshot(model, torch.tensor([0, 2, 4]), Y[:3])
     found = [build_on_rungs(snapshot, rungs=[r]).to_dense() for r in ("linearize", "double-vjp")]
     torch.testing.assert_close(*found, rtol=EXACT, atol=EXACT)
     assert model[0].sparse
 
 
 def test_a_block_without_columns_is_ordinary():
-    kernel = build_kernel(Snapshot(network(nn.Tanh()), X, Y))
+    kernel = build_kernel(place_snapshot(network(nn.Tanh()), X, Y))
     assert kernel.matmat(torch.ones(18, 0)).shape == (18, 0)
 
 
@@ -185,15 +189,15 @@ class Positioned(nn.Linear):
 
 def test_tensors_shared_by_the_samples_do_not_count_them():
     inputs = {"position_ids": torch.ones(1, 3), "x": X}
-    snapshot = Snapshot(Positioned(4, 3).double(), inputs, Y)
+    snapshot = place_snapshot(Positioned(4, 3).double(), inputs, Y)
     assert snapshot.n_samples == 6
     whole, chunked = (build_kernel(snapshot, chunk_size=size).to_dense() for size in (None, 2))
     torch.testing.assert_close(whole, chunked, rtol=EXACT, atol=EXACT)
 
 
 def test_tying_the_model_later_keeps_the_stored_weights():
-    model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4)).double()
-    snapshot = Snapshot(model, X, X)
+    model = place(nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4)).double())
+    snapshot = place_snapshot(model, X, X)
     expected = build_kernel(snapshot, parameters="bias").to_dense()
     model[2].weight.data = model[0].weight.data
     assert torch.equal(build_kernel(snapshot, parameters="bias").to_dense(), expected)

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from spectralshell.operators import build_kernel
-from spectralshell.snapshots import Snapshot
+from tests.device import place_snapshot
 
 X = torch.linspace(-1, 1, 24, dtype=torch.float64).reshape(6, 4)
 Y = torch.linspace(1, -1, 36, dtype=torch.float64).reshape(6, 6)
@@ -24,7 +24,7 @@ def weighted(outputs, targets):
 @pytest.mark.parametrize(("residual", "targets"), [(centred, Y), (weighted, (Y, W))])
 @pytest.mark.parametrize("chunk_size", [1, 2, 4])
 def test_a_residual_that_needs_the_whole_batch_is_named(residual, targets, chunk_size):
-    snapshot = Snapshot(nn.Linear(4, 6).double(), X, targets)
+    snapshot = place_snapshot(nn.Linear(4, 6).double(), X, targets)
     with pytest.raises(ValueError, match=f"residual '{residual.__name__}' .*in chunks"):
         build_kernel(snapshot, residual=residual, chunk_size=chunk_size)
     assert build_kernel(snapshot, residual=residual).n == 36
@@ -40,6 +40,6 @@ class ScaledByTheLargest(nn.Linear):
 def test_one_sample_that_acts_on_its_company_is_found(position, chunk_size):
     x = torch.linspace(-1, 1, 160, dtype=torch.float64).reshape(40, 4)
     x[position, 2] = 9
-    snapshot = Snapshot(ScaledByTheLargest(4, 3).double(), x, torch.zeros(40, 3))
+    snapshot = place_snapshot(ScaledByTheLargest(4, 3).double(), x, torch.zeros(40, 3))
     with pytest.raises(ValueError, match="depend on the other samples"):
         build_kernel(snapshot, chunk_size=chunk_size)

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from spectralshell.operators import DifferentiationError, build_exact_kernel, build_kernel
-from spectralshell.snapshots import Snapshot
 from spectralshell.warning_categories import KernelWarning
+from tests.device import place_snapshot
 from tests.hostile_models import (
     HOSTILE,
     HOSTILE_BY_NAME,
@@ -29,7 +29,8 @@ coupled = [case for case in HOSTILE if case["warns"] is not None]
 
 
 def relative(a, b):
-    return float((a.double() - b).norm() / b.norm())
+    a, b = a.double().cpu(), b.cpu()
+    return float((a - b).norm() / b.norm())
 
 
 def reference_of(snapshot, kind):
@@ -42,7 +43,7 @@ def check_parameters(kernel, snapshot, reference):
     columns = reference["jacobian"].split([p.numel() for p in trainable], dim=1)
     scale = float(reference["kernel"].norm())
     for name, part in zip(kernel.parameter_names, columns, strict=True):
-        assert float((kernel.layers[name] - part @ part.T).norm()) <= ROUNDING * scale, name
+        assert float((kernel.layers[name].cpu() - part @ part.T).norm()) <= ROUNDING * scale, name
 
 
 @pytest.mark.parametrize("case", quiet, ids=lambda case: case["name"])
@@ -115,7 +116,7 @@ def test_outputs_without_a_second_dimension():
         torch.manual_seed(0)
         model = Lambda(lambda m, x: m.a(x).tanh().sum(1), a=nn.Linear(4, 3)).double()
         x = torch.randn(5, 4).double()
-    snapshot = Snapshot(model, x, torch.zeros(5).double())
+    snapshot = place_snapshot(model, x, torch.zeros(5).double())
     kernel = build_exact_kernel(snapshot)
     assert kernel.n == 5
     assert relative(kernel.matrix, reference_of(snapshot, "mse")["kernel"]) < TOLERANCE
@@ -128,7 +129,7 @@ def test_a_function_that_is_differentiable_once_is_enough_or_refused():
             lambda m, x: m.b(OnceSquare.apply(m.a(x))), a=nn.Linear(4, 5), b=nn.Linear(5, 3)
         ).double()
         x = torch.randn(5, 4).double()
-    snapshot = Snapshot(model, x, torch.zeros(5, 3).double())
+    snapshot = place_snapshot(model, x, torch.zeros(5, 3).double())
     try:
         kernel = build_exact_kernel(snapshot)
     except DifferentiationError:
@@ -143,7 +144,7 @@ def test_language_models_that_compute_norms_in_float32():
         model = build_llama()
     tokens = {"input_ids": torch.randint(0, 5, (2, 3), generator=generator)}
     labels = torch.tensor([[0, 1, -100], [4, 2, 2]])
-    snapshot = Snapshot(model, tokens, labels)
+    snapshot = place_snapshot(model, tokens, labels)
     kernel = build_exact_kernel(snapshot, residual="nll")
     # The reference computes the norms in float32 too: a few roundings remain between the two.
     assert relative(kernel.matrix, reference_of(snapshot, "nll")["kernel"]) < 1e-5

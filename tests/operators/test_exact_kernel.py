@@ -9,6 +9,7 @@ from spectralshell.operators.layers.assembly import contract_layers
 from spectralshell.operators.layers.units import GRADIENTS, PAIRS
 from spectralshell.operators.problem import pose_problem
 from spectralshell.snapshots import Snapshot
+from tests.device import place_snapshot
 from tests.fingerprints import model_fingerprint
 from tests.zoo import CASES, CASES_BY_NAME, RESIDUALS, dense_reference, make_snapshot
 
@@ -33,7 +34,8 @@ dtypes = pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["
 
 
 def relative(a: torch.Tensor, b: torch.Tensor) -> float:
-    return float((a.double() - b).norm() / b.norm())
+    a, b = a.double().cpu(), b.cpu()
+    return float((a - b).norm() / b.norm())
 
 
 def reference_of(snapshot: Snapshot, kind: str) -> dict[str, torch.Tensor]:
@@ -65,7 +67,7 @@ def test_float32_knows_its_error(case):
         snapshot = make_snapshot(case, kind, torch.float32)
         reference = reference_of(snapshot, kind)["kernel"]
         kernel = build_exact_kernel(snapshot, residual=kind)
-        error = torch.linalg.matrix_norm(kernel.to_dense() - reference, 2)
+        error = torch.linalg.matrix_norm(kernel.to_dense().cpu() - reference, 2)
         assert float(error / torch.linalg.matrix_norm(reference, 2)) <= kernel.noise < 1e-5
 
 
@@ -79,7 +81,7 @@ def test_every_parameter_has_its_own_kernel(case):
     assert tuple(kernel.layers) == kernel.parameter_names
     scale = reference["kernel"].norm()
     for part, found in zip(columns, kernel.layers.values(), strict=True):
-        assert float((found - part @ part.T).norm()) <= SAME * float(scale)
+        assert float((found.cpu() - part @ part.T).norm()) <= SAME * float(scale)
 
 
 @pytest.mark.parametrize("chunk_size", [1, 2, 4])
@@ -127,7 +129,7 @@ def test_a_sample_without_a_label_may_be_a_chunk_of_its_own(width, left_out):
         inputs = torch.randn(3, 2, width).double()
     labels = torch.tensor([[0, 1], [2, -100], [1, 1]])
     labels[left_out] = -100
-    snapshot = Snapshot(model, inputs, labels)
+    snapshot = place_snapshot(model, inputs, labels)
     kernel = build_exact_kernel(snapshot, residual="nll", chunk_size=1)
     assert relative(kernel.matrix, reference_of(snapshot, "nll")["kernel"]) < SAME
     assert kernel.orders["0.weight"] == (GRADIENTS if width == 4 else PAIRS)
@@ -193,7 +195,7 @@ def test_the_model_is_left_alone_after_an_exception(call):
 
     x = torch.ones(4, 3)
     model = nn.Sequential(Interrupted(3, 3), nn.BatchNorm1d(3), nn.Dropout())
-    snapshot = Snapshot(model, x, torch.zeros(4, 3))
+    snapshot = place_snapshot(model, x, torch.zeros(4, 3))
     before = model_fingerprint(model)
     with pytest.raises(KeyboardInterrupt):
         build_exact_kernel(snapshot)
@@ -218,7 +220,7 @@ def test_a_closed_kernel_keeps_its_matrix_and_refuses_its_noise():
 
 def test_zero_inputs_give_a_zero_kernel():
     model = nn.Linear(3, 2, bias=False)
-    kernel = build_exact_kernel(Snapshot(model, torch.zeros(4, 3), torch.zeros(4, 2)))
+    kernel = build_exact_kernel(place_snapshot(model, torch.zeros(4, 3), torch.zeros(4, 2)))
     assert float(kernel.matrix.abs().max()) == 0.0
     assert kernel.status == "ok"
     assert kernel.noise > 0.0
@@ -244,6 +246,6 @@ def test_what_does_not_depend_on_the_parameters_is_named():
         def forward(self, x):
             return super().forward(x).detach()
 
-    snapshot = Snapshot(Detached(3, 2), torch.ones(4, 3), torch.zeros(4, 2))
+    snapshot = place_snapshot(Detached(3, 2), torch.ones(4, 3), torch.zeros(4, 2))
     with pytest.raises(ValueError, match="does not depend on the selected parameters"):
         build_exact_kernel(snapshot)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from spectralshell.operators import build_kernel
-from spectralshell.snapshots import Snapshot
+from tests.device import place_snapshot
 from tests.zoo import (
     CASES,
     CASES_BY_NAME,
@@ -29,6 +29,7 @@ dtypes = pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["
 
 
 def relative(a: torch.Tensor, b: torch.Tensor) -> float:
+    a, b = a.cpu(), b.cpu()
     return float((a - b).norm() / b.norm())
 
 
@@ -130,9 +131,9 @@ def test_duplicated_data_leave_the_spectrum_unchanged(kind):
     case = CASES_BY_NAME["mlp"]
     inputs, targets = make_inputs(case), make_targets(case, kind)
     model = build_model(case)
-    once = build_kernel(Snapshot(model, inputs, targets), residual=RESIDUALS[kind])
+    once = build_kernel(place_snapshot(model, inputs, targets), residual=RESIDUALS[kind])
     twice = build_kernel(
-        Snapshot(model, torch.cat([inputs, inputs]), torch.cat([targets, targets])),
+        place_snapshot(model, torch.cat([inputs, inputs]), torch.cat([targets, targets])),
         residual=RESIDUALS[kind],
     )
     few = torch.linalg.eigvalsh(once.to_dense())
@@ -199,8 +200,8 @@ def test_adjoints_fit_together():
     u = torch.randn(kernel.n, generator=generator).double()
     t = [torch.randn(p.shape, generator=generator).double() for p in kernel.rmatvec(u)]
     pulled = kernel.rmatvec(u)
-    expected = sum(float((a * b).sum()) for a, b in zip(pulled, t, strict=True))
-    assert float(u @ kernel.jvp(t)) == pytest.approx(expected, rel=1e-12)
+    expected = sum(float((a.cpu() * b).sum()) for a, b in zip(pulled, t, strict=True))
+    assert float(u @ kernel.jvp(t).cpu()) == pytest.approx(expected, rel=1e-12)
 
 
 def test_a_rung_that_fails_is_refused_with_its_reason():
@@ -253,7 +254,7 @@ def test_noise_covers_the_error_of_the_products(name, kind, dtype):
     reference = dense_reference(snapshot.model, snapshot.inputs, snapshot.targets, kind)["kernel"]
     kernel = build_on_rungs(snapshot, residual=RESIDUALS[kind], rungs=["double-vjp"])
     assert kernel.noise >= {torch.float64: 4e-15, torch.float32: 6e-7}[dtype]
-    error = torch.linalg.matrix_norm(kernel.to_dense() - reference, 2)
+    error = torch.linalg.matrix_norm(kernel.to_dense().cpu() - reference, 2)
     assert float(error / torch.linalg.matrix_norm(reference, 2)) <= kernel.noise
 
 
@@ -265,7 +266,7 @@ def test_noise_grows_with_the_rounding_of_the_model():
     x = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        snapshot = Snapshot(Rapid(4, 2), x, torch.zeros(6, 2))
+        snapshot = place_snapshot(Rapid(4, 2), x, torch.zeros(6, 2))
     coarse, fine = (build_kernel(snapshot, dtype=dtype) for dtype in ("float32", "float64"))
     error = torch.linalg.matrix_norm(coarse.to_dense() - fine.to_dense(), 2)
     relative_error = float(error / torch.linalg.matrix_norm(fine.to_dense(), 2))
@@ -284,7 +285,7 @@ class Greedy(torch.nn.Linear):
 def test_chunks_take_over_when_memory_runs_out():
     x = torch.randn(9, 4, generator=torch.Generator().manual_seed(0)).double()
     model = Greedy(4, 2, dtype=torch.float64)
-    kernel = build_kernel(Snapshot(model, x, torch.zeros(9, 2)))
+    kernel = build_kernel(place_snapshot(model, x, torch.zeros(9, 2)))
     assert kernel.chunk_size == 2
     assert kernel.status == "memory ran out: computed in chunks of 2 samples"
     gram = (x @ x.T + 1) / 9
@@ -298,7 +299,7 @@ def test_no_memory_for_one_sample_is_an_error():
             raise RuntimeError("[enforce fail] not enough memory: you tried to allocate")
 
     with pytest.raises(MemoryError, match="a single sample"):
-        build_kernel(Snapshot(Hungry(4, 2), torch.ones(3, 4), torch.zeros(3, 2)))
+        build_kernel(place_snapshot(Hungry(4, 2), torch.ones(3, 4), torch.zeros(3, 2)))
 
 
 def test_blocks_fall_back_on_a_loop_where_vmap_has_no_rule():
@@ -322,7 +323,7 @@ def test_blocks_fall_back_on_a_loop_where_vmap_has_no_rule():
             return Looped.apply(super().forward(x))
 
     x = torch.randn(4, 3, generator=torch.Generator().manual_seed(0)).double()
-    snapshot = Snapshot(Squares(3, 2, dtype=torch.float64), x, torch.zeros(4, 2))
+    snapshot = place_snapshot(Squares(3, 2, dtype=torch.float64), x, torch.zeros(4, 2))
     reference = dense_reference(snapshot.model, x, snapshot.targets, "mse")["kernel"]
     kernel = build_kernel(snapshot)
     assert relative(kernel.to_dense(), reference) < TOLERANCE[torch.float64]
@@ -331,7 +332,7 @@ def test_blocks_fall_back_on_a_loop_where_vmap_has_no_rule():
 
 def test_zero_error_and_zero_kernel_are_ordinary():
     model = torch.nn.Linear(3, 2, bias=False)
-    kernel = build_kernel(Snapshot(model, torch.zeros(4, 3), torch.zeros(4, 2)))
+    kernel = build_kernel(place_snapshot(model, torch.zeros(4, 3), torch.zeros(4, 2)))
     assert float(kernel.residual_vector.norm()) == 0.0
     assert float(kernel.to_dense().abs().max()) == 0.0
 

@@ -7,7 +7,7 @@ from torch import nn
 from spectralshell import ShellEnergyEstimator
 from spectralshell.measurements.settings import measurement_config
 from spectralshell.operators import build_exact_kernel, build_kernel
-from spectralshell.snapshots import Snapshot
+from tests.device import place_snapshot
 
 X = torch.linspace(-1, 1, 24).reshape(6, 4)
 
@@ -16,7 +16,7 @@ class Lowered(nn.Linear):
     raised = False
 
     def forward(self, x):
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast(x.device.type, torch.bfloat16):
             outputs = super().forward(x)
         return outputs.float() if self.raised else outputs
 
@@ -26,7 +26,7 @@ def test_a_model_that_lowers_the_precision_inside(raised):
     model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), Lowered(4, 3))
     model[2].raised = raised
     with pytest.raises(ValueError, match=r"lowers? the precision inside"):
-        build_kernel(Snapshot(model, X, torch.zeros(6, 3)))
+        build_kernel(place_snapshot(model, X, torch.zeros(6, 3)))
 
 
 def test_compiled_modules_are_refused():
@@ -34,7 +34,7 @@ def test_compiled_modules_are_refused():
         scripted = torch.jit.script(nn.Linear(4, 3))
     for model in (scripted, nn.Sequential(scripted)):
         with pytest.raises(TypeError, match=r"compiled by torch\.jit"):
-            Snapshot(model, X, torch.zeros(6, 3))
+            place_snapshot(model, X, torch.zeros(6, 3))
 
 
 @pytest.mark.parametrize(
@@ -50,7 +50,7 @@ def test_compiled_modules_are_refused():
     ],
 )
 def test_a_dtype_is_spelled_the_same_everywhere(spelled, dtype):
-    snapshot = Snapshot(nn.Linear(4, 3), X, torch.zeros(6, 3))
+    snapshot = place_snapshot(nn.Linear(4, 3), X, torch.zeros(6, 3))
     for build in (build_kernel, build_exact_kernel):
         assert build(snapshot, dtype=spelled).dtype == (dtype or torch.float32)
     estimator = ShellEnergyEstimator(dtype=spelled)
@@ -60,7 +60,7 @@ def test_a_dtype_is_spelled_the_same_everywhere(spelled, dtype):
 
 @pytest.mark.parametrize("dtype", ["float16", "torch.bfloat16", torch.float16, "double", 64, float])
 def test_another_dtype_is_one_error_everywhere(dtype):
-    snapshot = Snapshot(nn.Linear(4, 3), X, torch.zeros(6, 3))
+    snapshot = place_snapshot(nn.Linear(4, 3), X, torch.zeros(6, 3))
     texts = set()
     for act in (
         lambda: build_kernel(snapshot, dtype=dtype),

@@ -6,7 +6,7 @@ from torch import nn
 
 from spectralshell.operators import build_exact_kernel, build_kernel
 from spectralshell.operators.noise import NOISE_FLOOR
-from spectralshell.snapshots import Snapshot
+from tests.device import place_snapshot
 from tests.zoo import CASES_BY_NAME, make_snapshot
 
 
@@ -29,7 +29,7 @@ def test_error_beside_the_largest_modes_is_covered(gain, n_samples):
     x = torch.randn(n_samples, 8, generator=torch.Generator().manual_seed(n_samples))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        snapshot = Snapshot(ExactAndRough(gain), x, torch.zeros(n_samples, 5))
+        snapshot = place_snapshot(ExactAndRough(gain), x, torch.zeros(n_samples, 5))
     coarse, fine = (build_kernel(snapshot, dtype=dtype) for dtype in ("float32", "float64"))
     reference = fine.to_dense()
     error = torch.linalg.matrix_norm(coarse.to_dense() - reference, 2)

@@ -4,6 +4,7 @@ from functools import lru_cache
 from itertools import pairwise
 
 import numpy as np
+from scipy.integrate import trapezoid
 
 from spectralshell.datasets import make_grsd_spectra, make_lazy_spectra
 from spectralshell.estimators.tail.data import BatchedEnergies
@@ -35,7 +36,7 @@ def exact_energies(slope, cutoff, power, edges, n=20_000):
     rows = []
     for lower, upper in pairwise(edges):
         lam = np.geomspace(lower, upper, n)
-        rows.append(np.trapezoid(lam ** (1 - slope) * np.exp(-cutoff * lam**power), np.log(lam)))
+        rows.append(trapezoid(lam ** (1 - slope) * np.exp(-cutoff * lam**power), np.log(lam)))
     return np.array(rows)
 
 

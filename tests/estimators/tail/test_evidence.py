@@ -30,7 +30,7 @@ def p_value(data):
     for design in (null, full):
         scaled = (design * root.ravel()).T
         rest = (y * root).ravel()
-        squares.append(((rest - scaled @ np.linalg.lstsq(scaled, rest)[0]) ** 2).sum())
+        squares.append(((rest - scaled @ np.linalg.lstsq(scaled, rest, rcond=None)[0]) ** 2).sum())
     return no_cutoff_p_value(data, means, weights, MIDS, squares[0] - squares[1], squares[1])
 
 

@@ -9,6 +9,7 @@ from spectralshell.operators import build_kernel
 from spectralshell.operators.jacobian.linearizations import RUNGS, ForwardMode
 from spectralshell.operators.matrix_free import assemble_matrix_free
 from spectralshell.operators.problem import pose_problem
+from tests.device import place
 from tests.zoo import CASES_BY_NAME, make_snapshot
 
 
@@ -45,7 +46,7 @@ def test_width_of_blocks_follows_from_operations_alone(forward_flops, widths, mo
     problem = pose_problem(make_snapshot(CASES_BY_NAME["mlp"]))
     evaluation = dataclasses.replace(problem.evaluate(None), flops=forward_flops)
     kernel = assemble_matrix_free(problem, None, evaluation=evaluation)
-    block = torch.randn(kernel.n, 70, generator=torch.Generator().manual_seed(0)).double()
+    block = place(torch.randn(kernel.n, 70, generator=torch.Generator().manual_seed(0)).double())
     expected = kernel.to_dense() @ block
     linearization, seen = kernel.jacobian.parts[0].linearization, []
     pull_block = linearization.pull_block

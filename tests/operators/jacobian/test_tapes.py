@@ -7,7 +7,7 @@ from torch.func import jvp, vmap
 
 from spectralshell.operators.jacobian.linearizations import RUNGS
 from spectralshell.operators.jacobian.tapes import Tape, TapeError
-from spectralshell.snapshots import Snapshot
+from tests.device import place, place_snapshot
 from tests.zoo import build_on_rungs, dense_reference
 
 TOLERANCE = 1e-12
@@ -15,12 +15,13 @@ TOLERANCE = 1e-12
 
 
 def drawn(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    generator = torch.Generator().manual_seed(seed)
+    return place(torch.randn(*shape, generator=generator, dtype=torch.float64))
 
 
 class FillsABlank(nn.Linear):
     def forward(self, x):
-        filled = torch.zeros(x.shape[0], 5, dtype=x.dtype)
+        filled = x.new_zeros(x.shape[0], 5)
         filled[:, 1:4] = super().forward(x)
         return filled.square() + filled
 
@@ -56,13 +57,13 @@ def test_models_that_write_in_place(name):
     build, x = MODELS[name]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = build().double()
+        model = place(build().double())
     targets = torch.zeros_like(model(x.clone())).detach()
-    kernel = build_on_rungs(Snapshot(model, x, targets))
+    kernel = build_on_rungs(place_snapshot(model, x, targets))
     reference = dense_reference(model, x, targets, "mse")["kernel"]
     assert kernel.rung == "linearize"
     for _ in range(2):
-        assert float((kernel.to_dense() - reference).norm() / reference.norm()) < TOLERANCE
+        assert float((kernel.to_dense().cpu() - reference).norm() / reference.norm()) < TOLERANCE
 
 
 def test_a_tape_keeps_what_its_result_needs():
@@ -83,7 +84,7 @@ def test_a_tape_keeps_what_its_result_needs():
 
 def test_constants_have_their_values_of_the_moment():
     def compute(t):
-        constant = torch.full((3,), 2.0, dtype=torch.float64)
+        constant = torch.full_like(t, 2.0)
         early = t * constant
         constant.mul_(5.0)
         return early + t * constant
@@ -95,9 +96,9 @@ def test_constants_have_their_values_of_the_moment():
 
 FAULTS = {
     "looks at the values": lambda t: t * t.sum().item(),
-    "into a constant": lambda t: torch.arange(3.0).double().sin().add_(t),
+    "into a constant": lambda t: torch.arange(3.0).to(t).sin().add_(t),
     "overwrites an argument": lambda t: t.mul_(2.0),
-    "does not depend": lambda t: torch.ones(3),
+    "does not depend": lambda t: torch.ones(3, device=t.device),
 }
 
 

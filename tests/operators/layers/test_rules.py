@@ -8,8 +8,8 @@ from torch.nn import functional as F
 from spectralshell.operators import build_exact_kernel
 from spectralshell.operators.layers.recording import UseRecorder, count_graph_uses
 from spectralshell.operators.layers.rules import Affine, Convolution, Lookup, Matrix, Translation
-from spectralshell.snapshots import Snapshot
 from spectralshell.warning_categories import KernelWarning
+from tests.device import place, place_snapshot
 from tests.zoo import CASES_BY_NAME, dense_reference, make_snapshot
 
 EXACT = 1e-12  # float64 sums in another order
@@ -18,17 +18,17 @@ N = 3
 
 def draw(*shape):
     generator = torch.Generator().manual_seed(sum(shape))
-    return torch.randn(shape, generator=generator, dtype=torch.float64)
+    return place(torch.randn(shape, generator=generator, dtype=torch.float64))
 
 
-TABLE = torch.tensor([[0, 1, 4], [2, 2, 2], [4, 0, 1]])
+TABLE = place(torch.tensor([[0, 1, 4], [2, 2, 2], [4, 0, 1]]))
 
 RULES = {
     "linear": (lambda w, x: F.linear(x, w), (4, 5), draw(N, 5)),
     "linear at positions": (lambda w, x: F.linear(x, w), (4, 5), draw(N, 2, 3, 5)),
     "linear on flattened tokens": (lambda w, x: F.linear(x, w), (4, 5), draw(N * 2, 5)),
     "product": (lambda w, x: x @ w, (5, 4), draw(N, 2, 5)),
-    "addmm": (lambda w, x: torch.addmm(torch.zeros(4).double(), x, w), (5, 4), draw(N * 2, 5)),
+    "addmm": (lambda w, x: torch.addmm(x.new_zeros(4), x, w), (5, 4), draw(N * 2, 5)),
     "conv1d": (lambda w, x: F.conv1d(x, w, None, 2, 1), (4, 2, 3), draw(N, 2, 7)),
     "conv1d same": (lambda w, x: F.conv1d(x, w, padding="same"), (4, 2, 4), draw(N, 2, 7)),
     "conv2d": (
@@ -59,7 +59,7 @@ RULES = {
         draw(N, 4, 3, 2),
     ),
     "batch norm": (
-        lambda w, x: F.batch_norm(x, torch.arange(4.0).double(), torch.ones(4).double(), w),
+        lambda w, x: F.batch_norm(x, x.new_tensor(range(4)), x.new_ones(4), w),
         (4,),
         draw(N, 4, 3),
     ),
@@ -124,7 +124,7 @@ def test_an_input_that_was_written_to_is_not_trusted():
 UNKNOWN = {
     "samples coupled": lambda w, x: F.batch_norm(x, None, None, w, training=True),
     "scaled sum": lambda w, x: torch.add(x, w, alpha=2),
-    "scaled addmm": lambda w, x: torch.addmm(w, x, torch.eye(4).double(), beta=0.5),
+    "scaled addmm": lambda w, x: torch.addmm(w, x, torch.eye(4).to(x), beta=0.5),
     "function of the parameter": lambda w, x: x * w.exp(),
     "parameter first": lambda w, x: torch.matmul(w, x.T)[:, None],
     "vector": lambda w, x: (x @ w)[:, None],
@@ -192,7 +192,7 @@ def test_a_wrong_rule_is_found_named_and_mended(fault, monkeypatch):
         (message,) = [str(warning.message) for warning in caught]
         assert set(message.split("contracted")[0].split("'")[1::2]) == modules
         assert kernel.rung == "layers"
-        difference = kernel.to_dense() - expected["kernel"]
+        difference = kernel.to_dense().cpu() - expected["kernel"]
         assert float(difference.norm()) < tolerance * float(expected["kernel"].norm())
 
 
@@ -214,11 +214,11 @@ def test_a_wrong_rule_of_a_layer_with_a_small_share_is_found(dtype, monkeypatch)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = SmallShare().to(dtype)
-    snapshot = Snapshot(model, draw(5, 4).to(dtype), torch.zeros(5, 3, dtype=dtype))
+    snapshot = place_snapshot(model, draw(5, 4).to(dtype), torch.zeros(5, 3, dtype=dtype))
     reference = dense_reference(model, snapshot.inputs, snapshot.targets, "mse")
     with pytest.warns(KernelWarning, match="'gain'"):
         kernel = build_exact_kernel(snapshot, layers="parameter")
     part = reference["jacobian"][:, :3]  # a module's own parameters come first
     assert 1e-8 < float(part.square().sum() / reference["jacobian"].square().sum()) < 1e-5
-    difference = kernel.layers["gain"].double() - part @ part.T
+    difference = kernel.layers["gain"].cpu().double() - part @ part.T
     assert float(difference.norm()) < 1e-5 * float((part @ part.T).norm())

@@ -16,7 +16,7 @@ from spectralshell.operators.layers.units import (
     choose_order,
     operation_counts,
 )
-from spectralshell.snapshots import Snapshot
+from tests.device import DEVICE, place, place_snapshot
 from tests.zoo import dense_reference
 
 EXACT = 1e-13  # float64 sums in another order
@@ -27,16 +27,17 @@ sizes = pytest.mark.parametrize(("n_samples", "n_slots"), SIZES)
 
 
 def layout_of(n_samples, n_slots, kept=None):
-    return EntryLayout(n_samples, n_slots, kept, torch.float64, torch.device("cpu"))
+    return EntryLayout(n_samples, n_slots, place(kept), torch.float64, DEVICE)
 
 
 def draw(*shape):
     generator = torch.Generator().manual_seed(sum(shape))
-    return torch.randn(*shape, generator=generator, dtype=torch.float64)
+    return place(torch.randn(*shape, generator=generator, dtype=torch.float64))
 
 
 def same(found, expected):
     assert torch.equal(found, found.T)
+    found, expected = found.cpu(), expected.cpu()
     assert float((found - expected).norm()) <= EXACT * float(expected.norm())
 
 
@@ -99,7 +100,7 @@ def test_everything_adds_up_and_only_entries_are_kept(n_samples, n_slots):
 
 def test_nothing_adds_up_to_zero():
     found = KernelSum(layout_of(3, 2, torch.tensor([0, 1, 4]))).finish()
-    assert torch.equal(found, torch.zeros(3, 3, dtype=torch.float64))
+    assert torch.equal(found.cpu(), torch.zeros(3, 3, dtype=torch.float64))
 
 
 NETWORKS = {
@@ -132,10 +133,10 @@ def test_every_order_gives_the_same_kernel(network, order, chunk_size, monkeypat
     monkeypatch.setattr(layer_assembly, "choose_order", force)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = build().double()
+        model = place(build().double())
     inputs = draw(*shape)
     targets = torch.zeros_like(model(inputs)).detach()
-    kernel = build_exact_kernel(Snapshot(model, inputs, targets), chunk_size=chunk_size)
+    kernel = build_exact_kernel(place_snapshot(model, inputs, targets), chunk_size=chunk_size)
     same(kernel.matrix, dense_reference(model, inputs, targets, "mse")["kernel"])
     assert set(kernel.orders.values()) == set(chosen)
     if not (order == GRAM and network == "tokens"):

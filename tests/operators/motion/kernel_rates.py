@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.func import functional_call, jacrev, jvp
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from tests.zoo import RESIDUALS, _reference_table, build_model, make_inputs, make_snapshot
+from tests.device import CPU, place
+from tests.zoo import RESIDUALS, _reference_table, build_model, make_inputs, make_targets
 
 
 class WrittenOutNorm(nn.Module):
@@ -37,12 +38,12 @@ def written_out(model: nn.Module) -> nn.Module:
 
 
 def dense_rate(case: Any, kind: str, tangents: tuple[Tensor, ...]) -> dict[str, Tensor]:
-    """Return M and dM/dt, J̇ and ė in float64 by torch.func, from the table of the design."""
-    model = written_out(build_model(case))
-    snapshot = make_snapshot(case, kind)
-    inputs = make_inputs(case)
+    """Return M and dM/dt, J̇ and ė by torch.func on the CPU, from the table of the design."""
+    model = place(written_out(build_model(case)), CPU)
+    targets = place(make_targets(case, kind), CPU)
+    inputs = place(make_inputs(case), CPU)
     point = {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
-    velocity = dict(zip(point, tangents, strict=True))
+    velocity = dict(zip(point, place(tangents, CPU), strict=True))
 
     def table(parameters: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         if isinstance(inputs, dict):
@@ -50,7 +51,7 @@ def dense_rate(case: Any, kind: str, tangents: tuple[Tensor, ...]) -> dict[str, 
         else:
             given = inputs if isinstance(inputs, tuple) else (inputs,)
             outputs = functional_call(model, parameters, given)
-        error, values, n_rows = _reference_table(outputs, snapshot.targets, kind)
+        error, values, n_rows = _reference_table(outputs, targets, kind)
         return error.reshape(-1) / n_rows**0.5, values.reshape(-1) / n_rows**0.5
 
     def jacobian(parameters: dict[str, Tensor]) -> Tensor:
@@ -65,6 +66,7 @@ def dense_rate(case: Any, kind: str, tangents: tuple[Tensor, ...]) -> dict[str, 
 
 def relative(found: Tensor, expected: Tensor) -> float:
     """Return the relative difference in the Frobenius norm."""
+    found, expected = found.cpu(), expected.cpu()
     return float((found - expected).norm() / expected.norm())
 
 

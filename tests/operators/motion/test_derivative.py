@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from spectralshell.operators import build_kernel, build_kernel_derivative, survey_motion
-from spectralshell.snapshots import Snapshot
+from tests.device import place, place_snapshot
 from tests.fingerprints import model_fingerprint
 from tests.operators.motion.kernel_rates import KINDS, dense_rate, relative
 from tests.zoo import CASES_BY_NAME, RESIDUALS, make_snapshot
@@ -43,11 +43,12 @@ def motion_of(name, kind="mse", **more):
 
 
 def identity(n):
-    return torch.eye(n, dtype=torch.float64)
+    return place(torch.eye(n, dtype=torch.float64))
 
 
 def random_block(n, k):
-    return torch.randn(n, k, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    generator = torch.Generator().manual_seed(1)
+    return place(torch.randn(n, k, generator=generator, dtype=torch.float64))
 
 
 @pytest.mark.parametrize(("name", "kind"), list(dict.fromkeys(PAIRS)))
@@ -124,7 +125,7 @@ def test_rate_of_the_jacobian(name, method):
         jacobian = dense_rate(CASES_BY_NAME[name], "mse", direction.tangents)["j"]
         vector = random_block(motion.n, 1)[:, 0]
         found = motion.derivative(direction, method=method).rate_gram(vector)
-        assert relative(found, jacobian @ (jacobian.T @ vector)) <= DIFFERENCE
+        assert relative(found, jacobian @ (jacobian.T @ vector.cpu())) <= DIFFERENCE
 
 
 @pytest.mark.parametrize("depth", [2, 3, 4])
@@ -132,10 +133,10 @@ def test_a_homogeneous_kernel_grows_along_the_parameters(depth):
     torch.manual_seed(0)
     model = nn.Sequential(*(nn.Linear(4, 4, bias=False) for _ in range(depth))).double()
     x = random_block(5, 4)
-    with survey_motion(Snapshot(model, x, x)) as motion:
+    with survey_motion(place_snapshot(model, x, x)) as motion:
         direction = motion.direction(dict(model.named_parameters()))
         found = motion.derivative(direction).to_dense()
-        kernel = build_kernel(Snapshot(model, x, x)).to_dense()
+        kernel = build_kernel(place_snapshot(model, x, x)).to_dense()
     assert relative(found, (2 * depth - 2) * kernel) <= EXACT
 
 
@@ -149,7 +150,7 @@ def test_error_along_gradient_flow_moves_by_the_kernel(kind):
 
 
 def test_a_model_linear_in_its_parameters_has_a_frozen_kernel():
-    snapshot = Snapshot(nn.Linear(4, 3).double(), random_block(6, 4), random_block(6, 3))
+    snapshot = place_snapshot(nn.Linear(4, 3).double(), random_block(6, 4), random_block(6, 3))
     for chunk_size in (None, 2):
         derivative = build_kernel_derivative(snapshot, "random", norm=1.0, chunk_size=chunk_size)
         assert (derivative.is_zero, derivative.status) == (True, "frozen kernel")
@@ -160,7 +161,7 @@ def test_a_model_linear_in_its_parameters_has_a_frozen_kernel():
 
 @pytest.mark.parametrize("max_memory", [None, NARROW])
 def test_a_difference_tells_from_its_zeros_that_the_kernel_is_frozen(max_memory):
-    snapshot = Snapshot(nn.Linear(4, 3).double(), random_block(6, 4), random_block(6, 3))
+    snapshot = place_snapshot(nn.Linear(4, 3).double(), random_block(6, 4), random_block(6, 3))
     with survey_motion(snapshot, max_memory=max_memory) as motion:
         direction = motion.direction("random", norm=1.0)
         for multiply in (lambda d: d.to_dense(), lambda d: d.compress(random_block(18, 1))):
@@ -187,7 +188,7 @@ class Product(nn.Module):
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_a_jacobian_that_vanishes_here_does_not_shorten_the_step_to_nothing(dtype):
-    snapshot = Snapshot(Product(), random_block(5, 1), random_block(5, 1))
+    snapshot = place_snapshot(Product(), random_block(5, 1), random_block(5, 1))
     moved = {"a": torch.ones(1), "w": torch.ones(1)}
     with survey_motion(snapshot, dtype=dtype) as motion:
         derivative = motion.derivative(motion.direction(moved), method="difference")
@@ -208,7 +209,9 @@ def test_where_the_outputs_overflow_the_step_is_shortened():
     # In proportion to the parameters the step is 6e3, where exp is infinite.
     ones = torch.ones(1, 1, dtype=torch.float64)
     moved = {"rate": torch.ones(1)}
-    found = build_kernel_derivative(Snapshot(Growth(), ones, ones), moved, method="difference")
+    found = build_kernel_derivative(
+        place_snapshot(Growth(), ones, ones), moved, method="difference"
+    )
     assert relative(found.to_dense(), 2.0 * torch.exp(2.0 * ones)) <= DIFFERENCE
 
 
@@ -257,9 +260,9 @@ def test_zero_direction(method):
 
 
 def test_a_fitted_model_has_no_flow_and_random_directions_of_its_norm():
-    model = nn.Linear(4, 3).double()
+    model = place(nn.Linear(4, 3).double())
     x = random_block(6, 4)
-    with survey_motion(Snapshot(model, x, model(x).detach())) as motion:
+    with survey_motion(place_snapshot(model, x, model(x).detach())) as motion:
         assert motion.direction("gradient-flow").norm < SAME
         assert motion.direction("random").norm < SAME
         assert motion.direction("random", norm=2.0).norm == pytest.approx(2.0)
@@ -289,7 +292,7 @@ def test_the_difference_does_not_go_beyond_the_turns_of_the_jacobian(dtype, tole
             return torch.sin(20.0 * self.phase * x) + 1e-3 * self.still
 
     inputs = torch.linspace(0.5, 1.0, 4, dtype=dtype)[:, None]
-    snapshot = Snapshot(Waves(), inputs, torch.zeros(4, 2, dtype=dtype))
+    snapshot = place_snapshot(Waves(), inputs, torch.zeros(4, 2, dtype=dtype))
     moved = {"phase": torch.ones(2, dtype=dtype)}
     exact, difference = (
         build_kernel_derivative(snapshot, moved, method=method).to_dense()
@@ -323,7 +326,7 @@ def test_displaced_points_are_those_of_the_displaced_model():
         state = dict(snapshot.load_state())
         for name, tangent in zip(motion.parameter_names, direction.tangents, strict=True):
             state[name] = state[name] + 2.0 * tangent
-        moved = Snapshot(snapshot.model, snapshot.inputs, snapshot.targets, state=state)
+        moved = place_snapshot(snapshot.model, snapshot.inputs, snapshot.targets, state=state)
         expected = build_kernel(moved, residual="brier")
         found = survey.build_matrix_free(None)
         assert relative(survey.evaluation.residual_vector, expected.residual_vector) <= SAME

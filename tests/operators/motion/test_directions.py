@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional as F
 
 from spectralshell.operators import build_kernel, survey_motion
-from spectralshell.snapshots import Snapshot
+from tests.device import place_snapshot
 from tests.operators.motion.test_derivative import NARROW, SAME, motion_of, random_block, relative
 from tests.zoo import CASES_BY_NAME, RESIDUALS, make_snapshot
 
@@ -90,7 +90,7 @@ def test_displacement_to_a_snapshot(tau, unit):
         name: tensor + 0.1 if tensor.is_floating_point() else tensor
         for name, tensor in here.load_state().items()
     }
-    there = Snapshot(here.model, here.inputs, here.targets, tau=tau, state=state)
+    there = place_snapshot(here.model, here.inputs, here.targets, tau=tau, state=state)
     with survey_motion(here, residual="brier") as motion:
         direction = motion.direction(there)
         found = flat(direction.tangents)
@@ -105,7 +105,7 @@ def moved_snapshot(here, amounts, tau):
     state = dict(here.load_state())
     for name, amount in amounts.items():
         state[name] = state[name] + amount
-    return Snapshot(here.model, here.inputs, here.targets, tau=tau, state=state)
+    return place_snapshot(here.model, here.inputs, here.targets, tau=tau, state=state)
 
 
 @pytest.mark.parametrize(
@@ -144,7 +144,7 @@ def test_a_mapping_fills_in_zeros_and_knows_tied_names():
     with motion_of("tied language model") as motion:
         value = random_block(5, 4)
         for name in ("embedding.weight", "head.weight"):
-            direction = motion.direction({name: value.numpy()})
+            direction = motion.direction({name: value.cpu().numpy()})
             assert direction.norm == pytest.approx(float(value.norm()))
             assert sum(bool(t.any()) for t in direction.tangents) == 1
 

@@ -12,8 +12,8 @@ from spectralshell.operators import DifferentiationError, survey_motion
 from spectralshell.operators.jacobian.ladder import climb
 from spectralshell.operators.motion import rate as jacobian_rate
 from spectralshell.operators.motion.rate import FORMS, ForwardRate, wrong_forms
-from spectralshell.snapshots import Snapshot
 from spectralshell.warning_categories import GateWarning
+from tests.device import place_snapshot
 from tests.fingerprints import model_fingerprint
 from tests.hostile_models import OnceSquare
 from tests.operators.motion.test_derivative import (
@@ -52,7 +52,7 @@ def snapshot_through(function):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(4, 5), Applied(function), nn.Linear(5, 3)).double()
-    return Snapshot(model, random_block(6, 4), random_block(6, 3))
+    return place_snapshot(model, random_block(6, 4), random_block(6, 3))
 
 
 @pytest.mark.parametrize("function", [_Blind.apply, OnceSquare.apply])
@@ -113,7 +113,7 @@ def test_many_gates_are_no_fault_of_the_second_derivative(seed):
     model = nn.Sequential(first, nn.ReLU(), last).double()
     generator = torch.Generator().manual_seed(seed)
     with survey_motion(
-        Snapshot(model, random_block(4, 8), random_block(4, 2)), generator=generator
+        place_snapshot(model, random_block(4, 8), random_block(4, 2)), generator=generator
     ) as motion:
         with pytest.warns(GateWarning):
             derivative = motion.derivative(motion.direction("random"))
@@ -125,7 +125,7 @@ def test_a_gate_at_its_kink_is_no_fault_of_the_second_derivative():
     nn.init.zeros_(model[0].bias)
     x = random_block(6, 4)
     x[2] = 0.0
-    with survey_motion(Snapshot(model, x, random_block(6, 3))) as motion:
+    with survey_motion(place_snapshot(model, x, random_block(6, 3))) as motion:
         with pytest.warns(GateWarning):
             derivative = motion.derivative(motion.direction("random"))
         assert derivative.form == "jvp"
@@ -219,7 +219,7 @@ def test_smooth_activations_are_not_warned_of(name):
 
 
 def test_a_maximum_of_constants_is_no_gate():
-    with survey_motion(snapshot_through(lambda x: x * torch.ones(6, 1).abs().max())) as motion:
+    with survey_motion(snapshot_through(lambda x: x * x.new_ones(6, 1).abs().max())) as motion:
         assert motion.gates == ()
 
 
