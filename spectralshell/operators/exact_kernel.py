@@ -13,16 +13,14 @@ from torch import Tensor
 from spectralshell.models.function import Parameters, cast, widen
 from spectralshell.models.guard import exclusive, full_precision, quiet_differentiation
 from spectralshell.operators.costs import ExactPlan
-from spectralshell.operators.jacobian.ladder import (
-    IndependenceError,
-    check_finite_gradient,
-    is_out_of_memory,
-)
+from spectralshell.operators.jacobian.ladder import is_out_of_memory
 from spectralshell.operators.jacobian.linearizations import (
     DoubleReverse,
     ForwardMode,
+    IndependenceError,
     PullBack,
     added,
+    check_finite_gradient,
     inner,
 )
 from spectralshell.operators.kernel_operator import Kernel, KernelOperator
@@ -36,7 +34,7 @@ from spectralshell.operators.layers.assembly import (
 from spectralshell.operators.matrix_free import assemble_matrix_free
 from spectralshell.operators.noise import measure_exact_noise
 from spectralshell.operators.problem import Evaluation, halve_until_it_fits
-from spectralshell.statuses import COLUMNS_ARE_PRODUCTS, join_statuses
+from spectralshell.statuses import COLUMNS_ARE_PRODUCTS
 from spectralshell.warning_categories import KernelWarning
 
 _AGREEMENT_TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
@@ -91,14 +89,14 @@ class ExactKernel(Kernel):
         *,
         keep_layers: bool,
     ) -> None:
-        super().__init__(evaluation, rung=found.rung, chunk_size=chunk_size)
+        notes = [*evaluation.problem.notes, *found.notes]
+        super().__init__(evaluation, rung=found.rung, chunk_size=chunk_size, notes=notes)
         self._evaluation: Evaluation | None = evaluation
         self.orders = found.orders
         self.n_matvecs = found.n_matvecs
         self.n_probes = found.n_probes
         self.layers = dict(found.kernels) if keep_layers else {}
         self.matrix = found.total()
-        self.status = join_statuses([*evaluation.problem.notes, *found.notes])
         self._noise = found.noise
 
     @cached_property

@@ -16,6 +16,8 @@ from spectralshell.operators.jacobian.linearizations import (
     Linearization,
     PullBack,
     VectorFunction,
+    check_depends,
+    check_finite_gradient,
     inner,
     record,
 )
@@ -29,10 +31,6 @@ _BLOCK_TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4}
 
 class DifferentiationError(ValueError):
     """No rung of the ladder multiplies by the Jacobian correctly."""
-
-
-class IndependenceError(ValueError):
-    """The residual does not depend on the parameters."""
 
 
 @dataclass(frozen=True)
@@ -127,26 +125,6 @@ def _acceptance_defect(
     defects = [abs(float(widen(a) @ widen(product)) - expected) for a, product in products]
     worst = max(defects) if all(d < float("inf") for d in defects) else float("inf")
     return worst / scale if scale > 0.0 else worst
-
-
-def check_depends(output: Tensor) -> None:
-    """Raise ValueError if a vector does not depend on any parameter."""
-    if not output.requires_grad:
-        raise IndependenceError(
-            "the residual does not depend on the selected parameters: the model's forward detaches "
-            "its outputs or runs under no_grad, or `parameters=` selects unused ones."
-        )
-
-
-def check_finite_gradient(names: list[str], gradient: Parameters) -> None:
-    """Raise ValueError naming the first parameter whose derivative is NaN or infinite."""
-    for name, part in zip(names, gradient, strict=True):
-        if not part.is_meta and not bool(torch.isfinite(part).all()):
-            raise ValueError(
-                f"model: the derivative with respect to {name!r} is NaN or infinite although the "
-                "outputs are finite, for example from a root or a norm at 0; change the data or "
-                "the model there."
-            )
 
 
 def blocks_agree(linearization: Linearization, block: Tensor) -> bool:

@@ -21,6 +21,10 @@ from spectralshell.operators.jacobian.tapes import Tape
 VectorFunction = Callable[..., Tensor]
 
 
+class IndependenceError(ValueError):
+    """The residual does not depend on the parameters."""
+
+
 class PullBack:
     """Jᵀ at a point along a recorded graph, by plain reverse mode: rungs are tested against it."""
 
@@ -214,6 +218,26 @@ def record(
 ) -> Linearization:
     """Return a rung at a point; streamed, it records anew for each product."""
     return Streamed(name, rung, function, parameters) if streamed else rung(function, parameters)
+
+
+def check_depends(output: Tensor) -> None:
+    """Raise ValueError if a vector does not depend on any parameter."""
+    if not output.requires_grad:
+        raise IndependenceError(
+            "the residual does not depend on the selected parameters: the model's forward detaches "
+            "its outputs or runs under no_grad, or `parameters=` selects unused ones."
+        )
+
+
+def check_finite_gradient(names: list[str], gradient: Parameters) -> None:
+    """Raise ValueError naming the first parameter whose derivative is NaN or infinite."""
+    for name, part in zip(names, gradient, strict=True):
+        if not part.is_meta and not bool(torch.isfinite(part).all()):
+            raise ValueError(
+                f"model: the derivative with respect to {name!r} is NaN or infinite although the "
+                "outputs are finite, for example from a root or a norm at 0; change the data or "
+                "the model there."
+            )
 
 
 def added(total: Parameters, more: Parameters) -> Parameters:

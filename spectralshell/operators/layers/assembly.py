@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from spectralshell.operators.jacobian.ladder import check_depends
+from spectralshell.operators.jacobian.linearizations import check_depends
 from spectralshell.operators.layers.recording import UseRecorder, count_graph_uses
 from spectralshell.operators.layers.stores import (
     EntryLayout,

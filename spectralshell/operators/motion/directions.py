@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from spectralshell.models.function import ModelFunction, Parameters, cast, widen
-from spectralshell.operators.jacobian.ladder import check_finite_gradient
-from spectralshell.operators.jacobian.linearizations import PullBack, added
+from spectralshell.operators.jacobian.linearizations import PullBack, added, check_finite_gradient
 from spectralshell.operators.problem import Evaluation
 from spectralshell.residuals import resolve_residual
 
