@@ -34,7 +34,7 @@ from spectralshell.operators.layers.assembly import (
 from spectralshell.operators.matrix_free import assemble_matrix_free
 from spectralshell.operators.noise import measure_exact_noise
 from spectralshell.operators.problem import Evaluation, halve_until_it_fits
-from spectralshell.statuses import COLUMNS_ARE_PRODUCTS, join_statuses
+from spectralshell.statuses import COLUMNS_ARE_PRODUCTS
 from spectralshell.warning_categories import KernelWarning
 
 _AGREEMENT_TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
@@ -89,20 +89,15 @@ class ExactKernel(Kernel):
         *,
         keep_layers: bool,
     ) -> None:
-        super().__init__(evaluation, rung=found.rung, chunk_size=chunk_size)
+        notes = [*evaluation.problem.notes, *found.notes]
+        super().__init__(evaluation, rung=found.rung, chunk_size=chunk_size, notes=notes)
         self._evaluation: Evaluation | None = evaluation
         self.orders = found.orders
         self.n_matvecs = found.n_matvecs
         self.n_probes = found.n_probes
         self.layers = dict(found.kernels) if keep_layers else {}
         self.matrix = found.total()
-        self._notes = (*evaluation.problem.notes, *found.notes)
         self._noise = found.noise
-
-    @property
-    def status(self) -> str:
-        """``"ok"``, or what to know about the measurement."""
-        return join_statuses(self._notes)
 
     @cached_property
     def noise(self) -> float:

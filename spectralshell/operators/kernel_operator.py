@@ -18,7 +18,7 @@ from spectralshell.models.guard import exclusive, full_precision
 from spectralshell.operators.jacobian.ladder import blocks_agree, is_out_of_memory, pulls_agree
 from spectralshell.operators.jacobian.linearizations import Linearization, added
 from spectralshell.operators.problem import Evaluation
-from spectralshell.statuses import OK
+from spectralshell.statuses import join_statuses
 
 _BLOCK_BYTES = 2**28
 """Parameter tangents that a block may hold."""
@@ -34,7 +34,14 @@ _MAX_BLOCK = 64
 class Kernel(ABC):
     """M = J Jᵀ of one snapshot, a context manager that frees what the products need."""
 
-    def __init__(self, evaluation: Evaluation, *, rung: str, chunk_size: int | None) -> None:
+    def __init__(
+        self,
+        evaluation: Evaluation,
+        *,
+        rung: str,
+        chunk_size: int | None,
+        notes: Sequence[str] = (),
+    ) -> None:
         problem, function = evaluation.problem, evaluation.problem.function
         self.residual_vector = evaluation.residual_vector
         self.n = int(evaluation.residual_vector.numel())
@@ -49,6 +56,12 @@ class Kernel(ABC):
         self.device = function.device
         self.chunk_size = chunk_size
         self.forward_flops = evaluation.forward_flops
+        self._notes = tuple(notes)
+
+    @property
+    def status(self) -> str:
+        """``"ok"``, or what to know about the measurement."""
+        return join_statuses(self._notes)
 
     @abstractmethod
     def close(self) -> None:
@@ -132,16 +145,17 @@ class KernelOperator(Kernel):
         noise: float = 0.0,
         refused: Mapping[str, str] | None = None,
         n_probes: int = 0,
-        status: str = OK,
+        notes: Sequence[str] = (),
     ) -> None:
-        super().__init__(evaluation, rung=jacobian.rung, chunk_size=evaluation.chunk_size)
+        super().__init__(
+            evaluation, rung=jacobian.rung, chunk_size=evaluation.chunk_size, notes=notes
+        )
         self._jacobian: Jacobian | None = jacobian
         self._residual = evaluation.problem.residual
         self._values = evaluation.values
         self.norm = norm
         self.noise = noise
         self.refused = dict(refused or {})
-        self.status = status
         self.n_matvecs = 0
         self.n_probes = n_probes
         self.blocks_work: bool | None = None

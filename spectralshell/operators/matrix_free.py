@@ -9,7 +9,7 @@ from spectralshell.operators.jacobian.ladder import Climb, DifferentiationError,
 from spectralshell.operators.kernel_operator import Jacobian, KernelOperator, Part
 from spectralshell.operators.noise import Rounding, backward_reads_model, measure_rounding
 from spectralshell.operators.problem import Evaluation, KernelProblem, halve_until_it_fits
-from spectralshell.statuses import join_statuses, smaller_chunks
+from spectralshell.statuses import smaller_chunks
 
 
 def assemble_matrix_free(
@@ -42,7 +42,7 @@ def assemble_matrix_free(
             noise=rounding.noise,
             refused={name: why for step in steps for name, why in step.refused.items()},
             n_probes=sum(step.n_probes for step in steps) + rounding.n_probes,
-            status=join_statuses(notes),
+            notes=notes,
         )
 
     return halve_until_it_fits(problem, size, build)[0]

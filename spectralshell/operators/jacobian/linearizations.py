@@ -220,17 +220,6 @@ def record(
     return Streamed(name, rung, function, parameters) if streamed else rung(function, parameters)
 
 
-def added(total: Parameters, more: Parameters) -> Parameters:
-    """Return the sum of two tangents; nothing yet counts as zero."""
-    return tuple(a + b for a, b in zip(total, more, strict=True)) if total else tuple(more)
-
-
-def inner(a: Parameters, b: Parameters) -> float:
-    """Return the inner product of two tangents, in float64."""
-    terms = [(widen(x) * widen(y)).sum() for x, y in zip(a, b, strict=True)]
-    return float(torch.stack(terms).sum())
-
-
 def check_depends(output: Tensor) -> None:
     """Raise ValueError if a vector does not depend on any parameter."""
     if not output.requires_grad:
@@ -249,3 +238,14 @@ def check_finite_gradient(names: list[str], gradient: Parameters) -> None:
                 "outputs are finite, for example from a root or a norm at 0; change the data or "
                 "the model there."
             )
+
+
+def added(total: Parameters, more: Parameters) -> Parameters:
+    """Return the sum of two tangents; nothing yet counts as zero."""
+    return tuple(a + b for a, b in zip(total, more, strict=True)) if total else tuple(more)
+
+
+def inner(a: Parameters, b: Parameters) -> float:
+    """Return the inner product of two tangents, in float64."""
+    terms = [(widen(x) * widen(y)).sum() for x, y in zip(a, b, strict=True)]
+    return float(torch.stack(terms).sum())
