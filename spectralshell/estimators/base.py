@@ -28,8 +28,7 @@ except ImportError:  # scikit-learn < 1.9
 class SnapshotEstimator(CallbackSupportMixin, TransformerMixin, BaseEstimator):
     """An estimator whose samples are snapshots, each measured once.
 
-    A subclass checks and gathers its settings, names its measuring function, and makes results of
-    the measures; X is not validated as an array.
+    A subclass says how to measure, by its parameters, and what it makes of the measures.
     """
 
     def fit_transform(self: Any, X: Sequence[Any], y: Any = None) -> pd.DataFrame:

@@ -128,6 +128,10 @@ class JacobianBlockDiagnostic(SnapshotEstimator):
         The norms ‖J‖ and ‖dJ/dt‖ of each training snapshot, its row sums, and its ``status``.
     suprema_ : DataFrame
         Their largest values for each batch (and name).
+    solver_, n_matvecs_ : str, int
+        ``"exact"`` and 0: kernels are built from layers.
+    plan_ : DataFrame
+        What was predicted for each training snapshot, as for `ShellEnergyEstimator`.
     dynamics_exact_ : bool
         Whether ė = −M e along the direction; nothing here needs it.
 

@@ -213,6 +213,9 @@ class ShellFluxEstimator(FluxResultsMixin, SnapshotEstimator):
         The power law v = ±c λ^b with its interval and a test of the sign, for all times and each.
     solver_ : str
         The solver used; ``"mixed"`` if it differs between snapshots.
+    plan_ : DataFrame
+        One row per training snapshot: what was predicted for both solvers, as for
+        :class:`ShellEnergyEstimator`.
     n_matvecs_ : int
         Products with M; the exact solver builds its kernel from layers.
     resolution_floor_, lambda_max_ : float

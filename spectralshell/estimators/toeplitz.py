@@ -208,6 +208,8 @@ class ToeplitzDiagnostic(SnapshotEstimator):
         Largest eigenvalue of the training snapshots, and the λ below which no mode counts.
     solver_, n_matvecs_ : str, int
         The solver (``"mixed"`` if it differs between snapshots), and its products with M.
+    plan_ : DataFrame
+        What was predicted for both solvers, as for `ShellEnergyEstimator`.
     dynamics_exact_ : bool
         Whether ė = −M e along the direction; nothing here needs it.
     status_ : str

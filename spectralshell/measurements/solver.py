@@ -133,8 +133,7 @@ def plan_couplings(
 ) -> SolverPlan:
     """Choose between all modes and those of a block Krylov space, with their couplings.
 
-    ``lanczos_runs`` multiplies the cost of Lanczos; ``"auto"`` pays ``worth`` times that cost for
-    all modes.
+    ``lanczos_runs`` multiplies the cost of Lanczos; ``"auto"`` pays ``worth`` times it for modes.
     """
     n = footprint.n_entries
     n_modes = min(n_steps * block_size, n)

@@ -8,7 +8,11 @@ from torch import nn
 
 from spectralshell import ShellFluxEstimator, ToeplitzDiagnostic
 from spectralshell.measurements.cache import Measurement, measure_each
-from spectralshell.measurements.couplings import CouplingSettings, measure_couplings
+from spectralshell.measurements.couplings import (
+    CouplingSettings,
+    known_couplings,
+    measure_couplings,
+)
 from spectralshell.measurements.settings import KernelSettings, MotionSettings
 from spectralshell.operators import build_kernel_derivative
 from spectralshell.snapshots import Snapshot
@@ -142,9 +146,17 @@ def test_direction_may_follow_from_the_snapshot(snapshot, exact):
     assert not np.allclose(given.couplings, exact.couplings)
 
 
+def test_couplings_are_known_down_to_the_first_that_is_rounding():
+    V, rates = np.diag([0.5, 8.0, 16.0]), np.array([1.0, 8.0, 16.0])
+    assert known_couplings(V, rates, 1.0).tolist() == [False, True, True]
+    assert known_couplings(V, rates, 0.0).all()
+    assert known_couplings(0.0 * V, rates, 1.0).all()
+
+
 def test_gates_are_in_the_status_whatever_the_number_of_directions():
     held = measure_couplings(classifier(activation=nn.ReLU), brier(n_random=3))
     assert held.status == "gates held: relu"
+    assert held.held_gates == ("relu",)
 
 
 def remembered(snapshot, memory=NO_CACHE, **options):
