@@ -14,7 +14,7 @@ from spectralshell import (
     Snapshot,
     ToeplitzDiagnostic,
 )
-from spectralshell.measurements.settings import probe_seed, resolve_dtype
+from spectralshell.measurements.settings import probe_seed
 from spectralshell.measurements.solver import PLAN_COLUMNS
 
 ESTIMATORS = {
@@ -88,10 +88,3 @@ def test_no_random_state_is_a_fixed_seed():
     assert probe_seed(None) == 0
     assert np.random.get_state()[1].tolist() == before  # noqa: NPY002
     assert probe_seed(3) == probe_seed(3) == probe_seed(np.random.RandomState(3))
-
-
-def test_number_types_by_name():
-    assert resolve_dtype(None) is None
-    assert resolve_dtype("float64") is torch.float64
-    with pytest.raises(ValueError, match="half precision cannot resolve"):
-        resolve_dtype("float16")
