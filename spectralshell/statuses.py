@@ -104,6 +104,40 @@ def sign_differs(n_shells: int, n_fitted: int) -> str:
     return f"sign differs in {n_shells} of {n_fitted} shells"
 
 
+# Measurements
+
+ZERO_ERROR = "zero error"
+LOST_COUPLINGS = "couplings of some modes are lost in rounding"
+NOT_CONVERGED = "not converged in the steps taken"
+STEP_TOO_LONG = "changes with the step of the difference"
+FROZEN_KERNEL = "frozen kernel"
+ZERO_DIRECTION = "zero direction"
+ONE_BLOCK = "one block"
+ZERO_KERNEL = "zero kernel"
+RATE_FROM_BELOW = "rate of the Jacobian from below"
+
+
+def gates_held(names: Iterable[str]) -> str:
+    """Say which functions with kinks are held as they are, ``"ok"`` if none."""
+    listed = ", ".join(names)
+    return f"gates held: {listed}" if listed else OK
+
+
+def rates_in(unit: str) -> str:
+    """Say what rates are, such as ``"per tau, of the selected parameters"``."""
+    return f"rates {unit}"
+
+
+def difference_good_to(share: float) -> str:
+    """Say what half the step of a difference changed, in parts of the whole."""
+    return f"differences good to {100 * share:.2g} %"
+
+
+def zero_kernel_of(labels: Iterable[str]) -> str:
+    """Say which blocks have no kernel."""
+    return f"{ZERO_KERNEL} of {', '.join(labels)}"
+
+
 # Estimators
 
 NO_MODE_NEAR_EDGE = "no mode near the edge"
@@ -122,8 +156,6 @@ ONE_WINDOW = "no more usable shells than a window has"
 ONE_BATCH = "one batch: no interval over batches"
 MODES_DIFFER = "modes of a batch differ between tau: no permutation p-value"
 SEVERAL_TAUS = "mean over several tau: the largest couplings weigh most"
-ZERO_KERNEL = "zero kernel"
-FROZEN_KERNEL = "frozen kernel"
 
 
 def few_edges(n_needed: int) -> str:

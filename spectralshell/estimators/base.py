@@ -1,16 +1,18 @@
-"""The base of all transformers of lists of snapshots."""
+"""The base of all estimators on lists of snapshots: checks, settings, measures, callbacks."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from abc import abstractmethod
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import wraps
 from typing import Any
 
 import pandas as pd
-from sklearn.base import TransformerMixin
+from sklearn.base import BaseEstimator, TransformerMixin
 
-from spectralshell.snapshots import as_snapshots
+from spectralshell.measurements.cache import Measurement, measure_each, resolve_memory
+from spectralshell.snapshots import Snapshot, as_snapshots
 
 try:
     from sklearn.callback import CallbackSupportMixin, with_callbacks
@@ -29,43 +31,11 @@ except ImportError:  # scikit-learn < 1.9
         return called
 
 
-class FitTasks:
-    """One callback task per snapshot, under the root task of ``fit``.
+class SnapshotEstimator(CallbackSupportMixin, TransformerMixin, BaseEstimator):
+    """An estimator whose samples are snapshots, each measured once.
 
-    Parameters
-    ----------
-    estimator : estimator
-        The estimator being fitted.
-    X : list of Snapshot
-        Its training data, one subtask each.
+    A subclass says how to measure, by its parameters, and what it makes of the measures.
     """
-
-    def __init__(self, estimator: Any, X: list[Any]) -> None:
-        self.estimator = estimator
-        self.X = X
-        start = getattr(estimator, "_init_callback_context", None)
-        self.context = start(max_subtasks=len(X)) if start is not None else None
-
-    @contextmanager
-    def running(self) -> Iterator[FitTasks]:
-        """Report the beginning and the end of ``fit``."""
-        if self.context is not None:
-            self.context.call_on_fit_task_begin(estimator=self.estimator, X=self.X)
-        yield self
-        if self.context is not None:
-            self.context.call_on_fit_task_end(estimator=self.estimator, X=self.X)
-
-    def one_done(self) -> None:
-        """Report that one more snapshot has been measured."""
-        if self.context is None:
-            return
-        task = self.context.subcontext(task_name="snapshot")
-        task.call_on_fit_task_begin(estimator=self.estimator, X=self.X)
-        task.call_on_fit_task_end(estimator=self.estimator, X=self.X)
-
-
-class SnapshotTransformerMixin(TransformerMixin):
-    """Fit and transform on one list, measured once; no validation of X as an array."""
 
     def fit_transform(self: Any, X: Sequence[Any], y: Any = None) -> pd.DataFrame:
         """Fit and transform the same snapshots, each measured once.
@@ -92,3 +62,76 @@ class SnapshotTransformerMixin(TransformerMixin):
         tags.no_validation = True
         tags.input_tags.two_d_array = False
         return tags
+
+    @abstractmethod
+    def _check_parameters(self) -> None:
+        """Check the constructor's parameters; the message names a wrong one."""
+
+    @abstractmethod
+    def _gather(self) -> Measurement:
+        """Return how to measure, from checked parameters."""
+
+    @abstractmethod
+    def _set_results(self, measures: list[Any]) -> None:
+        """Set what the estimator makes of the measures of the training snapshots."""
+
+    @with_callbacks
+    def _fit(self, X: Sequence[Any]) -> list[Any]:
+        """Check, gather, measure, set the results, and return the measures."""
+        snapshots = as_snapshots(X)
+        self._check_parameters()
+        # What is fitted keeps it, whatever is set later.
+        self._measurement = self._gather()
+        with _FitTasks(self, snapshots).running() as tasks:
+            measures = self._measure(snapshots, tasks.one_done)
+            self._set_results(measures)
+        solvers = {m.solver for m in measures}
+        self.solver_ = solvers.pop() if len(solvers) == 1 else "mixed"
+        rows = [{"tau": m.tau, "batch": m.batch} | (m.plan or {}) for m in measures]
+        self.plan_ = pd.DataFrame(rows)
+        self.n_matvecs_ = sum(m.n_matvecs for m in measures)
+        self.dynamics_exact_ = all(m.dynamics_exact for m in measures)
+        return measures
+
+    def _measure(
+        self,
+        snapshots: list[Snapshot],
+        on_done: Callable[[], None] = lambda: None,
+        measurement: Measurement | None = None,
+    ) -> list[Any]:
+        """Measure snapshots through the cache, by default as they were in ``fit``."""
+        return measure_each(
+            snapshots,
+            self._measurement if measurement is None else measurement,
+            memory=resolve_memory(self.memory),
+            n_jobs=self.n_jobs,
+            verbose=self.verbose,
+            on_done=on_done,
+        )
+
+
+class _FitTasks:
+    """One callback task per snapshot, under the root task of ``fit``."""
+
+    def __init__(self, estimator: Any, X: list[Snapshot]) -> None:
+        self.estimator = estimator
+        self.X = X
+        start = getattr(estimator, "_init_callback_context", None)
+        self.context = start(max_subtasks=len(X)) if start is not None else None
+
+    @contextmanager
+    def running(self) -> Iterator[_FitTasks]:
+        """Report the beginning and the end of ``fit``."""
+        if self.context is not None:
+            self.context.call_on_fit_task_begin(estimator=self.estimator, X=self.X)
+        yield self
+        if self.context is not None:
+            self.context.call_on_fit_task_end(estimator=self.estimator, X=self.X)
+
+    def one_done(self) -> None:
+        """Report that one more snapshot has been measured."""
+        if self.context is None:
+            return
+        task = self.context.subcontext(task_name="snapshot")
+        task.call_on_fit_task_begin(estimator=self.estimator, X=self.X)
+        task.call_on_fit_task_end(estimator=self.estimator, X=self.X)

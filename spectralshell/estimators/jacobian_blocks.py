@@ -8,15 +8,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from sklearn.base import BaseEstimator
 from sklearn.utils.validation import check_is_fitted
 
-from spectralshell.estimators.base import (
-    CallbackSupportMixin,
-    FitTasks,
-    SnapshotTransformerMixin,
-    with_callbacks,
-)
+from spectralshell.estimators.base import SnapshotEstimator
 from spectralshell.estimators.jacobian_block_frames import (
     FEATURES,
     NullSettings,
@@ -31,64 +25,22 @@ from spectralshell.estimators.jacobian_block_frames import (
     window_frame,
 )
 from spectralshell.measurements.blocks import (
-    BlockConfig,
     BlockMeasure,
+    BlockSettings,
     check_blocks,
     measure_blocks,
 )
-from spectralshell.measurements.cache import measure_each, resolve_memory
+from spectralshell.measurements.cache import Measurement
 from spectralshell.measurements.couplings import warn_of_held_gates
 from spectralshell.measurements.settings import (
     check_kernel_parameters,
     check_motion_parameters,
-    may_be_random,
+    kernel_settings,
+    motion_settings,
     probe_seed,
 )
-from spectralshell.operators.problem import resolve_dtype
 from spectralshell.parameter_checks import check_integer, check_sample_weight
-from spectralshell.snapshots import Snapshot, as_snapshots
-
-
-def check_block_parameters(estimator: Any) -> None:
-    """Check the parameters of :class:`~spectralshell.JacobianBlockDiagnostic`.
-
-    Raises
-    ------
-    ValueError, TypeError
-        If one is out of range; the message names it.
-    """
-    check_kernel_parameters(estimator)
-    check_blocks(estimator.blocks)
-    check_motion_parameters(estimator)
-    check_integer("band", estimator.band, low=0)
-    check_integer("window_blocks", estimator.window_blocks, low=2)
-    check_integer("n_null", estimator.n_null, low=0)
-
-
-def block_config(estimator: Any, seed: int) -> BlockConfig:
-    """Gather what the blocks of an estimator depend on, with checked parameters.
-
-    ``seed`` is that of a random direction.
-    """
-    drawn = may_be_random(estimator.direction)
-    return BlockConfig(
-        residual=estimator.residual,
-        blocks=estimator.blocks,
-        direction=estimator.direction,
-        derivative=estimator.derivative,
-        step=None if estimator.step is None else float(estimator.step),
-        parameters=estimator.parameters,
-        chunk_size=estimator.chunk_size,
-        device=str(estimator.device),
-        dtype=resolve_dtype(estimator.dtype),
-        max_memory=estimator.max_memory,
-        random_seed=seed if drawn else 0,
-    )
-
-
-def null_settings(estimator: Any, seed: int) -> NullSettings:
-    """Gather how an estimator compares with random orders of the blocks, drawn from a seed."""
-    return NullSettings(estimator.band, estimator.n_null, seed)
+from spectralshell.snapshots import as_snapshots
 
 
 def check_same_blocks(measures: Sequence[BlockMeasure], expected: tuple[str, ...]) -> None:
@@ -101,7 +53,7 @@ def check_same_blocks(measures: Sequence[BlockMeasure], expected: tuple[str, ...
             )
 
 
-class JacobianBlockDiagnostic(CallbackSupportMixin, SnapshotTransformerMixin, BaseEstimator):
+class JacobianBlockDiagnostic(SnapshotEstimator):
     """Blocks of the Jacobian by depth: their coherence, and how near their change stays.
 
     Blocks l = 1 … L of the parameters split J = [J_1 … J_L] and M = Σ M_l, M_l = J_l J_l*. This
@@ -176,6 +128,10 @@ class JacobianBlockDiagnostic(CallbackSupportMixin, SnapshotTransformerMixin, Ba
         The norms ‖J‖ and ‖dJ/dt‖ of each training snapshot, its row sums, and its ``status``.
     suprema_ : DataFrame
         Their largest values for each batch (and name).
+    solver_, n_matvecs_ : str, int
+        ``"exact"`` and 0: kernels are built from layers.
+    plan_ : DataFrame
+        What was predicted for each training snapshot, as for `ShellEnergyEstimator`.
     dynamics_exact_ : bool
         Whether ė = −M e along the direction; nothing here needs it.
 
@@ -274,7 +230,6 @@ class JacobianBlockDiagnostic(CallbackSupportMixin, SnapshotTransformerMixin, Ba
         self.random_state = random_state
         self.verbose = verbose
 
-    @with_callbacks
     def fit(self, X: Sequence[Any], y: Any = None) -> JacobianBlockDiagnostic:
         """Measure the snapshots, and how their coherence falls with distance.
 
@@ -301,24 +256,7 @@ class JacobianBlockDiagnostic(CallbackSupportMixin, SnapshotTransformerMixin, Ba
             If ``derivative="exact"`` and the model uses activations with kinks; the statuses in
             ``trajectory_`` say ``gates held`` as well.
         """
-        snapshots = as_snapshots(X)
-        check_block_parameters(self)
-        self._seed = probe_seed(self.random_state)
-        self._config, self._null = block_config(self, self._seed), null_settings(self, self._seed)
-        with FitTasks(self, snapshots).running() as tasks:
-            measures = self._measure(snapshots, on_done=tasks.one_done)
-        check_same_blocks(measures, measures[0].blocks)
-        self.block_names_ = list(measures[0].blocks)
-        self.n_blocks_ = len(self.block_names_)
-        self.coherence_ = coherence_frame(measures)
-        self.blocks_ = block_frame(measures, self._null.band)
-        self.windows_ = window_frame(measures, self.window_blocks)
-        self.null_ = null_frames(measures, self._null)
-        self.profile_ = profile_frame(measures)
-        self.trajectory_ = trajectory_frame(measures)
-        self.suprema_ = suprema_frame(self.trajectory_)
-        self.dynamics_exact_ = all(m.dynamics_exact for m in measures)
-        warn_of_held_gates([m.status for m in measures], stacklevel=3)
+        warn_of_held_gates(self._fit(X), stacklevel=2)
         return self
 
     def transform(self, X: Sequence[Any]) -> pd.DataFrame:
@@ -421,19 +359,31 @@ class JacobianBlockDiagnostic(CallbackSupportMixin, SnapshotTransformerMixin, Ba
         check_is_fitted(self)
         return np.asarray(FEATURES, dtype=object)
 
-    def _measure(
-        self, snapshots: list[Snapshot], on_done: Callable[[], None] | None = None
-    ) -> list[BlockMeasure]:
-        return measure_each(
-            snapshots,
-            self._config,
-            measure_blocks,
-            memory=resolve_memory(self.memory),
-            probe_seed=self._seed,
-            n_jobs=self.n_jobs,
-            verbose=self.verbose,
-            on_done=on_done,
-        )
+    def _check_parameters(self) -> None:
+        check_kernel_parameters(self)
+        check_blocks(self.blocks)
+        check_motion_parameters(self)
+        check_integer("band", self.band, low=0)
+        check_integer("window_blocks", self.window_blocks, low=2)
+        check_integer("n_null", self.n_null, low=0)
+
+    def _gather(self) -> Measurement:
+        seed = probe_seed(self.random_state)
+        self._null = NullSettings(self.band, self.n_null, seed)
+        settings = BlockSettings(kernel_settings(self), motion_settings(self, seed), self.blocks)
+        return Measurement(measure_blocks, settings, seed)
+
+    def _set_results(self, measures: list[BlockMeasure]) -> None:
+        check_same_blocks(measures, measures[0].blocks)
+        self.block_names_ = list(measures[0].blocks)
+        self.n_blocks_ = len(self.block_names_)
+        self.coherence_ = coherence_frame(measures)
+        self.blocks_ = block_frame(measures, self._null.band)
+        self.windows_ = window_frame(measures, self.window_blocks)
+        self.null_ = null_frames(measures, self._null)
+        self.profile_ = profile_frame(measures)
+        self.trajectory_ = trajectory_frame(measures)
+        self.suprema_ = suprema_frame(self.trajectory_)
 
     def _measure_fitted(self, X: Sequence[Any]) -> list[BlockMeasure]:
         check_is_fitted(self)

@@ -22,8 +22,8 @@ _HIDDEN_PER_PEAK = 0.5
 # Shells that hold less than half of a snapshot's energy do not show where it sits.
 _MOST = 0.5
 
-# From here over this module's functions, ``fit`` and scikit-learn's wrapper to the caller's line.
-_STACKLEVEL = 5
+# From here over this module's functions and ``fit`` to the caller's line.
+_STACKLEVEL = 4
 
 # Share of the uniform density in the mixture: an empty shell then costs ln(100) and not infinity.
 _UNIFORM_SHARE = 0.01

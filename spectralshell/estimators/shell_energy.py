@@ -9,26 +9,20 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from sklearn.base import BaseEstimator
 from sklearn.utils.validation import check_is_fitted
 from torch import Tensor
 
-from spectralshell.estimators.base import (
-    CallbackSupportMixin,
-    FitTasks,
-    SnapshotTransformerMixin,
-    with_callbacks,
-)
+from spectralshell.estimators.base import SnapshotEstimator
 from spectralshell.estimators.placement import ShellDensity, place_shells, warn_of_hidden_energy
 from spectralshell.krylov import EigenPairs, dense_pairs, lanczos, ritz_pairs
-from spectralshell.measurements.cache import resolve_memory
+from spectralshell.measurements.cache import Measurement
 from spectralshell.measurements.settings import (
-    MeasurementConfig,
-    check_measurement_parameters,
-    measurement_config,
+    KernelSettings,
+    check_kernel_parameters,
+    kernel_settings,
     probe_seed,
 )
-from spectralshell.measurements.spectrum import exact_measure, measure_snapshots, plan_snapshot
+from spectralshell.measurements.spectrum import exact_measure, measure_spectrum, survey_spectrum
 from spectralshell.operators import ExactKernel
 from spectralshell.operators.noise import spectral_norm
 from spectralshell.parameter_checks import check_integer, check_option, check_real, check_window
@@ -37,11 +31,7 @@ from spectralshell.snapshots import Snapshot, as_snapshots
 
 
 class KernelQueriesMixin:
-    """Shell energies of layers and leading eigenpairs, under the estimator's own settings.
-
-    For an estimator that has the parameters of a measurement, ``_check_parameters`` and
-    ``_fitted_partition``.
-    """
+    """Shell energies of layers and leading eigenpairs, for an estimator with a partition."""
 
     def layer_frame(
         self: Any,
@@ -128,14 +118,14 @@ class KernelQueriesMixin:
         settings = self._settings()
         return [self._pairs_of_one(snapshot, settings, k) for snapshot in as_snapshots(X)]
 
-    def _settings(self: Any) -> MeasurementConfig:
+    def _settings(self: Any) -> KernelSettings:
         self._check_parameters()
-        return measurement_config(self)
+        return kernel_settings(self)
 
     def _pairs_of_one(
-        self: Any, snapshot: Snapshot, settings: MeasurementConfig, k: int
+        self: Any, snapshot: Snapshot, settings: KernelSettings, k: int
     ) -> EigenPairs:
-        survey, plan = plan_snapshot(
+        survey, plan = survey_spectrum(
             snapshot, settings, probe_seed(self.random_state), self.verbose
         )
         if plan.solver == "exact":
@@ -147,9 +137,9 @@ class KernelQueriesMixin:
             return ritz_pairs(run, k, kernel.noise * largest)
 
     def _layer_measures(
-        self: Any, snapshot: Snapshot, settings: MeasurementConfig, layers: Any
+        self: Any, snapshot: Snapshot, settings: KernelSettings, layers: Any
     ) -> Iterator[tuple[str, SpectralMeasure]]:
-        survey, plan = plan_snapshot(
+        survey, plan = survey_spectrum(
             snapshot, settings, probe_seed(self.random_state), self.verbose, layers
         )
         with survey.build_exact(plan.exact, layers) as kernel:
@@ -169,9 +159,7 @@ def _wide(kernel: ExactKernel, matrix: Tensor) -> Tensor:
     return matrix.to(kernel.residual_vector)
 
 
-class ShellEnergyEstimator(
-    KernelQueriesMixin, CallbackSupportMixin, SnapshotTransformerMixin, BaseEstimator
-):
+class ShellEnergyEstimator(KernelQueriesMixin, SnapshotEstimator):
     """Error energy per logarithmic shell of the empirical tangent kernel.
 
     For each snapshot (one model state on one batch) the residual e is decomposed in the
@@ -283,6 +271,8 @@ class ShellEnergyEstimator(
     True
     """
 
+    _shells: pd.DataFrame | None
+
     def __init__(
         self,
         *,
@@ -320,7 +310,6 @@ class ShellEnergyEstimator(
         self.random_state = random_state
         self.verbose = verbose
 
-    @with_callbacks
     def fit(self, X: Sequence[Any], y: Any = None) -> ShellEnergyEstimator:
         """Measure the snapshots and place the shells.
 
@@ -348,15 +337,8 @@ class ShellEnergyEstimator(
             below it, as such a peak may move with ``n_steps``; or if most of the energy of a
             snapshot lies below the floor.
         """
-        snapshots = as_snapshots(X)
-        self._check_parameters()
-        with FitTasks(self, snapshots).running() as tasks:
-            measures = self._measure(snapshots, on_done=tasks.one_done)
-            self._place_shells(measures)
-            self._measures = measures
-            self._shells: pd.DataFrame | None = None
-            self._density = ShellDensity.from_measures(measures, self.edges_, self.window_)
-        self._summarise(measures)
+        measures = self._fit(X)
+        self.n_probes_ = sum(m.n_probes for m in measures)
         warn_of_hidden_energy(measures, self._partition, self.resolution_floor_)
         return self
 
@@ -413,7 +395,7 @@ class ShellEnergyEstimator(
             Rates, energies and certified bounds, which do not depend on ``q``.
         """
         self._check_parameters()
-        return self._measure(as_snapshots(X))
+        return self._measure(as_snapshots(X), measurement=self._gather())
 
     @property
     def shells_(self) -> pd.DataFrame:
@@ -466,7 +448,7 @@ class ShellEnergyEstimator(
         return np.asarray(["null", *self._fitted_partition().names], dtype=object)
 
     def _check_parameters(self) -> None:
-        check_measurement_parameters(self)
+        check_kernel_parameters(self)
         check_real("q", self.q, low=1.0, low_open=True)
         check_real("lambda_0", self.lambda_0, low=0.0, low_open=True)
         if isinstance(self.floor, str):
@@ -475,20 +457,10 @@ class ShellEnergyEstimator(
             check_real("floor", self.floor, low=0.0, low_open=True)
         check_window("window", self.window)
 
-    def _measure(
-        self, snapshots: list[Snapshot], on_done: Callable[[], None] | None = None
-    ) -> list[SpectralMeasure]:
-        return measure_snapshots(
-            snapshots,
-            measurement_config(self),
-            probe_seed=probe_seed(self.random_state),
-            memory=resolve_memory(self.memory),
-            n_jobs=self.n_jobs,
-            verbose=self.verbose,
-            on_done=on_done,
-        )
+    def _gather(self) -> Measurement:
+        return Measurement(measure_spectrum, kernel_settings(self), probe_seed(self.random_state))
 
-    def _place_shells(self, measures: list[SpectralMeasure]) -> None:
+    def _set_results(self, measures: list[SpectralMeasure]) -> None:
         placed = place_shells(measures, q=self.q, lambda_0=self.lambda_0, floor=self.floor)
         self._partition = placed.partition
         self.edges_ = placed.partition.edges
@@ -497,15 +469,9 @@ class ShellEnergyEstimator(
         self.lambda_max_ = placed.lambda_max
         window = check_window("window", self.window)
         self.window_ = placed.range if window is None else window
-
-    def _summarise(self, measures: list[SpectralMeasure]) -> None:
-        solvers = {m.solver for m in measures}
-        self.solver_ = solvers.pop() if len(solvers) == 1 else "mixed"
-        rows = [{"tau": m.tau, "batch": m.batch} | (m.plan or {}) for m in measures]
-        self.plan_ = pd.DataFrame(rows)
-        self.n_matvecs_ = sum(m.n_matvecs for m in measures)
-        self.n_probes_ = sum(m.n_probes for m in measures)
-        self.dynamics_exact_ = all(m.dynamics_exact for m in measures)
+        self._measures = measures
+        self._shells = None
+        self._density = ShellDensity.from_measures(measures, self.edges_, self.window_)
 
     def _fitted_partition(self) -> ShellPartition:
         check_is_fitted(self)

@@ -9,15 +9,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from sklearn.base import BaseEstimator
 from sklearn.utils.validation import check_is_fitted
 
-from spectralshell.estimators.base import (
-    CallbackSupportMixin,
-    FitTasks,
-    SnapshotTransformerMixin,
-    with_callbacks,
-)
+from spectralshell.estimators.base import SnapshotEstimator
 from spectralshell.estimators.placement import ShellDensity, place_shells
 from spectralshell.estimators.shell_flux_frames import (
     BalancedSnapshot,
@@ -32,27 +26,26 @@ from spectralshell.estimators.shell_flux_frames import (
     trajectory_frame,
     wide_fluxes,
 )
-from spectralshell.measurements.cache import resolve_memory
+from spectralshell.measurements.cache import Measurement
 from spectralshell.measurements.couplings import warn_of_held_gates
-from spectralshell.measurements.fluxes import (
-    FluxMeasurement,
-    check_flux_parameters,
-    flux_config,
-    measure_fluxes,
+from spectralshell.measurements.fluxes import FluxMeasurement, FluxSettings, measure_fluxes
+from spectralshell.measurements.settings import (
+    check_kernel_parameters,
+    check_motion_parameters,
+    kernel_settings,
+    motion_settings,
+    probe_seed,
 )
 from spectralshell.parameter_checks import check_option, check_real, check_window
 from spectralshell.residuals import resolve_residual
 from spectralshell.shells import SoftShells
 from spectralshell.shells.soft_shells import SOFTNESS
-from spectralshell.snapshots import Snapshot, as_snapshots
+from spectralshell.snapshots import as_snapshots
 from spectralshell.warning_categories import DynamicsWarning
 
 
 class FluxResultsMixin:
-    """Frames of the balances, made when they are asked for.
-
-    For an estimator with ``_training``, ``_balanced`` and ``_fitted_shells``.
-    """
+    """Frames of the balances, made when they are asked for."""
 
     def flux_frame(self: Any, X: Sequence[Any]) -> pd.DataFrame:
         """Return the tidy frame of fluxes of new snapshots, columns as in ``fluxes_``.
@@ -143,9 +136,7 @@ class FluxResultsMixin:
         return balance_all(measurements, self._shells)
 
 
-class ShellFluxEstimator(
-    FluxResultsMixin, CallbackSupportMixin, SnapshotTransformerMixin, BaseEstimator
-):
+class ShellFluxEstimator(FluxResultsMixin, SnapshotEstimator):
     """Energy flux through the edges of logarithmic shells as the parameters move.
 
     The energy of a soft shell, E_α = ½⟨e, w_α(M) e⟩ with smooth weights Σ_α w_α = 1, changes by
@@ -222,6 +213,9 @@ class ShellFluxEstimator(
         The power law v = ±c λ^b with its interval and a test of the sign, for all times and each.
     solver_ : str
         The solver used; ``"mixed"`` if it differs between snapshots.
+    plan_ : DataFrame
+        One row per training snapshot: what was predicted for both solvers, as for
+        :class:`ShellEnergyEstimator`.
     n_matvecs_ : int
         Products with M; the exact solver builds its kernel from layers.
     resolution_floor_, lambda_max_ : float
@@ -311,7 +305,6 @@ class ShellFluxEstimator(
         self.random_state = random_state
         self.verbose = verbose
 
-    @with_callbacks
     def fit(self, X: Sequence[Any], y: Any = None) -> ShellFluxEstimator:
         """Measure the snapshots, place the shells and balance their energies.
 
@@ -341,15 +334,18 @@ class ShellFluxEstimator(
             If M is differentiated exactly and the model has activations with kinks; ``status``
             says ``gates held`` as well.
         """
-        snapshots = as_snapshots(X)
-        self._check_parameters()
-        self._config = flux_config(self)
-        with FitTasks(self, snapshots).running() as tasks:
-            measurements = self._measure(snapshots, on_done=tasks.one_done)
-            self._place_shells(measurements)
-            self._training = self._balance(measurements)
-        self._summarise(measurements)
-        warn_of_held_gates([m.measure.status for m in measurements], stacklevel=3)
+        measurements = self._fit(X)
+        trajectories = {(m.batch, m.name) for m in measurements}
+        linear = resolve_residual(self.residual).dynamics_exact
+        if not linear and len(trajectories) < len(measurements):
+            warnings.warn(
+                "The energies under a frozen kernel need ė = −M e, which this residual does not "
+                "have; the fluxes do not need it. Measure with residual='mse' or 'brier' to "
+                "compare with a frozen kernel.",
+                DynamicsWarning,
+                stacklevel=2,
+            )
+        warn_of_held_gates(measurements, stacklevel=2)
         return self
 
     def transform(self, X: Sequence[Any]) -> pd.DataFrame:
@@ -410,7 +406,8 @@ class ShellFluxEstimator(
         return np.asarray([flux_name(edge) for edge in self._fitted_shells().edges], dtype=object)
 
     def _check_parameters(self) -> None:
-        check_flux_parameters(self)
+        check_kernel_parameters(self)
+        check_motion_parameters(self)
         check_real("q", self.q, low=1.0, low_open=True)
         check_real("lambda_0", self.lambda_0, low=0.0, low_open=True)
         check_real("softness", self.softness, low=0.0, low_open=True)
@@ -421,19 +418,12 @@ class ShellFluxEstimator(
             check_real("floor", self.floor, low=0.0, low_open=True)
         check_window("window", self.window)
 
-    def _measure(
-        self, snapshots: list[Snapshot], on_done: Callable[[], None] | None = None
-    ) -> list[FluxMeasurement]:
-        return measure_fluxes(
-            snapshots,
-            self._config,
-            memory=resolve_memory(self.memory),
-            n_jobs=self.n_jobs,
-            verbose=self.verbose,
-            on_done=on_done,
-        )
+    def _gather(self) -> Measurement:
+        motion = motion_settings(self, probe_seed(self.random_state))
+        settings = FluxSettings(kernel_settings(self), motion)
+        return Measurement(measure_fluxes, settings, motion.random_seed)
 
-    def _place_shells(self, measurements: list[FluxMeasurement]) -> None:
+    def _set_results(self, measurements: list[FluxMeasurement]) -> None:
         measures = [m.measure for m in measurements]
         placed = place_shells(measures, q=self.q, lambda_0=self.lambda_0, floor=self.floor)
         self._shells = SoftShells(placed.partition, self.softness)
@@ -444,22 +434,7 @@ class ShellFluxEstimator(
         window = check_window("window", self.window)
         self.window_ = placed.range if window is None else window
         self._density = ShellDensity.from_measures(measures, self.edges_, self.window_)
-
-    def _summarise(self, measurements: list[FluxMeasurement]) -> None:
-        solvers = {m.measure.solver for m in measurements}
-        self.solver_ = solvers.pop() if len(solvers) == 1 else "mixed"
-        self.n_matvecs_ = sum(m.n_matvecs for m in measurements)
-        self.dynamics_exact_ = all(m.measure.dynamics_exact for m in measurements)
-        runs = {(m.measure.batch, m.measure.name) for m in measurements}
-        linear = resolve_residual(self.residual).dynamics_exact
-        if not linear and len(runs) < len(measurements):
-            warnings.warn(
-                "The energies under a frozen kernel need ė = −M e, which this residual does not "
-                "have; the fluxes do not need it. Measure with residual='mse' or 'brier' to "
-                "compare with a frozen kernel.",
-                DynamicsWarning,
-                stacklevel=4,
-            )
+        self._training = self._balance(measurements)
 
     def _balanced(self, X: Sequence[Any]) -> list[BalancedSnapshot]:
         check_is_fitted(self)

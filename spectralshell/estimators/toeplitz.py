@@ -9,15 +9,9 @@ import numpy as np
 import pandas as pd
 import torch
 from numpy.typing import NDArray
-from sklearn.base import BaseEstimator
 from sklearn.utils.validation import check_is_fitted
 
-from spectralshell.estimators.base import (
-    CallbackSupportMixin,
-    FitTasks,
-    SnapshotTransformerMixin,
-    with_callbacks,
-)
+from spectralshell.estimators.base import SnapshotEstimator
 from spectralshell.estimators.toeplitz_frames import (
     ALTERNATIVES,
     Diagnosis,
@@ -25,16 +19,18 @@ from spectralshell.estimators.toeplitz_frames import (
     null_p_value,
     place_coupling_shells,
 )
-from spectralshell.measurements.cache import resolve_memory
+from spectralshell.measurements.cache import Measurement
 from spectralshell.measurements.couplings import (
+    CouplingSettings,
     ModeCouplings,
     measure_couplings,
     warn_of_held_gates,
 )
 from spectralshell.measurements.settings import (
-    CouplingConfig,
-    check_coupling_parameters,
-    coupling_config,
+    check_kernel_parameters,
+    check_motion_parameters,
+    kernel_settings,
+    motion_settings,
     probe_seed,
 )
 from spectralshell.parameter_checks import check_integer, check_real, check_sample_weight
@@ -42,7 +38,7 @@ from spectralshell.shells import toeplitz_residual
 from spectralshell.shells.coupling import CouplingRule
 from spectralshell.shells.coupling_statistics import most_central, sliding_windows
 from spectralshell.shells.frames import label_index
-from spectralshell.snapshots import Snapshot, as_snapshots
+from spectralshell.snapshots import as_snapshots
 
 Floats = NDArray[np.float64]
 
@@ -64,22 +60,7 @@ ROW_NAMES = (
 def scalar_frame(
     snapshots: Sequence[SnapshotShells], n_null: int, window_shells: int
 ) -> pd.DataFrame:
-    """Return the columns ``ROW_NAMES`` for each snapshot, none of which depends on the others.
-
-    Parameters
-    ----------
-    snapshots : sequence of SnapshotShells
-        With distinct labels.
-    n_null : int
-        Permutations.
-    window_shells : int
-        Shells of the central window.
-
-    Returns
-    -------
-    DataFrame
-        Index levels ``tau``, ``batch`` and, where set, ``name``.
-    """
+    """Return the columns ``ROW_NAMES`` for each snapshot, none of which depends on the others."""
     index = label_index([s.couplings for s in snapshots])
     rows = [_row(snapshot, n_null, window_shells) for snapshot in snapshots]
     return pd.DataFrame(rows, index=index, columns=list(ROW_NAMES), dtype=np.float64)
@@ -88,8 +69,7 @@ def scalar_frame(
 def log_gain(snapshot: SnapshotShells, n_null: int) -> float:
     """Return −ln(residual / median residual of the permutations).
 
-    NaN where there is nothing to compare, fewer than two usable shells or no coupling: a number
-    would reward shells so wide that nothing is left.
+    NaN where nothing is to compare: a number would reward shells so wide that nothing is left.
     """
     if snapshot.modes.usable.sum() < 2 or snapshot.observed.is_zero():
         return float("nan")
@@ -133,7 +113,7 @@ def _central(snapshot: SnapshotShells, n_null: int, window_shells: int) -> dict[
     }
 
 
-class ToeplitzDiagnostic(CallbackSupportMixin, SnapshotTransformerMixin, BaseEstimator):
+class ToeplitzDiagnostic(SnapshotEstimator):
     """Couplings between shells of a moving kernel, and how far they are from shift invariance.
 
     V = Uᵀ (dM/dt) U says how a direction of the parameters couples the modes of M. Averaged over
@@ -228,6 +208,8 @@ class ToeplitzDiagnostic(CallbackSupportMixin, SnapshotTransformerMixin, BaseEst
         Largest eigenvalue of the training snapshots, and the λ below which no mode counts.
     solver_, n_matvecs_ : str, int
         The solver (``"mixed"`` if it differs between snapshots), and its products with M.
+    plan_ : DataFrame
+        What was predicted for both solvers, as for `ShellEnergyEstimator`.
     dynamics_exact_ : bool
         Whether ė = −M e along the direction; nothing here needs it.
     status_ : str
@@ -322,7 +304,6 @@ class ToeplitzDiagnostic(CallbackSupportMixin, SnapshotTransformerMixin, BaseEst
         self.random_state = random_state
         self.verbose = verbose
 
-    @with_callbacks
     def fit(self, X: Sequence[Any], y: Any = None) -> ToeplitzDiagnostic:
         """Measure the snapshots, place the shells, and diagnose their mean coupling.
 
@@ -349,24 +330,7 @@ class ToeplitzDiagnostic(CallbackSupportMixin, SnapshotTransformerMixin, BaseEst
             If ``derivative="exact"`` meets activations whose gates flip; ``status_`` says ``gates
             held`` as well.
         """
-        snapshots = as_snapshots(X)
-        self._check_parameters()
-        self._rule = CouplingRule(self.normalization, self.reducer, self.diagonal, self.min_modes)
-        self._seed = probe_seed(self.random_state)
-        self._config: CouplingConfig = coupling_config(self, n_random=int(self.n_null))
-        with FitTasks(self, snapshots).running() as tasks:
-            measured = self._measure(snapshots, on_done=tasks.one_done)
-            placed = place_coupling_shells(measured, q=self.q, lambda_0=self.lambda_0)
-            self._partition = placed.partition
-            shells = [self._in_shells(m) for m in measured]
-            self._summarise(Diagnosis(shells, int(self.n_null), int(self.window_shells)))
-        self.edges_, self.n_shells_ = placed.partition.edges, placed.partition.n_shells
-        self.lambda_max_, self.resolution_floor_ = placed.lambda_max, placed.floor
-        solvers = {m.solver for m in measured}
-        self.solver_ = solvers.pop() if len(solvers) == 1 else "mixed"
-        self.n_matvecs_ = sum(m.n_matvecs for m in measured)
-        self.dynamics_exact_ = all(m.dynamics_exact for m in measured)
-        warn_of_held_gates([m.status for m in measured], stacklevel=3)
+        warn_of_held_gates(self._fit(X), stacklevel=2)
         return self
 
     def transform(self, X: Sequence[Any]) -> pd.DataFrame:
@@ -449,28 +413,37 @@ class ToeplitzDiagnostic(CallbackSupportMixin, SnapshotTransformerMixin, BaseEst
         return np.asarray(ROW_NAMES, dtype=object)
 
     def _check_parameters(self) -> None:
-        check_coupling_parameters(self)
+        check_kernel_parameters(self)
+        check_integer("block_size", self.block_size, low=1)
+        check_motion_parameters(self)
         check_real("q", self.q, low=1.0, low_open=True)
         check_real("lambda_0", self.lambda_0, low=0.0, low_open=True)
         check_integer("window_shells", self.window_shells, low=2)
         check_integer("n_null", self.n_null, low=1)
 
-    def _measure(
-        self, snapshots: list[Snapshot], on_done: Callable[[], None] | None = None
-    ) -> list[ModeCouplings]:
-        return measure_couplings(
-            snapshots,
-            self._config,
-            memory=resolve_memory(self.memory),
-            n_jobs=self.n_jobs,
-            verbose=self.verbose,
-            on_done=on_done,
+    def _gather(self) -> Measurement:
+        self._rule = CouplingRule(self.normalization, self.reducer, self.diagonal, self.min_modes)
+        # Two draws: a RandomState seeds permutations and directions apart.
+        self._seed, seed = probe_seed(self.random_state), probe_seed(self.random_state)
+        motion = motion_settings(self, seed, draws=True)
+        settings = CouplingSettings(
+            kernel=kernel_settings(self),
+            motion=motion,
+            block_size=0 if self.solver == "exact" else int(self.block_size),
+            n_random=int(self.n_null),
         )
+        return Measurement(measure_couplings, settings, motion.random_seed)
 
     def _in_shells(self, couplings: ModeCouplings) -> SnapshotShells:
         return SnapshotShells(couplings, self._partition, self._rule, self._seed)
 
-    def _summarise(self, diagnosis: Diagnosis) -> None:
+    def _set_results(self, measured: list[ModeCouplings]) -> None:
+        placed = place_coupling_shells(measured, q=self.q, lambda_0=self.lambda_0)
+        self._partition = placed.partition
+        self.edges_, self.n_shells_ = placed.partition.edges, placed.partition.n_shells
+        self.lambda_max_, self.resolution_floor_ = placed.lambda_max, placed.floor
+        shells = [self._in_shells(m) for m in measured]
+        diagnosis = Diagnosis(shells, int(self.n_null), int(self.window_shells))
         self.coupling_ = diagnosis.coupling
         self.statistics_ = diagnosis.statistics
         self.null_ = diagnosis.null

@@ -527,7 +527,7 @@ class Diagnosis:
     @property
     def status(self) -> str:
         """What to know about the result, ``"ok"`` if nothing."""
-        phrases = [phrase for s in self.snapshots for phrase in s.couplings.status.split("; ")]
+        phrases = [s.couplings.status for s in self.snapshots]
         n_usable = int((self.counts > 0).sum())
         if n_usable == 0:
             phrases.append(no_usable_shell(self.rule.min_modes))

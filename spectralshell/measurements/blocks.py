@@ -12,22 +12,33 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from spectralshell.krylov import EigenPairs, dense_pairs, lanczos, ritz_pairs
-from spectralshell.measurements.couplings import gate_status, motion_for, unwarned_gates
-from spectralshell.measurements.settings import settle_direction, unit_of, unit_status
+from spectralshell.measurements.couplings import (
+    find_direction,
+    find_held_gates,
+    set_in_motion,
+    unit_of,
+    unit_status,
+    unwarned_gates,
+)
+from spectralshell.measurements.settings import KernelSettings, MotionSettings
+from spectralshell.measurements.solver import SolverPlan, plan_blocks
 from spectralshell.models.state import unwrap
 from spectralshell.operators import Direction, KernelDerivative, KernelMotion
-from spectralshell.operators.costs import (
-    ROOM,
-    ExactPlan,
-    fits,
-    format_bytes,
-    plan_exact,
-    resolve_max_memory,
-)
+from spectralshell.operators.costs import resolve_max_memory
 from spectralshell.operators.layers.units import LAYER_OPTIONS, resolve_layers
 from spectralshell.operators.motion.directions import PER_TAU
 from spectralshell.snapshots import Snapshot
-from spectralshell.statuses import join_statuses
+from spectralshell.statuses import (
+    FROZEN_KERNEL,
+    OK,
+    ONE_BLOCK,
+    RATE_FROM_BELOW,
+    ZERO_DIRECTION,
+    difference_good_to,
+    gates_held,
+    join_statuses,
+    zero_kernel_of,
+)
 
 AUTO = "auto"
 
@@ -50,16 +61,17 @@ _ROUNDINGS = 10.0
 
 
 @dataclass(frozen=True)
-class Grouping:
-    """Blocks in the order of depth.
+class BlockSettings:
+    """Settings of :func:`measure_blocks`."""
 
-    Parameters
-    ----------
-    labels : tuple of str
-        Names of the blocks.
-    members : dict of str to tuple of str
-        Names of each block's parameters.
-    """
+    kernel: KernelSettings  # of which the solver and its steps do not matter
+    motion: MotionSettings
+    blocks: Blocks = AUTO
+
+
+@dataclass(frozen=True)
+class Grouping:
+    """Labels of blocks in the order of depth, and the names of each one's parameters."""
 
     labels: tuple[str, ...]
     members: dict[str, tuple[str, ...]]
@@ -70,13 +82,7 @@ class Grouping:
 
 
 def check_blocks(blocks: Any) -> None:
-    """Check the parameter ``blocks``.
-
-    Raises
-    ------
-    ValueError, TypeError
-        If it is neither a known option, a mapping nor a callable.
-    """
+    """Check that ``blocks`` is a known option, a mapping or a callable."""
     options = (AUTO, *LAYER_OPTIONS)
     if isinstance(blocks, str):
         if blocks not in options:
@@ -92,48 +98,15 @@ def check_blocks(blocks: Any) -> None:
 
 
 def group_parameters(model: nn.Module, blocks: Blocks, names: Sequence[str]) -> Grouping:
-    r"""Return the blocks of a model, in the order of depth.
+    """Return the blocks of the parameters that count, in the order of depth.
 
-    Parameters
-    ----------
-    model : torch.nn.Module
-    blocks : {"auto", "module", "parameter"}, mapping or callable
-        ``"auto"`` follows the module tree, see the notes; the others are those of
-        :func:`~spectralshell.operators.layers.units.resolve_layers`. Depth is the order in which
-        the labels of a mapping are given, and otherwise that in which the model registers its
-        parameters.
-    names : sequence of str
-        The parameters that count.
-
-    Returns
-    -------
-    Grouping
-
-    Raises
-    ------
-    ValueError, TypeError
-        If ``blocks`` is not usable, or a label of a mapping finds no parameter.
-
-    Notes
-    -----
-    ``"auto"`` takes the members of containers (``Sequential``, ``ModuleList``, ``ModuleDict``)
-    apart, from the root down, and a module of another kind only where it holds more than half of
-    the parameter tensors and a container with several members: the encoder of a transformer, not a
-    residual block. What has nothing but vectors as parameters (normalisations) joins the block
-    before it, or, at the beginning, the one after it.
-
-    Examples
-    --------
-    >>> layers = [nn.Linear(3, 3), nn.LayerNorm(3), nn.GELU(), nn.Linear(3, 2)]
-    >>> model = nn.Sequential(*layers)
-    >>> grouping = group_parameters(model, "auto", [n for n, _ in model.named_parameters()])
-    >>> grouping.members["0"]
-    ('0.weight', '0.bias', '1.weight', '1.bias')
-    >>> grouping.labels
-    ('0', '3')
+    That is the order of a mapping's labels, else the one in which the model registers parameters.
     """
     check_blocks(blocks)
-    label_of = _automatic(unwrap(model)) if blocks == AUTO else _named(blocks, names)
+    if blocks == AUTO:
+        label_of = _automatic(unwrap(model))
+    else:
+        label_of = resolve_layers(blocks, names, option="blocks")
     members: dict[str, list[str]] = {}
     if isinstance(blocks, Mapping):
         members = {label: [] for label in blocks.values()}
@@ -148,15 +121,11 @@ def group_parameters(model: nn.Module, blocks: Blocks, names: Sequence[str]) -> 
     return Grouping(tuple(members), {label: tuple(found) for label, found in members.items()})
 
 
-def _named(blocks: Blocks, names: Sequence[str]) -> Callable[[str], str]:
-    try:
-        return resolve_layers(blocks, names)
-    except (ValueError, TypeError) as error:
-        # The same rules under another name.
-        raise type(error)(str(error).replace("layers", "blocks", 1)) from error
-
-
 def _automatic(model: nn.Module) -> Callable[[str], str]:
+    """Return the labels of the module tree's units.
+
+    What has nothing but vectors (normalisations) joins the unit before it, or the one after it.
+    """
     labels: dict[str, str] = {}
     waiting: list[str] = []
     last: str | None = None
@@ -203,95 +172,36 @@ def _n_members(container: nn.Module) -> int:
     return sum(any(True for _ in child.parameters()) for child in container.children())
 
 
-@dataclass(frozen=True)
-class BlockConfig:
-    """What the blocks of a Jacobian depend on beside their snapshot.
-
-    Parameters
-    ----------
-    residual, parameters, chunk_size, device, dtype, max_memory
-        As in :class:`~spectralshell.measurements.spectrum.MeasurementConfig`.
-    blocks : str, mapping or callable
-        As in :func:`~spectralshell.measurements.blocks.group_parameters`.
-    direction : str, Snapshot, mapping of str to Tensor, or callable
-        What the parameters do.
-    derivative : {"exact", "difference"}
-    step : float or None
-        Of the difference, in units of the direction.
-    random_seed : int
-        Of a random direction.
-    """
-
-    residual: Any = "mse"
-    blocks: Blocks = "auto"
-    direction: Any = "gradient-flow"
-    derivative: str = "exact"
-    step: float | None = None
-    parameters: Any = None
-    chunk_size: int | None = None
-    device: str = "auto"
-    dtype: torch.dtype | None = None
-    max_memory: int | str | None = None
-    random_seed: int = 0
-
-
 @dataclass(frozen=True, eq=False)
 class BlockMeasure:
-    """The blocks of one snapshot's Jacobian; independent of band and null.
-
-    Parameters
-    ----------
-    blocks : tuple of str
-        L labels, by depth.
-    block_sizes : ndarray of int, shape (L,)
-        Parameters of each block.
-    norms : ndarray of shape (L,)
-        ‖J_l‖ = √λ_max(M_l), in 1/√τ.
-    traces : ndarray of shape (L,)
-        tr M_l, in 1/τ.
-    coherence : ndarray of shape (L, L)
-        ‖J_l* J_m‖, in 1/τ; the diagonal holds ‖J_l‖².
-    uncertainty : ndarray of shape (L, L)
-        How much rounding of the kernels may have added to or taken from it.
-    gram : ndarray of shape (L, L, L)
-        ⟨D_lm, D_lm'⟩ (Frobenius), D_lm the rate of M_l along the direction restricted to block m.
-    jacobian_norm, jacobian_rate : float
-        ‖J‖ and ‖dJ/dt‖ along the direction, in 1/√τ and per τ.
-    direction : str
-    direction_norm : float
-    derivative : str
-    n_outputs, n_rows, n_parameters : int
-    dynamics_exact : bool
-        Whether ė = −M e along the direction.
-    unit : str
-        What rates are per: ``"per tau"`` or ``"as given"``.
-    tau, batch, name
-        Labels of the snapshot.
-    status : str
-        ``"ok"``, or phrases joined by ``"; "``.
-    """
+    """The L blocks of one snapshot's Jacobian, by depth; independent of band and null."""
 
     blocks: tuple[str, ...]
-    block_sizes: NDArray[np.int64]
-    norms: Floats
-    traces: Floats
-    coherence: Floats
-    uncertainty: Floats
+    block_sizes: NDArray[np.int64]  # (L,), parameters of each
+    norms: Floats  # (L,), ‖J_l‖ = √λ_max(M_l), in 1/√τ
+    traces: Floats  # (L,), tr M_l, in 1/τ
+    coherence: Floats  # (L, L), ‖J_l* J_m‖, in 1/τ; ‖J_l‖² on the diagonal
+    uncertainty: Floats  # (L, L), what rounding of the kernels may have changed in it
+    # (L, L, L), ⟨D_lm, D_lm'⟩ (Frobenius), D_lm the rate of M_l as block m alone moves.
     gram: Floats
-    jacobian_norm: float
-    jacobian_rate: float
+    jacobian_norm: float  # ‖J‖, in 1/√τ
+    jacobian_rate: float  # ‖dJ/dt‖ along the direction
     direction: str
     direction_norm: float
     derivative: str
     n_outputs: int
     n_rows: int
     n_parameters: int
-    dynamics_exact: bool
-    unit: str = PER_TAU
+    dynamics_exact: bool  # whether ė = −M e along the direction
+    unit: str = PER_TAU  # what rates are per
+    held_gates: tuple[str, ...] = ()  # functions whose kinks the derivative does not see
+    solver: str = "exact"
+    n_matvecs: int = 0  # products with M: kernels come from layers
+    plan: dict[str, Any] | None = None  # what was predicted, a row of ``plan_``
     tau: float = 0.0
     batch: int | str = 0
     name: str | None = None
-    status: str = "ok"
+    status: str = OK
 
     def relabel(self, *, tau: float, batch: int | str, name: str | None) -> BlockMeasure:
         """Return the same measurement with the labels of a snapshot."""
@@ -300,42 +210,31 @@ class BlockMeasure:
 
 
 def measure_blocks(
-    snapshot: Snapshot, config: BlockConfig, probe_seed: int = 0, verbose: int = 0
+    snapshot: Snapshot, settings: BlockSettings, probe_seed: int = 0, verbose: int = 0
 ) -> BlockMeasure:
-    """Measure the blocks of one snapshot, without looking into any cache.
-
-    Parameters
-    ----------
-    snapshot : Snapshot
-    config : BlockConfig
-    probe_seed : int, default=0
-        Of the probes that check the operators.
-    verbose : int, default=0
-        Not used: there is nothing to choose.
-
-    Returns
-    -------
-    BlockMeasure
-
-    Raises
-    ------
-    ValueError
-        If the kernels of the blocks do not fit in ``max_memory``; the message says what would.
-    """
-    del verbose
-    with motion_for(snapshot, config, probe_seed) as motion:
-        grouping = group_parameters(snapshot.model, config.blocks, motion.parameter_names)
-        plan = _plan(motion, config, len(grouping.labels))
-        spectra = _spectra(motion, plan, grouping)
-        direction = _direction(snapshot, motion, config)
+    """Measure the blocks of one snapshot; unlabelled, and not remembered."""
+    how = settings.motion
+    with set_in_motion(snapshot, settings.kernel, probe_seed) as motion:
+        grouping = group_parameters(snapshot.model, settings.blocks, motion.parameter_names)
+        plan = plan_blocks(
+            motion.survey.footprint,
+            resolve_max_memory(settings.kernel.max_memory, motion.device),
+            n_blocks=len(grouping.labels),
+            chunk_size=motion.survey.evaluation.chunk_size,
+        )
+        plan.announce(snapshot, verbose)
+        spectra = _measure_spectra(motion, plan, grouping)
+        direction = find_direction(snapshot, motion, how)
         with unwarned_gates():
-            rate, step, phrases = _jacobian_rate(motion, direction, config, spectra)
-            gram = _gram(motion, direction, grouping, replace(config, step=step))
-        rounding = spectra.noise * spectra.norm * (rate + (spectra.norm / step if step else 0.0))
+            rate = _measure_rate(motion, direction, how, spectra)
+            gram = _measure_gram(motion, direction, grouping, replace(how, step=rate.step))
+        step = rate.step
+        rounding = spectra.noise * spectra.norm
+        rounding *= rate.norm + (spectra.norm / step if step else 0.0)
         gram[np.sqrt(np.einsum("lmm->l", gram)) <= _ROUNDINGS * rounding] = 0.0
-        unit = unit_of(direction)
-        phrases = [spectra.status, *phrases, *_phrases(grouping, spectra, gram), unit_status(unit)]
-        phrases.append(gate_status(motion, direction, config.derivative))
+        unit, held = unit_of(direction), find_held_gates(motion, direction, how.derivative)
+        phrases = [spectra.status, rate.status, *_phrases(grouping, spectra, gram)]
+        phrases += [unit_status(unit), gates_held(held)]
         return BlockMeasure(
             blocks=grouping.labels,
             block_sizes=_sizes(motion, grouping),
@@ -345,24 +244,25 @@ def measure_blocks(
             uncertainty=spectra.uncertainty,
             gram=gram,
             jacobian_norm=spectra.norm,
-            jacobian_rate=rate,
+            jacobian_rate=rate.norm,
             direction=direction.name,
             direction_norm=direction.norm,
-            derivative=config.derivative,
+            derivative=how.derivative,
             n_outputs=motion.n,
             n_rows=motion.n_rows,
             n_parameters=motion.n_parameters,
             dynamics_exact=motion.dynamics_exact and direction.name == "gradient-flow",
             unit=unit,
-            tau=snapshot.tau,
-            batch=snapshot.batch,
-            name=snapshot.name,
+            held_gates=held,
+            plan=plan.as_row(),
             status=join_statuses(phrases),
         )
 
 
 @dataclass(frozen=True)
 class _Spectra:
+    """Of the whole kernel and its blocks; the noise is relative to the whole's norm."""
+
     norm: float
     noise: float
     norms: Floats
@@ -372,23 +272,8 @@ class _Spectra:
     status: str
 
 
-def _plan(motion: KernelMotion, config: BlockConfig, n_blocks: int) -> ExactPlan:
-    budget = resolve_max_memory(config.max_memory, motion.device)
-    plan = plan_exact(motion.survey.footprint, budget, motion.survey.evaluation.chunk_size)
-    # Kernels of the blocks with their factors, and then the halves of all pairs of rates.
-    matrices = max(3 * n_blocks, n_blocks + n_blocks**2 // 2)
-    peak = plan.peak_bytes + 8 * matrices * motion.n**2
-    if not fits(peak, budget):
-        raise ValueError(
-            f"max_memory: the kernels of {n_blocks} blocks of n = {motion.n} entries need about "
-            f"{format_bytes(peak / ROOM)}, and {format_bytes(budget)} are allowed; allow that "
-            "much, take fewer samples, or join blocks."
-        )
-    return plan
-
-
-def _spectra(motion: KernelMotion, plan: ExactPlan, grouping: Grouping) -> _Spectra:
-    with motion.survey.build_exact(plan, grouping.label_of) as kernel:
+def _measure_spectra(motion: KernelMotion, plan: SolverPlan, grouping: Grouping) -> _Spectra:
+    with motion.survey.build_exact(plan.exact, grouping.label_of) as kernel:
         wide = [kernel.layers[label].to(kernel.residual_vector) for label in grouping.labels]
         norm = _largest(kernel.to_dense())
         relative = kernel.noise
@@ -432,29 +317,31 @@ def _largest(matrix: Tensor) -> float:
     return max(float(dense_pairs(matrix, 1).eigenvalues[0]), 0.0)
 
 
-def _direction(snapshot: Snapshot, motion: KernelMotion, config: BlockConfig) -> Direction:
-    spec = config.direction
-    if callable(spec):
-        spec = settle_direction(spec, snapshot)
-    return motion.direction(spec, generator=torch.Generator().manual_seed(config.random_seed))
+@dataclass(frozen=True)
+class _JacobianRate:
+    """‖dJ/dt‖, and the step of the difference that found it."""
+
+    norm: float
+    step: float | None
+    status: str
 
 
-def _jacobian_rate(
-    motion: KernelMotion, direction: Direction, config: BlockConfig, spectra: _Spectra
-) -> tuple[float, float | None, list[str]]:
-    """Return ‖dJ/dt‖, the step of a difference, and what there is to say."""
-    with motion.derivative(direction, method=config.derivative, step=config.step) as derivative:
-        step = (derivative.step or None) if config.derivative == "difference" else None
-        if derivative.status in ("zero direction", "frozen kernel"):
-            return 0.0, step, [derivative.status]
+def _measure_rate(
+    motion: KernelMotion, direction: Direction, how: MotionSettings, spectra: _Spectra
+) -> _JacobianRate:
+    with motion.derivative(direction, method=how.derivative, step=how.step) as derivative:
+        step = (derivative.step or None) if how.derivative == "difference" else None
+        if derivative.status in (ZERO_DIRECTION, FROZEN_KERNEL):
+            return _JacobianRate(0.0, step, derivative.status)
         pairs = _rate_pairs(motion, derivative, _RATE_STEPS)
         square = max(float(pairs.eigenvalues[0]), 0.0)
         phrases = [derivative.status]
         if pairs.residual_norms[0] > _RATE_TOLERANCE * square > 0.0:
-            phrases.append("rate of the Jacobian from below")
+            phrases.append(RATE_FROM_BELOW)
         if step is not None and step * square**0.5 > _ROUNDINGS * spectra.noise * spectra.norm:
-            phrases.append(_defect_of_step(motion, direction, derivative, pairs.vectors[:, 0]))
-        return square**0.5, step, phrases
+            share = _defect_of_step(motion, direction, derivative, pairs.vectors[:, 0])
+            phrases += [difference_good_to(share)] if share > _STEP_TOLERANCE else []
+        return _JacobianRate(square**0.5, step, join_statuses(phrases))
 
 
 def _rate_pairs(motion: KernelMotion, derivative: KernelDerivative, n_steps: int) -> EigenPairs:
@@ -464,22 +351,21 @@ def _rate_pairs(motion: KernelMotion, derivative: KernelDerivative, n_steps: int
 
 def _defect_of_step(
     motion: KernelMotion, direction: Direction, derivative: KernelDerivative, vector: Tensor
-) -> str:
-    """Compare the difference with that of half the step, along the fastest change of J."""
+) -> float:
+    """Return what half the step changes along the fastest change of J, relative to the whole."""
     found = derivative.rate_gram(vector)
     with motion.derivative(direction, method="difference", step=derivative.step / 2) as half:
         gap = float(torch.linalg.vector_norm(half.rate_gram(vector) - found))
-    share = gap / float(torch.linalg.vector_norm(found))
-    return "ok" if share <= _STEP_TOLERANCE else f"differences good to {100 * share:.2g} %"
+    return gap / float(torch.linalg.vector_norm(found))
 
 
-def _gram(
-    motion: KernelMotion, direction: Direction, grouping: Grouping, config: BlockConfig
+def _measure_gram(
+    motion: KernelMotion, direction: Direction, grouping: Grouping, how: MotionSettings
 ) -> Floats:
     """Return ⟨D_lm, D_lm'⟩ for all blocks l, m, m'."""
     n_blocks = len(grouping.labels)
     rates: list[list[Tensor]] = [[] for _ in range(n_blocks)]
-    for derivative in _restricted(motion, direction, grouping, config):
+    for derivative in _restricted(motion, direction, grouping, how):
         with derivative:
             parts = derivative.layers(grouping.label_of)
         for kept, label in zip(rates, grouping.labels, strict=True):
@@ -493,13 +379,13 @@ def _gram(
 
 
 def _restricted(
-    motion: KernelMotion, direction: Direction, grouping: Grouping, config: BlockConfig
+    motion: KernelMotion, direction: Direction, grouping: Grouping, how: MotionSettings
 ) -> Iterator[KernelDerivative]:
     """Yield the derivative along the direction of each block's parameters alone, by depth."""
     tangents = dict(zip(motion.parameter_names, direction.tangents, strict=True))
     for label in grouping.labels:
         part: Mapping[str, Tensor] = {name: tangents[name] for name in grouping.members[label]}
-        yield motion.derivative(motion.direction(part), method=config.derivative, step=config.step)
+        yield motion.derivative(motion.direction(part), method=how.derivative, step=how.step)
 
 
 def _packed(matrix: Tensor) -> Tensor:
@@ -519,10 +405,7 @@ def _sizes(motion: KernelMotion, grouping: Grouping) -> NDArray[np.int64]:
 
 
 def _phrases(grouping: Grouping, spectra: _Spectra, gram: Floats) -> list[str]:
-    phrases = ["one block"] if len(grouping.labels) == 1 else []
+    phrases = [ONE_BLOCK] if len(grouping.labels) == 1 else []
     zero = [label for label, norm in zip(grouping.labels, spectra.norms, strict=True) if norm == 0]
-    if zero:
-        phrases.append(f"zero kernel of {', '.join(zero)}")
-    if not gram.any():
-        phrases.append("frozen kernel")
-    return phrases
+    phrases += [zero_kernel_of(zero)] if zero else []
+    return phrases if gram.any() else [*phrases, FROZEN_KERNEL]

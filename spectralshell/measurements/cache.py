@@ -14,7 +14,7 @@ import os
 import pickle
 import reprlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import fields, replace
+from dataclasses import dataclass, fields, replace
 from numbers import Number
 from pathlib import PurePath
 from types import CodeType
@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from spectralshell._version import __version__
-from spectralshell.measurements.settings import settle_direction
+from spectralshell.measurements.settings import KernelSettings, MotionSettings
 from spectralshell.snapshots import Snapshot
 
 _BOOKKEEPING = frozenset(vars(nn.Module()))
@@ -41,46 +41,45 @@ _PLAIN = (str, bytes, Number, np.generic, type(None), torch.dtype, torch.device,
 """Types whose text tells any two values apart."""
 
 Measure = Callable[[Snapshot, Any, int, int], Any]
+"""``measure(snapshot, settings, probe_seed, verbose)``, a module's function: workers find it."""
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """A measuring function with its settings; no result depends on the seed of its probes."""
+
+    measure: Measure
+    settings: Any
+    probe_seed: int = 0
+
+    def settled(self, snapshot: Snapshot) -> Measurement:
+        """Return the measurement with the direction that a callable gives for the snapshot."""
+        motion = getattr(self.settings, "motion", None)
+        if motion is None or not callable(motion.direction):
+            return self
+        settings = replace(self.settings, motion=motion.settled(snapshot))
+        return replace(self, settings=settings)
+
+    def key(self, snapshot: Snapshot, digest: str) -> str:
+        """Return what a result is remembered by: the function's name, and the settings' digest."""
+        key = f"{self.measure.__name__} {digest}"
+        motion = getattr(self.settings, "motion", None)
+        # The way to another snapshot is divided by the time between them.
+        towards = motion is not None and isinstance(motion.direction, Snapshot)
+        return f"{key} from tau={snapshot.tau!r}" if towards else key
+
+    def of(self, snapshot: Snapshot, verbose: int) -> Any:
+        """Measure a snapshot, without looking into any cache."""
+        return self.measure(snapshot, self.settings, self.probe_seed, verbose)
 
 
 def resolve_memory(memory: Any) -> Memory:
-    """Return the cache that the parameter ``memory`` stands for.
-
-    Parameters
-    ----------
-    memory : None, str, path or joblib.Memory
-        None is a cache that keeps nothing.
-
-    Returns
-    -------
-    joblib.Memory
-
-    Raises
-    ------
-    ValueError
-        If it is anything else.
-
-    Examples
-    --------
-    >>> resolve_memory(None).location is None
-    True
-    """
+    """Return the cache that the parameter ``memory`` stands for; None keeps nothing."""
     return check_memory(os.fspath(memory) if isinstance(memory, os.PathLike) else memory)
 
 
 def snapshot_digest(snapshot: Snapshot) -> str:
-    """Digest of a snapshot's state, data and model, without its labels.
-
-    Parameters
-    ----------
-    snapshot : Snapshot
-        A state given by path is read.
-
-    Returns
-    -------
-    str
-        A SHA-256 in hexadecimal digits.
-    """
+    """Return a digest of a snapshot's state, data and model, without its labels."""
     digest = hashlib.sha256(f"spectralshell {__version__} torch {torch.__version__}".encode())
     for part in _state_parts(snapshot.load_state()):
         digest.update(part)
@@ -92,34 +91,26 @@ def snapshot_digest(snapshot: Snapshot) -> str:
     return digest.hexdigest()
 
 
-def configuration_digest(config: Any) -> str:
-    """Digest of a measurement's configuration.
+def settings_digest(settings: Any) -> str:
+    """Return a digest of a measurement's settings, nested ones included; the version counts too.
 
-    Parameters
-    ----------
-    config : dataclass
-        The configuration. Snapshots, tensors and arrays count by their values, callables by their
-        code and the data among the globals that it names (numbers, strings, tensors, arrays, and
-        lists and mappings of them). Functions, classes and modules that a callable names count by
-        name alone: after changing their code, clear the cache.
-
-    Returns
-    -------
-    str
-        A SHA-256 in hexadecimal digits. It depends on the version of the package too, so that
-        measures that travelled in a pickle are not taken for those of another version.
-
-    Raises
-    ------
-    TypeError
-        If an option holds something else, whose text may not tell two values apart.
+    Functions, classes and modules that a callable names count by their names alone.
     """
-    digest = hashlib.sha256(f"spectralshell {__version__} {type(config).__name__}".encode())
-    for field in fields(config):
-        for part in _option_parts(getattr(config, field.name)):
-            digest.update(part)
-        digest.update(b"\0")
+    digest = hashlib.sha256(f"spectralshell {__version__}".encode())
+    for part in _settings_parts(settings):
+        digest.update(part)
     return digest.hexdigest()
+
+
+def _settings_parts(settings: Any) -> Iterable[bytes]:
+    for field in fields(settings):
+        value = getattr(settings, field.name)
+        yield field.name.encode()
+        if isinstance(value, (KernelSettings, MotionSettings)):
+            yield from _settings_parts(value)
+        else:
+            yield from _option_parts(value)
+        yield b"\0"
 
 
 def _option_parts(value: Any) -> Iterable[bytes]:
@@ -230,53 +221,28 @@ def _source(thing: Any) -> bytes:
 
 def measure_each(
     snapshots: Sequence[Snapshot],
-    config: Any,
-    measure: Measure,
+    measurement: Measurement,
     *,
     memory: Memory,
-    probe_seed: int = 0,
     n_jobs: int | None = None,
     verbose: int = 0,
-    on_done: Callable[[], None] | None = None,
+    on_done: Callable[[], None] = lambda: None,
 ) -> list[Any]:
-    """Return what ``measure`` gives for every snapshot, computing what is not known yet.
+    """Return the measures of snapshots in their order, labelled, computing what is not known yet.
 
-    Parameters
-    ----------
-    snapshots : sequence of Snapshot
-        What to measure. New results are remembered in ``snapshot.measures``, by the digest of
-        ``config``.
-    config : dataclass
-        How to measure: all that a result depends on beside its snapshot. A callable ``direction``
-        is asked here, once for each snapshot, and what it answers is checked and counts.
-    measure : callable
-        ``measure(snapshot, config, probe_seed, verbose)``, a function of a module, so that workers
-        find it. Its result has ``relabel(tau=, batch=, name=)``.
-    memory : joblib.Memory
-        Cache across processes and restarts; each snapshot is stored as soon as it is measured.
-    probe_seed : int, default=0
-        Seed of random checks; no result depends on it.
-    n_jobs : int, optional
-        Processes; snapshots are the unit of work.
-    verbose : int, default=0
-        1 shows a progress bar over snapshots.
-    on_done : callable, optional
-        Called once for every snapshot, known or new.
-
-    Returns
-    -------
-    list
-        In the order of ``snapshots``, labelled with their ``tau``, ``batch`` and ``name``.
+    A callable direction is asked here, once a snapshot; ``on_done`` is called for each of them.
     """
     for snapshot in snapshots:
         snapshot.check_unchanged()
-    configs = [_settled(config, snapshot) for snapshot in snapshots]
-    keys = _keys(snapshots, config, configs)
-    missing = [
-        task
-        for task in zip(snapshots, keys, configs, strict=True)
-        if task[1] not in task[0].measures
+    settled = [measurement.settled(snapshot) for snapshot in snapshots]
+    # A clone's callable is another object with the same code, so callables count by their code.
+    distinct = {id(own.settings): own.settings for own in settled}
+    digests = {place: settings_digest(settings) for place, settings in distinct.items()}
+    tasks = [
+        _Task(snapshot, own, own.key(snapshot, digests[id(own.settings)]))
+        for snapshot, own in zip(snapshots, settled, strict=True)
     ]
+    missing = [task for task in tasks if task.key not in task.snapshot.measures]
     bar = tqdm(
         total=len(snapshots),
         initial=len(snapshots) - len(missing),
@@ -284,93 +250,52 @@ def measure_each(
         unit="snapshot",
         disable=verbose < 1 or not missing,
     )
-    notify = on_done if on_done is not None else _nothing
     with bar:
         for _ in range(len(snapshots) - len(missing)):
-            notify()
-        for snapshot, key, found in _computed(
-            missing, measure, memory, probe_seed, n_jobs, verbose
-        ):
+            on_done()
+        computed = _compute(missing, memory, n_jobs, verbose)
+        for task, found in zip(missing, computed, strict=True):
             # Labelled once, so that what is computed from it later is kept with the snapshot.
-            snapshot.measures[key] = found.relabel(
-                tau=snapshot.tau, batch=snapshot.batch, name=snapshot.name
-            )
+            task.snapshot.measures[task.key] = task.labelled(found)
             bar.update()
-            notify()
-    return [
-        s.measures[key].relabel(tau=s.tau, batch=s.batch, name=s.name)
-        for s, key in zip(snapshots, keys, strict=True)
-    ]
+            on_done()
+    return [task.labelled(task.snapshot.measures[task.key]) for task in tasks]
 
 
-def _settled(config: Any, snapshot: Snapshot) -> Any:
-    """Return the configuration with the direction that a callable gives for the snapshot."""
-    direction = getattr(config, "direction", None)
-    if not callable(direction):
-        return config
-    return replace(config, direction=settle_direction(direction, snapshot))
+@dataclass(frozen=True)
+class _Task:
+    """A snapshot to be measured, and the key of its measure."""
+
+    snapshot: Snapshot
+    measurement: Measurement
+    key: str
+
+    def labelled(self, found: Any) -> Any:
+        snapshot = self.snapshot
+        return found.relabel(tau=snapshot.tau, batch=snapshot.batch, name=snapshot.name)
 
 
-def _keys(snapshots: Sequence[Snapshot], config: Any, configs: Sequence[Any]) -> list[str]:
-    # A clone's callable is another object with the same code, so callables count by their code.
-    shared = configuration_digest(config) if all(c is config for c in configs) else None
-    keys = []
-    for snapshot, settled in zip(snapshots, configs, strict=True):
-        key = configuration_digest(settled) if shared is None else shared
-        # The way to another snapshot is divided by the time between them.
-        towards = isinstance(getattr(settled, "direction", None), Snapshot)
-        keys.append(f"{key} from tau={snapshot.tau!r}" if towards else key)
-    return keys
-
-
-def _computed(
-    tasks: Sequence[tuple[Snapshot, str, Any]],
-    measure: Measure,
-    memory: Memory,
-    probe_seed: int,
-    n_jobs: int | None,
-    verbose: int,
-) -> Iterator[tuple[Snapshot, str, Any]]:
-    """Yield snapshots, keys and results in order, each as soon as it is there."""
+def _compute(
+    tasks: Sequence[_Task], memory: Memory, n_jobs: int | None, verbose: int
+) -> Iterator[Any]:
+    """Yield the results of tasks in order, each as soon as it is there."""
     if len(tasks) < 2 or effective_n_jobs(n_jobs) == 1:
         for task in tasks:
-            yield *task[:2], _cached(*task, measure, memory, probe_seed, verbose)
+            yield _cached(task, memory, verbose)
         return
-    results = Parallel(n_jobs=n_jobs, return_as="generator")(
-        delayed(_cached)(*task, measure, memory, probe_seed, 0) for task in tasks
+    yield from Parallel(n_jobs=n_jobs, return_as="generator")(
+        delayed(_cached)(task, memory, 0) for task in tasks
     )
-    for task, found in zip(tasks, results, strict=True):
-        yield *task[:2], found
 
 
-def _cached(
-    snapshot: Snapshot,
-    key: str,
-    config: Any,
-    measure: Measure,
-    memory: Memory,
-    probe_seed: int,
-    verbose: int,
-) -> Any:
+def _cached(task: _Task, memory: Memory, verbose: int) -> Any:
     """Measure through ``memory``, also from a worker, so that all fill the same cache."""
     if memory.location is None:
-        return measure(snapshot, config, probe_seed, verbose)
-    ignored = ["snapshot", "config", "measure", "probe_seed", "verbose"]
-    lookup = memory.cache(_measure_for_key, ignore=ignored)
-    return lookup((snapshot_digest(snapshot), key), snapshot, config, measure, probe_seed, verbose)
+        return task.measurement.of(task.snapshot, verbose)
+    lookup = memory.cache(_measure_for_key, ignore=["task", "verbose"])
+    return lookup((snapshot_digest(task.snapshot), task.key), task, verbose)
 
 
-def _measure_for_key(
-    key: tuple[str, str],
-    snapshot: Snapshot,
-    config: Any,
-    measure: Measure,
-    probe_seed: int,
-    verbose: int,
-) -> Any:
+def _measure_for_key(key: tuple[str, str], task: _Task, verbose: int) -> Any:
     del key  # what joblib looks the result up by, instead of hashing the model
-    return measure(snapshot, config, probe_seed, verbose)
-
-
-def _nothing() -> None:
-    """Do nothing: the default of ``on_done``."""
+    return task.measurement.of(task.snapshot, verbose)

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+from tqdm.auto import tqdm
+
+from spectralshell.measurements.settings import KernelSettings
 from spectralshell.operators.costs import (
     ROOM,
     ExactPlan,
@@ -16,6 +22,8 @@ from spectralshell.operators.costs import (
     plan_lanczos,
     product_cost,
 )
+from spectralshell.operators.survey import KernelSurvey, survey_kernel
+from spectralshell.snapshots import Snapshot
 
 PLAN_COLUMNS = (
     "solver",
@@ -33,24 +41,15 @@ _MATRICES = 4
 
 @dataclass(frozen=True)
 class SolverPlan:
-    """The solver chosen, and what was predicted for both.
-
-    Parameters
-    ----------
-    solver : {"exact", "lanczos"}
-        The cheaper one that fits; a tie goes to the exact solver, which answers more.
-    exact : ExactPlan
-        Chunks, groups, memory and cost of the exact kernel and its eigenproblem.
-    lanczos : LanczosPlan
-        Chunks, memory and cost of the products.
-    n_outputs : int
-        Entries of the residual.
-    """
+    """The solver chosen, how either builds its kernel, and what was predicted for each."""
 
     solver: str
+    n_outputs: int
     exact: ExactPlan
     lanczos: LanczosPlan
-    n_outputs: int
+    # Of the solvers that the measurement has, with all that it does: reference seconds, bytes.
+    costs: Mapping[str, float]
+    peaks: Mapping[str, int]
 
     @property
     def chunk_size(self) -> int | None:
@@ -59,114 +58,64 @@ class SolverPlan:
 
     def describe(self) -> str:
         """Return a sentence for a user who waits."""
-        return (
-            f"{self.solver} (n = {self.n_outputs}; predicted cost: exact {self.exact.cost:.3g}, "
-            f"lanczos {self.lanczos.cost:.3g}; memory: exact {format_bytes(self.exact.peak_bytes)},"
-            f" lanczos {format_bytes(self.lanczos.peak_bytes)})"
-        )
+        costs = ", ".join(f"{name} {cost:.3g}" for name, cost in self.costs.items())
+        peaks = ", ".join(f"{name} {format_bytes(peak)}" for name, peak in self.peaks.items())
+        return f"{self.solver} (n = {self.n_outputs}; predicted cost: {costs}; memory: {peaks})"
+
+    def announce(self, snapshot: Snapshot, verbose: int) -> None:
+        """Write a line on a snapshot to the standard error where the user wants to know."""
+        if verbose >= 1:
+            name = "" if snapshot.name is None else f" of {snapshot.name}"
+            label = f"snapshot{name} at tau={snapshot.tau:g}, batch={snapshot.batch}"
+            tqdm.write(f"{label}: {self.describe()}", file=sys.stderr)
 
     def as_row(self) -> dict[str, Any]:
-        """Return the columns of ``plan_``: costs in seconds of a reference machine, bytes."""
+        """Return the columns of ``plan_``; NaN for a solver that the measurement does not have."""
+        unknown = float("nan")
         values = (
             self.solver,
             self.n_outputs,
-            self.exact.cost,
-            self.lanczos.cost,
-            self.exact.peak_bytes,
-            self.lanczos.peak_bytes,
+            self.costs["exact"],
+            self.costs.get("lanczos", unknown),
+            self.peaks["exact"],
+            self.peaks.get("lanczos", unknown),
             self.chunk_size,
         )
         return dict(zip(PLAN_COLUMNS, values, strict=True))
 
 
-def plan_solver(
+def survey_snapshot(
+    snapshot: Snapshot, settings: KernelSettings, probes: torch.Generator, layers: Any = None
+) -> KernelSurvey:
+    """Evaluate a snapshot, and count what its kernel, or those of ``layers``, would cost."""
+    return survey_kernel(
+        snapshot,
+        residual=settings.residual,
+        parameters=settings.parameters,
+        layers=layers,
+        chunk_size=settings.chunk_size,
+        device=settings.device,
+        dtype=settings.dtype,
+        generator=probes,
+    )
+
+
+def plan_spectrum(
     footprint: Footprint,
-    n_steps: int,
     max_bytes: int,
     *,
     solver: str = "auto",
+    n_steps: int,
     chunk_size: int | None = None,
 ) -> SolverPlan:
-    """Choose between the exact solver and Lanczos, and how each fits in memory.
-
-    Parameters
-    ----------
-    footprint : Footprint
-        Sizes of the problem.
-    n_steps : int
-        Lanczos steps asked for.
-    max_bytes : int
-        Working memory.
-    solver : {"auto", "exact", "lanczos"}
-        A solver that was asked for is kept.
-    chunk_size : int, optional
-        Fixes the samples recorded at a time.
-
-    Returns
-    -------
-    SolverPlan
-        The same arguments always give the same plan.
-
-    Raises
-    ------
-    ValueError
-        If the solver asked for, or both, do not fit; the message says what would.
-    """
+    """Choose between the whole spectrum and Lanczos; the same arguments give the same plan."""
     exact = plan_exact(footprint, max_bytes, chunk_size)
     lanczos = plan_lanczos(footprint, n_steps, max_bytes, chunk_size)
-    plans: dict[str, ExactPlan | LanczosPlan] = {"exact": exact, "lanczos": lanczos}
-    allowed = plans if solver == "auto" else {solver: plans[solver]}
-    fitting = {name: plan for name, plan in allowed.items() if fits(plan.peak_bytes, max_bytes)}
-    if not fitting:
-        needs = ", ".join(
-            f"solver={name!r} needs about {format_bytes(plan.peak_bytes / ROOM)}"
-            for name, plan in plans.items()
-        )
-        raise ValueError(
-            f"max_memory: {format_bytes(max_bytes)} do not hold solver={solver!r} for n = "
-            f"{footprint.n_entries} entries: {needs}; allow that much, or take fewer samples or "
-            "steps."
-        )
-    chosen = min(fitting, key=lambda name: fitting[name].cost)
-    return SolverPlan(chosen, exact, lanczos, footprint.n_entries)
-
-
-@dataclass(frozen=True)
-class CouplingPlan:
-    """The solver chosen for the modes, and what was predicted for both.
-
-    Parameters
-    ----------
-    solver : {"exact", "lanczos"}
-        The cheaper one that fits; a tie goes to the exact solver, whose modes are all there.
-    exact : ExactPlan
-        How the exact kernel is built.
-    lanczos : LanczosPlan
-        Chunks of the products.
-    exact_cost, lanczos_cost : float
-        Predicted seconds of the reference machine, the couplings included.
-    exact_bytes, lanczos_bytes : int
-        Predicted peak memory.
-    n_outputs : int
-        Entries of the residual.
-    """
-
-    solver: str
-    exact: ExactPlan
-    lanczos: LanczosPlan
-    exact_cost: float
-    lanczos_cost: float
-    exact_bytes: int
-    lanczos_bytes: int
-    n_outputs: int
-
-    def describe(self) -> str:
-        """Return a sentence for a user who waits."""
-        return (
-            f"{self.solver} (n = {self.n_outputs}; predicted cost: exact {self.exact_cost:.3g}, "
-            f"lanczos {self.lanczos_cost:.3g}; memory: exact {format_bytes(self.exact_bytes)}, "
-            f"lanczos {format_bytes(self.lanczos_bytes)})"
-        )
+    costs = {"exact": exact.cost, "lanczos": lanczos.cost}
+    peaks = {"exact": exact.peak_bytes, "lanczos": lanczos.peak_bytes}
+    load = f"n = {footprint.n_entries} entries"
+    chosen = _choose(solver, costs, peaks, max_bytes, load, "samples or steps")
+    return SolverPlan(chosen, footprint.n_entries, exact, lanczos, costs, peaks)
 
 
 def plan_couplings(
@@ -179,52 +128,63 @@ def plan_couplings(
     n_directions: int,
     derivative: str,
     chunk_size: int | None = None,
-) -> CouplingPlan:
-    """Choose between all modes and those of a block Krylov space.
+    lanczos_runs: float = 1.0,
+    worth: float = 1.0,
+) -> SolverPlan:
+    """Choose between all modes and those of a block Krylov space, with their couplings.
 
-    Parameters
-    ----------
-    footprint : Footprint
-        Sizes of the problem.
-    max_bytes : int
-        Working memory.
-    solver : {"auto", "exact", "lanczos"}
-        A solver that was asked for is kept.
-    n_steps, block_size : int
-        Of block Lanczos; its modes are at most their product.
-    n_directions : int
-        Directions along which the kernel is differentiated.
-    derivative : {"exact", "difference"}
-        Two kernels for each direction, or two products for each mode.
-    chunk_size : int, optional
-        Fixes the samples recorded at a time.
-
-    Returns
-    -------
-    CouplingPlan
-        The same arguments always give the same plan.
-
-    Raises
-    ------
-    ValueError
-        If the solver asked for, or both, do not fit; the message says what would.
+    ``lanczos_runs`` multiplies the cost of Lanczos; ``"auto"`` pays ``worth`` times it for modes.
     """
     n = footprint.n_entries
     n_modes = min(n_steps * block_size, n)
     exact = plan_exact(footprint, max_bytes, chunk_size)
     lanczos = plan_lanczos(footprint, n_modes, max_bytes, chunk_size)
     product = product_cost(footprint, lanczos.chunk_size)
-    from_kernels = 2.0 * exact.kernel_cost
-    of_all = from_kernels if derivative == "difference" else 2.0 * n * product
+    # For each direction two kernels, or two products for each mode.
+    of_all = 2.0 * exact.kernel_cost if derivative == "difference" else 2.0 * n * product
     costs = {
         "exact": exact.cost + n_directions * of_all,
-        "lanczos": lanczos.cost + n_directions * 2.0 * n_modes * product,
+        "lanczos": lanczos_runs * (lanczos.cost + n_directions * 2.0 * n_modes * product),
     }
     kept = 8 * (_MATRICES + n_directions)
     peaks = {
         "exact": int(exact.peak_bytes + kept * n**2),
         "lanczos": int(lanczos.peak_bytes + kept * n_modes**2 + 16 * n * n_modes),
     }
+    load = f"n = {n} entries and {n_directions} directions"
+    fewer = "samples, steps or random directions"
+    chosen = _choose(solver, costs, peaks, max_bytes, load, fewer, worth)
+    return SolverPlan(chosen, n, exact, lanczos, costs, peaks)
+
+
+def plan_blocks(
+    footprint: Footprint, max_bytes: int, *, n_blocks: int, chunk_size: int | None = None
+) -> SolverPlan:
+    """Plan the exact kernels of blocks of parameters, for which there is no other solver."""
+    n = footprint.n_entries
+    exact = plan_exact(footprint, max_bytes, chunk_size)
+    lanczos = plan_lanczos(footprint, 0, max_bytes, chunk_size)
+    # Kernels of the blocks with their factors, and then the halves of all pairs of rates.
+    matrices = max(3 * n_blocks, n_blocks + n_blocks**2 // 2)
+    costs, peaks = {"exact": exact.cost}, {"exact": exact.peak_bytes + 8 * matrices * n**2}
+    load = f"n = {n} entries and {n_blocks} blocks"
+    chosen = _choose("exact", costs, peaks, max_bytes, load, "samples or blocks")
+    return SolverPlan(chosen, n, exact, lanczos, costs, peaks)
+
+
+def _choose(
+    solver: str,
+    costs: Mapping[str, float],
+    peaks: Mapping[str, int],
+    max_bytes: int,
+    load: str,
+    fewer: str,
+    worth: float = 1.0,
+) -> str:
+    """Return the cheaper solver that fits, of those allowed; a tie goes to the exact one.
+
+    Raises ValueError where none fits: it says what would, and of what to take fewer.
+    """
     allowed = list(peaks) if solver == "auto" else [solver]
     fitting = [name for name in allowed if fits(peaks[name], max_bytes)]
     if not fitting:
@@ -233,17 +193,7 @@ def plan_couplings(
             for name, peak in peaks.items()
         )
         raise ValueError(
-            f"max_memory: {format_bytes(max_bytes)} do not hold solver={solver!r} for n = {n} "
-            f"entries and {n_directions} directions: {needs}; allow that much, or take fewer "
-            "samples, steps or random directions."
+            f"max_memory: {format_bytes(max_bytes)} do not hold solver={solver!r} for {load}: "
+            f"{needs}; allow that much, or take fewer {fewer}."
         )
-    return CouplingPlan(
-        solver=min(fitting, key=lambda name: costs[name]),
-        exact=exact,
-        lanczos=lanczos,
-        exact_cost=costs["exact"],
-        lanczos_cost=costs["lanczos"],
-        exact_bytes=peaks["exact"],
-        lanczos_bytes=peaks["lanczos"],
-        n_outputs=n,
-    )
+    return min(fitting, key=lambda name: costs[name] / (worth if name == "exact" else 1.0))

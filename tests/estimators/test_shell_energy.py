@@ -1,7 +1,7 @@
 """ShellEnergyEstimator: the contract, its frames, its caches and its score."""
 
 import warnings
-from functools import partial
+from functools import partial, wraps
 
 import numpy as np
 import pandas as pd
@@ -10,7 +10,8 @@ import torch
 from sklearn.model_selection import GridSearchCV, GroupKFold
 
 from spectralshell import ShellEnergyEstimator, largest_q_within_one_se
-from spectralshell.measurements import spectrum as measurement
+from spectralshell.estimators import shell_energy
+from spectralshell.measurements import solver
 from spectralshell.operators import KernelOperator
 from spectralshell.warning_categories import ResolutionWarning
 from tests.device import place
@@ -34,7 +35,7 @@ def count_products(monkeypatch):
     count = {"columns": 0, "operators": 0}
     matmat = KernelOperator.matmat
     matvec = KernelOperator.matvec
-    build = measurement.survey_kernel
+    build = solver.survey_kernel
 
     def counted_matmat(self, V):
         count["columns"] += V.shape[1]
@@ -50,7 +51,7 @@ def count_products(monkeypatch):
 
     monkeypatch.setattr(KernelOperator, "matmat", counted_matmat)
     monkeypatch.setattr(KernelOperator, "matvec", counted_matvec)
-    monkeypatch.setattr(measurement, "survey_kernel", counted_build)
+    monkeypatch.setattr(solver, "survey_kernel", counted_build)
     return count
 
 
@@ -103,22 +104,26 @@ def test_grid_over_q_costs_the_products_of_one_fit(trajectory, count_products):
 
 def test_memory_resumes_an_interrupted_run(trajectory, tmp_path, monkeypatch):
     estimator = ShellEnergyEstimator(memory=str(tmp_path))
-    measure = measurement.measure_snapshot
-    calls = []
+    measure = shell_energy.measure_spectrum
+    calls, resumed = [], []
 
+    @wraps(measure)
     def interrupted(snapshot, *args):
         if len(calls) == 5:
             raise KeyboardInterrupt
         calls.append(snapshot)
         return measure(snapshot, *args)
 
-    monkeypatch.setattr(measurement, "measure_snapshot", interrupted)
+    monkeypatch.setattr(shell_energy, "measure_spectrum", interrupted)
     with pytest.raises(KeyboardInterrupt):
         estimator.fit(trajectory)
-    resumed = []
-    monkeypatch.setattr(
-        measurement, "measure_snapshot", lambda *a: resumed.append(a) or measure(*a)
-    )
+
+    @wraps(measure)
+    def counted(snapshot, *args):
+        resumed.append(snapshot)
+        return measure(snapshot, *args)
+
+    monkeypatch.setattr(shell_energy, "measure_spectrum", counted)
     for snapshot in trajectory:
         snapshot.measures.clear()
     estimator.fit(trajectory)

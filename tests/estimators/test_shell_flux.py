@@ -9,7 +9,7 @@ import torch
 from sklearn.model_selection import GridSearchCV, GroupKFold
 
 from spectralshell import ShellEnergyEstimator, ShellFluxEstimator, make_snapshots
-from spectralshell.measurements import fluxes as shell_flux_measurement
+from spectralshell.estimators import shell_flux
 from spectralshell.measurements.settings import probe_seed
 from spectralshell.operators import survey_motion
 from spectralshell.shells import SoftShells
@@ -312,10 +312,8 @@ def test_frozen_predictions_warn_once_where_they_do_not_hold(measured_trajectory
 
 def test_grid_over_q_measures_every_snapshot_once(trajectory, monkeypatch):
     calls = []
-    measure = shell_flux_measurement.measure_flux
-    monkeypatch.setattr(
-        shell_flux_measurement, "measure_flux", lambda *a: calls.append(a) or measure(*a)
-    )
+    measure = shell_flux.measure_fluxes
+    monkeypatch.setattr(shell_flux, "measure_fluxes", lambda *a: calls.append(a) or measure(*a))
     grid = {"q": [1.5, 2.0, 3.0], "softness": [0.2, 0.5]}
     search = GridSearchCV(ShellFluxEstimator(), grid, cv=GroupKFold(2), error_score="raise")
     search.fit(trajectory[:4], groups=[s.batch for s in trajectory[:4]])

@@ -1,7 +1,5 @@
 """Blocks of small networks against dense Jacobians, and the cases without structure."""
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 import torch
@@ -9,7 +7,8 @@ from torch import nn
 from torch.func import functional_call, jacrev, jvp
 
 from spectralshell.estimators.jacobian_block_frames import explained_shares, normalized_coherence
-from spectralshell.measurements.blocks import BlockConfig, measure_blocks
+from spectralshell.measurements.blocks import BlockSettings, measure_blocks
+from spectralshell.measurements.settings import KernelSettings, MotionSettings
 from tests.device import place_snapshot
 from tests.estimators.sharp import Sharp
 
@@ -21,6 +20,16 @@ RATES = 1e-10
 DIFFERENCE = 1e-7
 # The largest singular value of dJ/dt by Lanczos.
 NORM = 1e-5
+
+
+MOTION = {"direction", "derivative", "step", "random_seed"}
+
+
+def settings(blocks="auto", **options):
+    """The settings of a measurement, each option where it belongs."""
+    motion = {name: value for name, value in options.items() if name in MOTION}
+    kernel = {name: value for name, value in options.items() if name not in MOTION}
+    return BlockSettings(KernelSettings(**kernel), MotionSettings(**motion), blocks)
 
 
 class Towers(nn.Module):
@@ -99,7 +108,7 @@ def reference():
 
 @pytest.fixture(scope="module", params=["exact", "difference"])
 def measured(request):
-    return measure_blocks(snapshot_of(perceptron), BlockConfig(derivative=request.param))
+    return measure_blocks(snapshot_of(perceptron), settings(derivative=request.param))
 
 
 def test_coherence_is_that_of_the_dense_blocks(measured, reference):
@@ -142,7 +151,7 @@ def test_towers_move_themselves_alone(apart):
     build = lambda: Towers(3, apart)  # noqa: E731
     measure = measure_blocks(
         snapshot_of(build, n_outputs=3 if apart else 1),
-        BlockConfig(blocks=lambda name: name.split(".")[1]),
+        settings(blocks=lambda name: name.split(".")[1]),
     )
     np.testing.assert_array_equal(explained_shares(measure.gram, 0), 1.0)
     normalized = normalized_coherence(measure.coherence, measure.norms)
@@ -159,7 +168,7 @@ def test_blocks_alike_are_fully_coherent():
     first = {n: t for n, t in snapshot.load_state().items() if n.startswith("towers.0")}
     state = first | {name.replace("towers.0", "towers.1"): t for name, t in first.items()}
     twins = place_snapshot(snapshot.model, snapshot.inputs, snapshot.targets, state=state)
-    measure = measure_blocks(twins, BlockConfig(blocks=lambda name: name.split(".")[1]))
+    measure = measure_blocks(twins, settings(blocks=lambda name: name.split(".")[1]))
     normalized = normalized_coherence(measure.coherence, measure.norms)
     np.testing.assert_allclose(normalized, 1.0, atol=1e-12)
 
@@ -167,7 +176,7 @@ def test_blocks_alike_are_fully_coherent():
 @pytest.mark.parametrize("derivative", ["exact", "difference"])
 def test_frozen_kernel_is_a_status(derivative):
     snapshot = snapshot_of(lambda: nn.Linear(3, 2))
-    measure = measure_blocks(snapshot, BlockConfig(blocks="parameter", derivative=derivative))
+    measure = measure_blocks(snapshot, settings(blocks="parameter", derivative=derivative))
     assert "frozen kernel" in measure.status
     assert not measure.gram.any()
     assert np.isnan(explained_shares(measure.gram, 1)).all()
@@ -175,7 +184,7 @@ def test_frozen_kernel_is_a_status(derivative):
 
 
 def test_one_block_is_a_status():
-    measure = measure_blocks(snapshot_of(perceptron), BlockConfig(blocks={"": "all"}))
+    measure = measure_blocks(snapshot_of(perceptron), settings(blocks={"": "all"}))
     assert measure.status == "one block"
     assert measure.coherence.shape == (1, 1)
     assert measure.coherence[0, 0] == pytest.approx(measure.jacobian_norm**2, rel=1e-12)
@@ -183,7 +192,7 @@ def test_one_block_is_a_status():
 
 
 def test_block_without_kernel_is_a_status():
-    measure = measure_blocks(snapshot_of(Muted), BlockConfig())
+    measure = measure_blocks(snapshot_of(Muted), settings())
     assert measure.status == "zero kernel of muted"
     muted = measure.blocks.index("muted")
     assert not measure.coherence[muted].any()
@@ -196,7 +205,7 @@ def test_zero_error_does_not_move():
     with torch.no_grad():
         targets = snapshot.model(snapshot.inputs)
     still = place_snapshot(snapshot.model, snapshot.inputs, targets)
-    measure = measure_blocks(still, BlockConfig())
+    measure = measure_blocks(still, settings())
     assert "zero direction" in measure.status
     assert measure.jacobian_rate == 0.0
     assert not measure.gram.any()
@@ -212,7 +221,7 @@ def test_zero_error_does_not_move():
 )
 def test_gates_are_named_only_where_their_jumps_are_missed(activation, derivative, status):
     snapshot = snapshot_of(lambda: perceptron(activation))
-    assert measure_blocks(snapshot, BlockConfig(derivative=derivative)).status == status
+    assert measure_blocks(snapshot, settings(derivative=derivative)).status == status
 
 
 def test_directions():
@@ -220,7 +229,7 @@ def test_directions():
     moved = {name: tensor + 0.1 for name, tensor in snapshot.load_state().items()}
     there = place_snapshot(snapshot.model, snapshot.inputs, snapshot.targets, state=moved, tau=2.0)
     measures = {
-        name: measure_blocks(snapshot, BlockConfig(direction=direction, random_seed=seed))
+        name: measure_blocks(snapshot, settings(direction=direction, random_seed=seed))
         for name, direction, seed in (
             ("flow", "gradient-flow", 0),
             ("random", "random", 1),
@@ -239,8 +248,8 @@ def test_directions():
 
 
 def test_float32_agrees_to_its_rounding():
-    double = measure_blocks(snapshot_of(perceptron), BlockConfig())
-    single = measure_blocks(snapshot_of(perceptron), BlockConfig(dtype=torch.float32))
+    double = measure_blocks(snapshot_of(perceptron), settings())
+    single = measure_blocks(snapshot_of(perceptron), settings(dtype=torch.float32))
     error = np.abs(single.coherence - double.coherence)
     assert (error <= single.uncertainty + 1e-5 * double.coherence).all()
     np.testing.assert_allclose(single.gram, double.gram, atol=1e-4 * double.gram.max())
@@ -249,15 +258,16 @@ def test_float32_agrees_to_its_rounding():
 def test_step_of_a_difference_follows_the_jacobian():
     # In proportion to the parameters, the step would be 0.5 % of 100: over many turns of the sine.
     snapshot = snapshot_of(Sharp)
-    exact = measure_blocks(snapshot, BlockConfig())
-    config = BlockConfig(derivative="difference", dtype=torch.float32)
-    single = measure_blocks(snapshot, config)
+    exact = measure_blocks(snapshot, settings())
+    how = {"derivative": "difference", "dtype": torch.float32}
+    single = measure_blocks(snapshot, settings(**how))
     assert single.jacobian_rate == pytest.approx(exact.jacobian_rate, rel=1e-3)
     assert single.status == exact.status
-    far = measure_blocks(snapshot, replace(config, step=0.05))
+    far = measure_blocks(snapshot, settings(**how, step=0.05))
     assert "differences good to" in far.status
 
 
 def test_memory_that_does_not_suffice_is_named():
-    with pytest.raises(ValueError, match="max_memory: the kernels of 3 blocks of n = 12"):
-        measure_blocks(snapshot_of(perceptron), BlockConfig(max_memory="20KB"))
+    message = r"max_memory: 20 KB .* n = 12 entries and 3 blocks: .* samples or blocks"
+    with pytest.raises(ValueError, match=message):
+        measure_blocks(snapshot_of(perceptron), settings(max_memory="20KB"))

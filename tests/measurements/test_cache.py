@@ -11,8 +11,8 @@ from torch import nn
 
 from spectralshell import Snapshot
 from spectralshell.measurements import cache as digests
-from spectralshell.measurements.cache import configuration_digest, snapshot_digest
-from spectralshell.measurements.settings import CouplingConfig, MeasurementConfig
+from spectralshell.measurements.cache import settings_digest, snapshot_digest
+from spectralshell.measurements.settings import KernelSettings, MotionSettings
 
 
 class Scaled(nn.Module):
@@ -79,10 +79,10 @@ def test_whatever_changes_a_measure_changes_the_key(other):
 
 
 def test_callables_count_by_their_code():
-    plain = MeasurementConfig(residual=lambda o, t: o - t)
-    other = MeasurementConfig(residual=lambda o, t: 2 * (o - t))
-    assert configuration_digest(plain) == configuration_digest(plain)
-    assert configuration_digest(plain) != configuration_digest(other)
+    plain = KernelSettings(residual=lambda o, t: o - t)
+    other = KernelSettings(residual=lambda o, t: 2 * (o - t))
+    assert settings_digest(plain) == settings_digest(plain)
+    assert settings_digest(plain) != settings_digest(other)
 
 
 MODULE = """
@@ -110,14 +110,14 @@ def module(tmp_path, monkeypatch):
 @pytest.mark.parametrize("kind", ["function", "object"])
 def test_data_that_a_callable_finds_in_its_module_counts(module, kind):
     residual = module.scaled if kind == "function" else module.Clipped()
-    config = MeasurementConfig(residual=residual)
-    before = configuration_digest(config)
-    assert configuration_digest(config) == before
+    settings = KernelSettings(residual=residual)
+    before = settings_digest(settings)
+    assert settings_digest(settings) == before
     if kind == "function":
         module.FACTOR[1] += 1e-12
     else:
         module.LIMITS["high"][0] = 3.0
-    assert configuration_digest(config) != before
+    assert settings_digest(settings) != before
 
 
 @pytest.mark.parametrize("size", [3, 2000])
@@ -127,20 +127,20 @@ def test_arrays_count_by_every_entry(size):
     other = array.copy()
     other[size // 2] += 1e-12
     same, moved, single, square = (
-        configuration_digest(CouplingConfig(direction={"weight": value}))
+        settings_digest(MotionSettings(direction={"weight": value}))
         for value in (array.copy(), other, array.astype(np.float32), array[:, None])
     )
     assert len({same, moved, single, square}) == 4
-    assert same == configuration_digest(CouplingConfig(direction={"weight": array}))
+    assert same == settings_digest(MotionSettings(direction={"weight": array}))
 
 
 @pytest.mark.parametrize("value", [object(), {1, 2}, np.array([None])])
 def test_what_has_no_value_to_compare_is_refused(value):
     with pytest.raises(TypeError, match="cannot tell by its value"):
-        configuration_digest(CouplingConfig(direction={"weight": value}))
+        settings_digest(MotionSettings(direction={"weight": value}))
 
 
 def test_another_version_of_the_package_measures_again(monkeypatch):
-    before = configuration_digest(MeasurementConfig())
+    before = settings_digest(KernelSettings())
     monkeypatch.setattr(digests, "__version__", "99.0")
-    assert configuration_digest(MeasurementConfig()) != before
+    assert settings_digest(KernelSettings()) != before

@@ -1,27 +1,39 @@
 """Couplings between modes against dense references, and what is remembered of them."""
 
-from dataclasses import replace
-from types import SimpleNamespace
-
 import joblib
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from spectralshell.measurements.couplings import couple_snapshot, measure_couplings
-from spectralshell.measurements.settings import (
-    CouplingConfig,
-    check_coupling_parameters,
-    coupling_config,
+from spectralshell import ShellFluxEstimator, ToeplitzDiagnostic
+from spectralshell.measurements.cache import Measurement, measure_each
+from spectralshell.measurements.couplings import (
+    CouplingSettings,
+    known_couplings,
+    measure_couplings,
 )
+from spectralshell.measurements.settings import KernelSettings, MotionSettings
 from spectralshell.operators import build_kernel_derivative
 from tests.device import place_snapshot
 
 # Two float64 routes to one matrix.
 TOLERANCE = 1e-10
 NO_CACHE = joblib.Memory(None)
-BRIER = CouplingConfig(residual="brier", solver="exact", block_size=0)
+MOTION = {"direction", "derivative", "step", "random_seed"}
+OWN = {"block_size", "n_random"}
+
+
+def settings(**options):
+    """The settings of a measurement, each option where it belongs."""
+    motion = {name: value for name, value in options.items() if name in MOTION}
+    own = {name: value for name, value in options.items() if name in OWN}
+    kernel = {name: options[name] for name in options.keys() - MOTION - OWN}
+    return CouplingSettings(KernelSettings(**kernel), MotionSettings(**motion), **own)
+
+
+def brier(**options):
+    return settings(**{"residual": "brier", "solver": "exact", "block_size": 0, **options})
 
 
 def classifier(seed=0, activation=nn.Tanh):
@@ -38,7 +50,7 @@ def snapshot():
 
 @pytest.fixture
 def exact(snapshot):
-    return couple_snapshot(snapshot, BRIER)
+    return measure_couplings(snapshot, brier())
 
 
 def in_entries(couplings, vectors):
@@ -65,8 +77,8 @@ def test_energy_and_its_rate_are_those_of_gradient_flow(exact):
 
 
 def test_whole_krylov_space_gives_what_the_matrix_gives(snapshot, exact):
-    config = replace(BRIER, solver="lanczos", n_steps=18, block_size=3)
-    krylov = couple_snapshot(snapshot, config)
+    chosen = brier(solver="lanczos", n_steps=18, block_size=3)
+    krylov = measure_couplings(snapshot, chosen)
     assert krylov.solver == "lanczos"
     kept, all_ = krylov.resolved, exact.resolved
     np.testing.assert_allclose(krylov.eigenvalues[kept], exact.eigenvalues[all_], rtol=TOLERANCE)
@@ -80,8 +92,8 @@ def test_whole_krylov_space_gives_what_the_matrix_gives(snapshot, exact):
 
 
 def test_few_steps_leave_modes_unconverged(snapshot):
-    config = replace(BRIER, solver="lanczos", n_steps=3, block_size=2)
-    krylov = couple_snapshot(snapshot, config)
+    chosen = brier(solver="lanczos", n_steps=3, block_size=2)
+    krylov = measure_couplings(snapshot, chosen)
     assert krylov.eigenvalues.size == 6
     assert not krylov.converged.all()
     assert 0.5 * (krylov.amplitudes**2).sum() == pytest.approx(krylov.total, rel=TOLERANCE)
@@ -89,16 +101,17 @@ def test_few_steps_leave_modes_unconverged(snapshot):
 
 @pytest.mark.parametrize("solver", ["exact", "lanczos"])
 def test_random_directions_follow_the_seed(snapshot, solver):
-    config = replace(BRIER, solver=solver, n_steps=4, block_size=2, n_random=2, random_seed=3)
-    first, again = couple_snapshot(snapshot, config), couple_snapshot(snapshot, config)
-    other = couple_snapshot(snapshot, replace(config, random_seed=4))
+    moves = {"solver": solver, "n_steps": 4, "block_size": 2, "n_random": 2, "random_seed": 3}
+    chosen = brier(**moves)
+    first, again = measure_couplings(snapshot, chosen), measure_couplings(snapshot, chosen)
+    other = measure_couplings(snapshot, brier(**moves | {"random_seed": 4}))
     np.testing.assert_array_equal(first.random_couplings, again.random_couplings)
     assert not np.allclose(first.random_couplings, other.random_couplings)
     assert not np.allclose(*first.random_couplings)
 
 
 def test_difference_is_close_to_the_exact_derivative(snapshot, exact):
-    difference = couple_snapshot(snapshot, replace(BRIER, derivative="difference"))
+    difference = measure_couplings(snapshot, brier(derivative="difference"))
     scale = abs(exact.couplings).max()
     np.testing.assert_allclose(difference.couplings, exact.couplings, atol=1e-8 * scale)
 
@@ -108,8 +121,8 @@ def test_linear_model_has_a_frozen_kernel(derivative):
     torch.manual_seed(0)
     model = nn.Linear(4, 2).double()
     still = place_snapshot(model, torch.randn(5, 4).double(), torch.randn(5, 2).double())
-    config = CouplingConfig(solver="exact", derivative=derivative, n_random=1)
-    couplings = couple_snapshot(still, config)
+    chosen = settings(solver="exact", derivative=derivative, n_random=1)
+    couplings = measure_couplings(still, chosen)
     assert couplings.frozen
     assert "frozen kernel" in couplings.status
     assert not couplings.random_couplings.any()
@@ -119,48 +132,47 @@ def test_no_error_is_a_status(snapshot):
     outputs = snapshot.model(snapshot.inputs).detach()
     solved = place_snapshot(snapshot.model, snapshot.inputs, outputs)
     for solver in ("exact", "lanczos"):
-        couplings = couple_snapshot(solved, CouplingConfig(solver=solver, n_steps=3))
+        couplings = measure_couplings(solved, settings(solver=solver, n_steps=3))
         assert "zero error" in couplings.status
         assert np.isfinite(couplings.couplings).all()
 
 
 def test_direction_may_follow_from_the_snapshot(snapshot, exact):
     later = classifier(seed=1)
-    given = couple_snapshot(snapshot, replace(BRIER, direction=later))
-    found = couple_snapshot(snapshot, replace(BRIER, direction=lambda s: later))
+    given = measure_couplings(snapshot, brier(direction=later))
+    found = measure_couplings(snapshot, brier(direction=lambda s: later))
     np.testing.assert_array_equal(found.couplings, given.couplings)
     assert not given.dynamics_exact
     assert not np.allclose(given.couplings, exact.couplings)
 
 
+def test_couplings_are_known_down_to_the_first_that_is_rounding():
+    V, rates = np.diag([0.5, 8.0, 16.0]), np.array([1.0, 8.0, 16.0])
+    assert known_couplings(V, rates, 1.0).tolist() == [False, True, True]
+    assert known_couplings(V, rates, 0.0).all()
+    assert known_couplings(0.0 * V, rates, 1.0).all()
+
+
 def test_gates_are_in_the_status_whatever_the_number_of_directions():
-    held = couple_snapshot(classifier(activation=nn.ReLU), replace(BRIER, n_random=3))
+    held = measure_couplings(classifier(activation=nn.ReLU), brier(n_random=3))
     assert held.status == "gates held: relu"
+    assert held.held_gates == ("relu",)
 
 
-def test_couplings_are_remembered_by_configuration(snapshot, tmp_path):
+def remembered(snapshot, memory=NO_CACHE, **options):
+    return measure_each([snapshot], Measurement(measure_couplings, brier(**options)), memory=memory)
+
+
+def test_couplings_are_remembered_by_their_settings(snapshot, tmp_path):
     cached = joblib.Memory(tmp_path, verbose=0)
-    first = measure_couplings([snapshot], BRIER, memory=cached)[0]
-    assert measure_couplings([snapshot], BRIER, memory=NO_CACHE)[0].couplings is first.couplings
-    later = classifier(seed=1)
-    moved = measure_couplings([snapshot], replace(BRIER, direction=later), memory=NO_CACHE)[0]
-    other = classifier(seed=2)
-    again = measure_couplings([snapshot], replace(BRIER, direction=other), memory=NO_CACHE)[0]
+    (first,) = remembered(snapshot, cached)
+    assert remembered(snapshot)[0].couplings is first.couplings
+    (moved,) = remembered(snapshot, direction=classifier(seed=1))
+    (again,) = remembered(snapshot, direction=classifier(seed=2))
     assert not np.allclose(moved.couplings, again.couplings)
-    fresh = classifier()
-    stored = measure_couplings([fresh], BRIER, memory=cached)[0]
+    (stored,) = remembered(classifier(), cached)
     np.testing.assert_array_equal(stored.couplings, first.couplings)
-    assert stored.batch == "b"
-
-
-def estimator(**changes):
-    settings = {
-        "residual": "mse", "solver": "exact", "n_steps": 5, "block_size": 2, "step": None,
-        "direction": "gradient-flow", "derivative": "exact", "parameters": None,
-        "chunk_size": None, "max_memory": None, "device": "auto", "dtype": None,
-        "random_state": 0, "verbose": 0,
-    }  # fmt: skip
-    return SimpleNamespace(**settings | changes)
+    assert (stored.tau, stored.batch) == (2.0, "b")
 
 
 @pytest.mark.parametrize(
@@ -174,12 +186,20 @@ def estimator(**changes):
         ({"block_size": 0}, "block_size"),
     ],
 )
-def test_unusable_parameters_are_named(changes, name):
+def test_unusable_parameters_are_named(snapshot, changes, name):
     with pytest.raises((ValueError, TypeError), match=name):
-        check_coupling_parameters(estimator(**changes))
+        ToeplitzDiagnostic(**changes).fit([snapshot])
 
 
-def test_what_the_exact_solver_ignores_is_not_in_its_configuration():
-    few, many = estimator(n_steps=5, random_state=0), estimator(n_steps=9, random_state=1)
-    assert coupling_config(few) == coupling_config(many)
-    assert coupling_config(few, n_random=2) != coupling_config(many, n_random=2)
+def test_what_the_exact_solver_ignores_is_not_in_its_settings():
+    few, many = (
+        ToeplitzDiagnostic(solver="exact", n_steps=n, block_size=n)._gather() for n in (5, 9)
+    )
+    assert few == many
+    more = ToeplitzDiagnostic(solver="exact", n_null=21)._gather()
+    assert few != more
+    # Without a null nothing is drawn, either.
+    few, many = (
+        ShellFluxEstimator(solver="exact", n_steps=n, random_state=n)._gather() for n in (5, 9)
+    )
+    assert few == many

@@ -10,9 +10,8 @@ from spectralshell import (
     ShellFluxEstimator,
     ToeplitzDiagnostic,
 )
-from spectralshell.estimators import jacobian_blocks
-from spectralshell.measurements import couplings
-from spectralshell.measurements import fluxes as shell_flux_measurement
+from spectralshell.estimators import jacobian_blocks, shell_flux, toeplitz
+from spectralshell.measurements import solver
 from spectralshell.warning_categories import GateWarning
 from tests.device import place, place_snapshot
 from tests.fingerprints import model_fingerprint
@@ -26,8 +25,8 @@ ESTIMATORS = {
     "blocks": lambda **k: JacobianBlockDiagnostic(n_null=2, **k),
 }
 MEASURES = {
-    "flux": (shell_flux_measurement, "measure_flux"),
-    "toeplitz": (couplings, "couple_snapshot"),
+    "flux": (shell_flux, "measure_fluxes"),
+    "toeplitz": (toeplitz, "measure_couplings"),
     "blocks": (jacobian_blocks, "measure_blocks"),
 }
 # Derivatives that see gates flip.
@@ -296,9 +295,9 @@ def test_poor_snapshots_have_a_status_and_no_exception(kind, case):
 @anything
 def test_a_snapshot_is_surveyed_once(kind, monkeypatch):
     surveyed = []
-    survey = couplings.survey_motion
+    survey = solver.survey_kernel
     monkeypatch.setattr(
-        couplings, "survey_motion", lambda *a, **k: surveyed.append(1) or survey(*a, **k)
+        solver, "survey_kernel", lambda *a, **k: surveyed.append(1) or survey(*a, **k)
     )
     estimator, X = ESTIMATORS[kind](residual="brier"), [snapshot(0), snapshot(1, batch=1)]
     estimator.fit_transform(X)

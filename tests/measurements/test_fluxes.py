@@ -6,13 +6,12 @@ import torch
 
 from spectralshell.krylov import gauss, lanczos
 from spectralshell.measurements.fluxes import (
-    NOT_CONVERGED,
     TOLERANCE,
-    TOO_FAR,
     FrozenErrorRuns,
     JacobiRun,
 )
 from spectralshell.shells import ShellPartition, SoftShells
+from spectralshell.statuses import NOT_CONVERGED, STEP_TOO_LONG
 from tests.device import make_tensor, place
 
 SHELLS = SoftShells(ShellPartition.covering(1e-3, 1.0, q=2.0))
@@ -90,7 +89,7 @@ def test_edges_that_half_the_step_changes_are_not_resolved(h, far):
     error = np.abs(balance.flux_down - expected) / np.abs(expected).max()
     near = np.array(faults) == "ok"
     assert error[near].max(initial=0.0) < TOLERANCE
-    assert (TOO_FAR in faults) == far
+    assert (STEP_TOO_LONG in faults) == far
 
 
 def test_a_short_rule_is_that_of_a_short_run():

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from spectralshell import ShellEnergyEstimator
-from spectralshell.measurements.solver import PLAN_COLUMNS, plan_solver
+from spectralshell.measurements.solver import PLAN_COLUMNS, plan_spectrum
 from spectralshell.operators.costs import Footprint, measure_footprint
 from spectralshell.operators.survey import survey_kernel
 from tests.device import place_snapshot
@@ -34,21 +34,22 @@ def footprint(**changes):
 
 
 def test_few_outputs_are_solved_exactly_and_many_by_lanczos():
-    assert plan_solver(footprint(), 100, AMPLE).solver == "exact"
+    assert plan_spectrum(footprint(), AMPLE, n_steps=100).solver == "exact"
     many = footprint(n_samples=4096, n_entries=40960)
-    assert plan_solver(many, 100, AMPLE).solver == "lanczos"
+    assert plan_spectrum(many, AMPLE, n_steps=100).solver == "lanczos"
 
 
 def test_same_counts_give_the_same_plan():
-    assert plan_solver(footprint(), 100, AMPLE) == plan_solver(footprint(), 100, AMPLE)
+    first, again = (plan_spectrum(footprint(), AMPLE, n_steps=100) for _ in range(2))
+    assert first == again
 
 
 def test_a_solver_asked_for_is_kept():
-    assert plan_solver(footprint(), 100, AMPLE, solver="lanczos").solver == "lanczos"
+    assert plan_spectrum(footprint(), AMPLE, n_steps=100, solver="lanczos").solver == "lanczos"
 
 
 def test_little_memory_makes_chunks():
-    plan = plan_solver(footprint(), 100, 200 * 10**6)
+    plan = plan_spectrum(footprint(), 200 * 10**6, n_steps=100)
     assert plan.chunk_size is not None
     assert plan.chunk_size < 64
     assert plan.exact.peak_bytes <= 200 * 10**6
@@ -56,14 +57,14 @@ def test_little_memory_makes_chunks():
 
 def test_the_other_solver_steps_in_where_the_matrix_does_not_fit():
     wide = footprint(n_samples=1000, n_entries=10**4, n_slots=10, graph_bytes=1e4, n_parameters=10)
-    assert plan_solver(wide, 10**4, AMPLE).solver == "exact"
-    assert plan_solver(wide, 100, 10**9).solver == "lanczos"
+    assert plan_spectrum(wide, AMPLE, n_steps=10**4).solver == "exact"
+    assert plan_spectrum(wide, 10**9, n_steps=100).solver == "lanczos"
 
 
 @pytest.mark.parametrize("solver", ["auto", "exact", "lanczos"])
 def test_an_error_says_what_would_fit(solver):
     with pytest.raises(ValueError, match=r"max_memory: 1 KB .*exact' needs about .* GB|MB"):
-        plan_solver(footprint(), 100, 1000, solver=solver)
+        plan_spectrum(footprint(), 1000, n_steps=100, solver=solver)
 
 
 def test_a_bad_limit_is_named():

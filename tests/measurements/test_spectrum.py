@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from spectralshell import ShellEnergyEstimator
-from spectralshell.measurements.settings import MeasurementConfig
-from spectralshell.measurements.spectrum import measure_snapshot
+from spectralshell.measurements.settings import KernelSettings
+from spectralshell.measurements.spectrum import measure_spectrum
 from spectralshell.warning_categories import ResolutionWarning
 from tests.device import place_snapshot
 from tests.zoo import (
@@ -47,8 +47,8 @@ def test_energies_close_and_bounds_hold_the_dense_truth(case, kind):
     edges = rates[-1] * np.geomspace(1e-3, 1.1, 12)
     expected = np.array([truth[rates < edge].sum() for edge in edges])
     for solver in ("exact", "lanczos"):
-        config = MeasurementConfig(residual=RESIDUALS[kind], solver=solver, n_steps=N_STEPS)
-        measure = measure_snapshot(snapshot, config)
+        settings = KernelSettings(residual=RESIDUALS[kind], solver=solver, n_steps=N_STEPS)
+        measure = measure_spectrum(snapshot, settings)
         assert measure.total == pytest.approx(truth.sum(), rel=TOTAL_RTOL)
         assert measure.energies(edges).sum() == pytest.approx(measure.total, rel=CLOSURE)
         lower, middle, upper = measure.cumulative(edges)
@@ -72,7 +72,7 @@ def test_rows_close_where_six_steps_resolve_nothing():
 def test_full_depth_lanczos_is_exact():
     snapshot = make_snapshot(CASES_BY_NAME["mlp"])
     exact, deep = (
-        measure_snapshot(snapshot, MeasurementConfig(solver=solver, n_steps=1000))
+        measure_spectrum(snapshot, KernelSettings(solver=solver, n_steps=1000))
         for solver in ("exact", "lanczos")
     )
     edges = exact.lambda_max * np.geomspace(1e-6, 0.9, 9)
@@ -98,6 +98,6 @@ def test_noise_of_a_short_run_follows_the_norm_of_the_kernel():
     model = torch.nn.Linear(2, 1, bias=False)
     torch.nn.init.zeros_(model.weight)
     snapshot = place_snapshot(model, inputs, inputs[:, 1:])
-    measure = measure_snapshot(snapshot, MeasurementConfig(solver="lanczos", n_steps=1))
+    measure = measure_spectrum(snapshot, KernelSettings(solver="lanczos", n_steps=1))
     assert measure.lambda_max == pytest.approx(1.0, rel=1e-3)
     assert measure.noise >= 6e-7 * 1e6 * 0.9

@@ -180,7 +180,10 @@ def operation_counts(
 
 
 def resolve_layers(
-    layers: str | Mapping[str, str] | Callable[[str], str] | None, names: Sequence[str]
+    layers: str | Mapping[str, str] | Callable[[str], str] | None,
+    names: Sequence[str],
+    *,
+    option: str = "layers",
 ) -> Callable[[str], str]:
     """Return the function from a parameter's name to its label.
 
@@ -196,7 +199,7 @@ def resolve_layers(
             )
         return _module_of if layers == "module" else _itself
     if isinstance(layers, Mapping):
-        labels = {name: _first_match(layers, name) for name in names}
+        labels = {name: _first_match(layers, name, option) for name in names}
     elif callable(layers):
         labels = {name: layers(name) for name in names}
     else:
@@ -207,24 +210,24 @@ def resolve_layers(
     for name, label in labels.items():
         if not isinstance(label, str):
             raise TypeError(
-                f"layers gave the label {label!r} of type {type(label).__name__} to {name!r}; a "
+                f"{option} gave the label {label!r} of type {type(label).__name__} to {name!r}; a "
                 "label is a string."
             )
     return labels.__getitem__
 
 
-def _first_match(layers: Mapping[str, str], name: str) -> str:
+def _first_match(layers: Mapping[str, str], name: str, option: str) -> str:
     for expression, label in layers.items():
         try:
             found = re.search(expression, name)
         except re.error as error:
             raise ValueError(
-                f"layers: {expression!r} is not a regular expression: {error}."
+                f"{option}: {expression!r} is not a regular expression: {error}."
             ) from error
         if found:
             return label
     raise ValueError(
-        f"layers: no expression finds the parameter {name!r}; add one, such as '' for the rest."
+        f"{option}: no expression finds the parameter {name!r}; add one, such as '' for the rest."
     )
 
 
