@@ -78,8 +78,7 @@ def set_in_motion(snapshot: Snapshot, settings: KernelSettings, probe_seed: int)
     """Return the motion of a snapshot, to be closed; the seed is that of the operators' probes."""
     probes = torch.Generator().manual_seed(probe_seed)
     survey = survey_snapshot(snapshot, settings, probes)
-    max_bytes = resolve_max_memory(settings.max_memory, survey.device)
-    return KernelMotion(snapshot, survey, max_bytes, probes)
+    return KernelMotion(snapshot, survey, max_memory=settings.max_memory, generator=probes)
 
 
 def find_direction(

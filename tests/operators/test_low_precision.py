@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from spectralshell import ShellEnergyEstimator
-from spectralshell.measurements.settings import measurement_config
+from spectralshell.measurements.settings import kernel_settings
 from spectralshell.operators import build_exact_kernel, build_kernel
 from tests.device import place_snapshot
 
@@ -54,7 +54,7 @@ def test_a_dtype_is_spelled_the_same_everywhere(spelled, dtype):
     for build in (build_kernel, build_exact_kernel):
         assert build(snapshot, dtype=spelled).dtype == (dtype or torch.float32)
     estimator = ShellEnergyEstimator(dtype=spelled)
-    assert measurement_config(estimator).dtype == dtype
+    assert kernel_settings(estimator).dtype == dtype
     assert estimator.fit([snapshot]).n_shells_ > 0
 
 

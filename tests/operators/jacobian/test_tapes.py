@@ -5,8 +5,7 @@ import torch
 from torch import nn
 from torch.func import jvp, vmap
 
-from spectralshell.operators.jacobian.linearizations import RUNGS
-from spectralshell.operators.jacobian.tapes import Tape, TapeError
+from spectralshell.operators.jacobian.linearizations import RUNGS, Tape, TapeError
 from tests.device import place, place_snapshot
 from tests.zoo import build_on_rungs, dense_reference
 
