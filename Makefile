@@ -22,18 +22,26 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 # One thread for each worker: more threads than cores make small matrix products slower.
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1
+TWO_THREADS := OMP_NUM_THREADS=2 MKL_NUM_THREADS=2 OPENBLAS_NUM_THREADS=2
+
+# What rounds otherwise on another processor: sums run in another order.
+NUMERICS := $(addprefix tests/,operators krylov shells dynamics measurements estimators)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-oldest lint docs dist benchmark gpu-check study-residual clean
+.PHONY: help demo test test-arithmetics test-oldest lint docs dist benchmark gpu-check study-residual clean
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: $(VENV)/.installed-demo  ## train on digits, measure, fit, write out/*.parquet and out/*.png
 	$(ONE_THREAD) $(BIN)/python demo/digits.py
 
 test: $(VENV)/.installed-test  ## run the tests, the docstrings' examples and those of the docs
 	$(ONE_THREAD) $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
+
+test-arithmetics: $(VENV)/.installed-test  ## run the numerical tests without vector instructions, and with AVX2 and two threads
+	ATEN_CPU_CAPABILITY=default $(ONE_THREAD) $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(NUMERICS)
+	ATEN_CPU_CAPABILITY=avx2 $(TWO_THREADS) $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(NUMERICS)
 
 test-oldest: $(OLDEST)/.installed  ## run the tests with the lowest versions of pyproject.toml, in .venv-oldest
 	$(ONE_THREAD) $(OLDEST)/bin/python -m pytest -n $(WORKERS) --dist worksteal $(OLD_WARNINGS)

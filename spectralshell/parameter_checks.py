@@ -21,34 +21,9 @@ def check_real(
     low_open: bool = False,
     high_open: bool = False,
 ) -> float:
-    """Return ``value`` as a finite float inside the given range.
+    """Return ``value`` as a finite float inside a range, whose ends may be excluded.
 
-    Parameters
-    ----------
-    name : str
-        The parameter's name, for the message.
-    value : object
-        What the user passed.
-    low, high : float, optional
-        Ends of the allowed range.
-    low_open, high_open : bool, default=False
-        Whether the end itself is excluded.
-
-    Returns
-    -------
-    float
-
-    Raises
-    ------
-    TypeError
-        If ``value`` is not a real number (booleans are not).
-    ValueError
-        If it is not finite or outside the range.
-
-    Examples
-    --------
-    >>> check_real("q", 2, low=1, low_open=True)
-    2.0
+    TypeError for what is no real number (booleans are none), ValueError outside the range.
     """
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} must be a real number, got {value!r} of {_type_name(value)}.")
@@ -62,20 +37,7 @@ def check_real(
 
 
 def check_integer(name: str, value: Any, *, low: int | None = None, high: int | None = None) -> int:
-    """Return ``value`` as an int inside the closed range.
-
-    Raises
-    ------
-    TypeError
-        If ``value`` is not an integer (booleans and floats are not).
-    ValueError
-        If it lies outside the range.
-
-    Examples
-    --------
-    >>> check_integer("n_steps", 5, low=1)
-    5
-    """
+    """Return ``value`` as an int inside the closed range; booleans and floats are a TypeError."""
     if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(f"{name} must be an integer, got {value!r} of {_type_name(value)}.")
     number = int(value)
@@ -86,18 +48,7 @@ def check_integer(name: str, value: Any, *, low: int | None = None, high: int | 
 
 
 def check_option(name: str, value: Any, options: Sequence[str]) -> str:
-    """Return ``value`` if it is one of ``options``.
-
-    Raises
-    ------
-    ValueError
-        If it is not; the message lists the options.
-
-    Examples
-    --------
-    >>> check_option("solver", "exact", ("auto", "exact"))
-    'exact'
-    """
+    """Return ``value`` if it is one of ``options``; the ValueError lists them."""
     if not isinstance(value, str) or value not in options:
         listed = ", ".join(repr(option) for option in options)
         raise ValueError(f"{name} must be one of {listed}, got {value!r}.")
@@ -107,17 +58,7 @@ def check_option(name: str, value: Any, options: Sequence[str]) -> str:
 def check_window(name: str, value: Any) -> tuple[float, float] | None:
     """Return a window ``(lambda_lo, lambda_hi)`` as floats, or None as it is.
 
-    Raises
-    ------
-    TypeError
-        If ``value`` is neither None nor a pair.
-    ValueError
-        If the ends are not finite, positive and increasing.
-
-    Examples
-    --------
-    >>> check_window("window", (1, 10))
-    (1.0, 10.0)
+    The ends are finite, positive and increasing, else ValueError; what is no pair is a TypeError.
     """
     if value is None:
         return None
@@ -137,18 +78,7 @@ def check_window(name: str, value: Any) -> tuple[float, float] | None:
 
 
 def check_sample_weight(sample_weight: Any, n: int) -> np.ndarray:
-    """Return ``n`` non-negative weights as floats; ones for None.
-
-    Raises
-    ------
-    ValueError
-        If there is another number of weights, or one is negative, NaN or infinite.
-
-    Examples
-    --------
-    >>> check_sample_weight(None, 2).tolist()
-    [1.0, 1.0]
-    """
+    """Return ``n`` non-negative weights as floats, ones for None; else ValueError."""
     if sample_weight is None:
         return np.ones(n)
     weights = check_array(sample_weight, ensure_2d=False, dtype=float, input_name="sample_weight")
