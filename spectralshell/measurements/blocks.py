@@ -33,7 +33,6 @@ from spectralshell.statuses import (
     OK,
     ONE_BLOCK,
     RATE_FROM_BELOW,
-    ZERO_DIRECTION,
     difference_good_to,
     gates_held,
     join_statuses,
@@ -331,7 +330,7 @@ def _measure_rate(
 ) -> _JacobianRate:
     with motion.derivative(direction, method=how.derivative, step=how.step) as derivative:
         step = (derivative.step or None) if how.derivative == "difference" else None
-        if derivative.status in (ZERO_DIRECTION, FROZEN_KERNEL):
+        if derivative.is_zero:
             return _JacobianRate(0.0, step, derivative.status)
         pairs = _rate_pairs(motion, derivative, _RATE_STEPS)
         square = max(float(pairs.eigenvalues[0]), 0.0)
