@@ -49,6 +49,7 @@ def guarded(model: nn.Module, device: torch.device) -> Iterator[None]:
         stack.enter_context(torch.enable_grad())
         stack.enter_context(quiet_differentiation())
         stack.enter_context(full_precision(device))
+        stack.enter_context(exact_cudnn(model, device))
         for module in model.modules():
             # model.eval() may be overridden, and merge or move weights.
             vars(module)["training"] = False
@@ -134,6 +135,23 @@ def _restore(current: dict[str, Any], saved: dict[str, Any]) -> None:
     if not same:
         current.clear()
         current.update(saved)
+
+
+def exact_cudnn(model: nn.Module, device: torch.device) -> AbstractContextManager[Any]:
+    """Return the context in which cuDNN keeps float32, and leaves recurrent layers to torch.
+
+    In eval mode its recurrent layers have no backward pass.
+    """
+    if device.type != "cuda":
+        return nullcontext()
+    cudnn = torch.backends.cudnn
+    recurrent = any(isinstance(module, nn.RNNBase) for module in model.modules())
+    return cudnn.flags(
+        enabled=cudnn.enabled and not recurrent,
+        benchmark=cudnn.benchmark,
+        deterministic=cudnn.deterministic,
+        allow_tf32=False,
+    )
 
 
 @contextmanager

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from spectralshell.models.guard import exact_cudnn
 from spectralshell.operators import build_exact_kernel, survey_motion
 from spectralshell.operators.build import build_kernel
 from spectralshell.snapshots import make_snapshots
@@ -201,3 +202,14 @@ def test_tying_the_model_later_keeps_the_stored_weights():
     expected = build_kernel(snapshot, parameters="bias").to_dense()
     model[2].weight.data = model[0].weight.data
     assert torch.equal(build_kernel(snapshot, parameters="bias").to_dense(), expected)
+
+
+@pytest.mark.parametrize(("layer", "enabled"), [(nn.Linear(3, 2), True), (nn.GRU(3, 2), False)])
+def test_cudnn_keeps_float32_and_leaves_recurrent_layers_to_torch(layer, enabled):
+    cudnn = torch.backends.cudnn
+    before = cudnn.enabled, cudnn.allow_tf32
+    with exact_cudnn(layer, torch.device("cuda")):
+        assert (cudnn.enabled, cudnn.allow_tf32) == (enabled and before[0], False)
+    assert (cudnn.enabled, cudnn.allow_tf32) == before
+    with exact_cudnn(layer, torch.device("cpu")):
+        assert (cudnn.enabled, cudnn.allow_tf32) == before

@@ -20,10 +20,6 @@ from tests.estimators.tail.energies import SHELLS, WINDOW, exact_energies, frame
 # Differences of score between shell ratios: what a smooth measure leaves.
 SCORE_SPREAD = 5e-3
 
-# The search ends where the squares change by less than 1e-10 of themselves: b is then known to
-# 1e-5 of its standard error, 0.01 here.
-SETTLED = 1e-7
-
 
 @parametrize_with_checks([GRSDTailFitter()])
 def test_scikit_learn(estimator, check):
