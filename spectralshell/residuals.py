@@ -7,7 +7,7 @@ move. All values here are bare; the operator divides both e and J by the root of
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -35,29 +35,33 @@ class Targets:
         Whether ``values`` are class labels.
     rows : Tensor of int64 or None
         Positions of the rows kept among all rows of the outputs; None keeps all.
+    class_axis : int
+        Dimension of the outputs that counts classes, where ``values`` are labels.
+    rows_per_sample : int
+        Labels of one sample, kept or not.
     """
 
     values: Any
     n_rows: int
     is_labels: bool = False
     rows: Tensor | None = None
+    class_axis: int = -1
+    rows_per_sample: int = 1
 
     def to(self, device: torch.device, dtype: torch.dtype) -> Targets:
         """Return the targets on a device, real values in ``dtype``."""
         rows = None if self.rows is None else self.rows.to(device)
-        return Targets(_move(self.values, device, dtype), self.n_rows, self.is_labels, rows)
+        return replace(self, values=_move(self.values, device, dtype), rows=rows)
 
-    def samples(self, start: int, stop: int, n_samples: int, rows_per_sample: int) -> Targets:
+    def samples(self, start: int, stop: int, n_samples: int) -> Targets:
         """Return the targets of some samples, ``n_rows`` still that of the whole batch."""
         if not self.is_labels:
-            part = _slice_samples(self.values, start, stop, n_samples)
-            return Targets(part, self.n_rows)
-        first, last = start * rows_per_sample, stop * rows_per_sample
+            return replace(self, values=_slice_samples(self.values, start, stop, n_samples))
+        first, last = start * self.rows_per_sample, stop * self.rows_per_sample
         if self.rows is None:
-            return Targets(self.values[first:last], self.n_rows, is_labels=True)
+            return replace(self, values=self.values[first:last])
         inside = (self.rows >= first) & (self.rows < last)
-        rows = self.rows[inside] - first
-        return Targets(self.values[inside], self.n_rows, is_labels=True, rows=rows)
+        return replace(self, values=self.values[inside], rows=self.rows[inside] - first)
 
 
 @dataclass(frozen=True)
@@ -96,12 +100,12 @@ class Residual:
     name: str
     dynamics_exact: bool
     velocity_sign: int
-    prepare_targets: Callable[[Any, Tensor], Targets]
+    prepare_targets: Callable[[Any, Tensor, int | None], Targets]
     error_function: Callable[[Tensor, Targets], Tensor]
     differentiated_function: Callable[[Tensor, Targets], Tensor]
     error_sensitivity: Callable[[Tensor, Tensor], Tensor]
 
-    def prepare(self, targets: Any, outputs: Tensor) -> Targets:
+    def prepare(self, targets: Any, outputs: Tensor, class_axis: int | None = None) -> Targets:
         """Check targets against the model's outputs.
 
         Parameters
@@ -110,6 +114,9 @@ class Residual:
             As the user passed them, on any device.
         outputs : Tensor
             Outputs of the model on the whole batch, samples first.
+        class_axis : int, optional
+            Dimension of the outputs that counts classes. None reads it off the shape of the
+            labels: dimension 1, as torch's own losses have it, or the last one.
 
         Returns
         -------
@@ -118,13 +125,14 @@ class Residual:
         Raises
         ------
         ValueError
-            If lengths, shapes or class indices do not fit, or values are NaN or infinite.
+            If lengths, shapes or class indices do not fit, both readings of the classes fit, there
+            is one class only, or values are NaN or infinite.
         TypeError
             If the dtype is wrong: labels must be integers.
         """
         if isinstance(targets, Targets):
             return targets
-        return self.prepare_targets(targets, outputs)
+        return self.prepare_targets(targets, outputs, class_axis)
 
     def error(self, outputs: Tensor, targets: Any) -> Tensor:
         """Return e without its 1/√N, shape (rows, …); differentiable in ``outputs``."""
@@ -202,34 +210,42 @@ def resolve_residual(residual: str | Callable[[Tensor, Any], Tensor]) -> Residua
     return Residual(label, True, -1, _prepare_anything, error, error, _same_rate)
 
 
-def _prepare_labels(targets: Any, outputs: Tensor) -> Targets:
+def _prepare_labels(targets: Any, outputs: Tensor, class_axis: int | None) -> Targets:
     labels = _require_tensor(targets)
     if outputs.ndim < 2:
         raise ValueError(
             f"outputs of shape {tuple(outputs.shape)} have no class dimension: this residual needs "
-            "outputs of shape (n_samples, …, n_classes)."
+            "outputs of shape (n_samples, n_classes, …) or (n_samples, …, n_classes)."
         )
     if labels.is_floating_point() or labels.is_complex():
         raise TypeError(
             f"targets must be integer class labels for this residual, got dtype {labels.dtype}; "
             'use residual="mse" for real values.'
         )
-    if labels.shape != outputs.shape[:-1]:
+    axis = _find_class_axis(labels, outputs, class_axis)
+    n_classes = outputs.shape[axis]
+    if n_classes == 1:
         raise ValueError(
-            f"targets of shape {tuple(labels.shape)} do not fit outputs of shape "
-            f"{tuple(outputs.shape)}: expected shape {tuple(outputs.shape[:-1])}, one class label "
-            "per row, with the classes in the last dimension of the outputs."
+            f"targets: integers of shape {tuple(labels.shape)} beside outputs of shape "
+            f"{tuple(outputs.shape)} are labels of a single class, or real values. For real values "
+            'pass targets of the outputs\' shape with residual="mse"; a binary classifier with one '
+            "logit needs two (0 and the logit), or a callable residual."
         )
     labels = labels.detach().reshape(-1).long()
+    found = partial(
+        Targets,
+        is_labels=True,
+        class_axis=axis,
+        rows_per_sample=outputs.shape[1:].numel() // n_classes,
+    )
     if labels.is_meta:
-        return Targets(labels, labels.numel(), is_labels=True)
+        return found(labels, labels.numel())
     kept = labels != IGNORED_LABEL
-    n_classes = outputs.shape[-1]
     wrong = labels[kept & ((labels < 0) | (labels >= n_classes))]
     if wrong.numel():
         raise ValueError(
             f"targets hold the class index {int(wrong[0])}, out of range for {n_classes} classes "
-            f"(the last dimension of the outputs); {IGNORED_LABEL} leaves a row out."
+            f"(dimension {axis} of the outputs); {IGNORED_LABEL} leaves a row out."
         )
     n_rows = int(kept.sum())
     if n_rows == 0:
@@ -237,11 +253,41 @@ def _prepare_labels(targets: Any, outputs: Tensor) -> Targets:
             f"targets are all {IGNORED_LABEL}, which leaves no row; label at least one."
         )
     if n_rows == labels.numel():
-        return Targets(labels, n_rows, is_labels=True)
-    return Targets(labels[kept], n_rows, is_labels=True, rows=kept.nonzero().reshape(-1))
+        return found(labels, n_rows)
+    return found(labels[kept], n_rows, rows=kept.nonzero().reshape(-1))
 
 
-def _prepare_real_or_labels(targets: Any, outputs: Tensor) -> Targets:
+def _find_class_axis(labels: Tensor, outputs: Tensor, class_axis: int | None) -> int:
+    """Return the dimension of the outputs that counts classes; where two fit, the user decides."""
+    shape = outputs.shape
+    if class_axis is not None and not (
+        1 <= class_axis < len(shape) or 1 - len(shape) <= class_axis < 0
+    ):
+        raise ValueError(
+            f"class_axis={class_axis} cannot count the classes of outputs of shape {tuple(shape)}: "
+            "the first dimension counts samples, and one of the others is needed."
+        )
+    allowed = [1, len(shape) - 1] if class_axis is None else [class_axis % len(shape)]
+    rows = {axis: shape[:axis] + shape[axis + 1 :] for axis in allowed}
+    fitting = [axis for axis, size in rows.items() if labels.shape == size]
+    if not fitting:
+        expected = " or ".join(f"{tuple(size)}" for size in dict.fromkeys(rows.values()))
+        raise ValueError(
+            f"targets of shape {tuple(labels.shape)} do not fit outputs of shape {tuple(shape)}: "
+            f"expected shape {expected}, one class label per row, with the classes in dimension "
+            f"{' or '.join(map(str, rows))} of the outputs."
+        )
+    if len(fitting) > 1:
+        raise ValueError(
+            f"targets of shape {tuple(labels.shape)} fit outputs of shape {tuple(shape)} in two "
+            f"ways: the classes may be in dimension {fitting[0]}, as in torch's losses, or in "
+            f"dimension {fitting[1]}; say which with Snapshot(..., class_axis={fitting[0]}) or "
+            f"class_axis={fitting[1]}."
+        )
+    return fitting[0]
+
+
+def _prepare_real_or_labels(targets: Any, outputs: Tensor, class_axis: int | None) -> Targets:
     values = _require_tensor(targets)
     if values.shape == outputs.shape:
         if values.is_complex():
@@ -252,10 +298,12 @@ def _prepare_real_or_labels(targets: Any, outputs: Tensor) -> Targets:
         if not values.is_meta and not bool(torch.isfinite(values).all()):
             raise ValueError("targets hold NaN or infinite values; remove those samples.")
         # Labels of token outputs (B, T, V) give one row per token: so do their one-hot values.
-        rows = outputs.shape[:-1] if outputs.ndim == _TOKEN_NDIM else outputs.shape[:1]
-        return Targets(values, rows.numel())
-    if not values.is_floating_point() and values.shape == outputs.shape[:-1]:
-        return _prepare_labels(values, outputs)
+        n_rows = outputs.shape[0]
+        if outputs.ndim == _TOKEN_NDIM:
+            n_rows = outputs.numel() // outputs.shape[-1 if class_axis is None else class_axis]
+        return Targets(values, n_rows)
+    if not values.is_floating_point() and values.ndim == outputs.ndim - 1:
+        return _prepare_labels(values, outputs, class_axis)
     raise ValueError(
         f"targets of shape {tuple(values.shape)} and dtype {values.dtype} do not fit outputs of "
         f"shape {tuple(outputs.shape)}: expected the same shape, or integer class labels of shape "
@@ -263,12 +311,13 @@ def _prepare_real_or_labels(targets: Any, outputs: Tensor) -> Targets:
     )
 
 
-def _prepare_anything(targets: Any, outputs: Tensor) -> Targets:
+def _prepare_anything(targets: Any, outputs: Tensor, class_axis: int | None) -> Targets:
     return Targets(targets, int(outputs.shape[0]))
 
 
 def _label_rows(outputs: Tensor, targets: Targets) -> Tensor:
-    rows = outputs.reshape(-1, outputs.shape[-1])
+    last = outputs.movedim(targets.class_axis, -1)
+    rows = last.reshape(-1, last.shape[-1])
     return rows if targets.rows is None else rows.index_select(0, targets.rows)
 
 

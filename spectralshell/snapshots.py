@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 
 from spectralshell.models.function import iterate_tensors
 from spectralshell.models.state import ModelState, unwrap
-from spectralshell.parameter_checks import check_real
+from spectralshell.parameter_checks import check_integer, check_real
 
 
 class Snapshot:
@@ -26,8 +25,9 @@ class Snapshot:
         parallelism and compilation are taken off.
     inputs : Tensor, array, tuple, or mapping of str to Tensor
         What the model is called with: ``model(inputs)``, ``model(*inputs)`` or
-        ``model(**inputs)``. Samples run along the first dimension; where tensors disagree in it,
-        the most frequent length above 1 counts samples. Arrays are copied to tensors.
+        ``model(**inputs)``. Samples run along the first dimension of the model's outputs, and of
+        the inputs that belong to them; others, such as the edges of a graph, may have another
+        length. Arrays are copied to tensors.
     targets : Tensor or array
         Class labels or real values, as the residual needs them, samples first. Outputs of shape
         (B, T, V) count tokens, B T of them, with labels and real values alike. A residual that is
@@ -41,6 +41,14 @@ class Snapshot:
         copied; the path of a safetensors or ``weights_only`` checkpoint is read when it is needed.
     name : str, optional
         A label for runs measured side by side.
+    n_samples : int, optional
+        Samples of the batch, the first dimension of the model's outputs. None reads it off the
+        inputs; where these differ in their first dimension the outputs decide, and what is
+        computed in chunks of samples needs it.
+    class_axis : int, optional
+        Dimension of the model's outputs that counts classes. None reads it off the shape of the
+        labels: dimension 1, as torch's own losses have it, or the last one; the last one for
+        ``.logits``. Where both fit, it has to be said.
 
     Attributes
     ----------
@@ -93,6 +101,8 @@ class Snapshot:
         batch: Any = 0,
         state: Any = None,
         name: str | None = None,
+        n_samples: int | None = None,
+        class_axis: int | None = None,
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}.")
@@ -111,7 +121,10 @@ class Snapshot:
         if name == "":
             raise ValueError('name must not be empty, got ""; use None for no name.')
         self.name = name
-        self.n_samples = _count_samples(self.inputs)
+        self.n_samples = _count_samples(self.inputs, n_samples)
+        if class_axis is not None:
+            class_axis = check_integer("class_axis", class_axis)
+        self.class_axis = class_axis
         self.state = ModelState.from_argument(self.model, state)
         self.measures: dict[Any, Any] = {}
         self._versions = self._current_versions()
@@ -171,6 +184,9 @@ def make_snapshots(
     *,
     tau: float = 0.0,
     state: Any = None,
+    name: str | None = None,
+    n_samples: int | None = None,
+    class_axis: int | None = None,
 ) -> list[Snapshot]:
     """Take one model state on several batches; the snapshots share one copy of the state.
 
@@ -183,6 +199,8 @@ def make_snapshots(
         Effective training time of the state.
     state : None, mapping or path, default=None
         As for :class:`Snapshot`.
+    name, n_samples, class_axis : optional
+        As for :class:`Snapshot`, the same for all of them.
 
     Returns
     -------
@@ -210,7 +228,19 @@ def make_snapshots(
             raise TypeError(
                 f"batches[{position}] must be a pair (inputs, targets), got {type(pair).__name__}."
             )
-        snapshots.append(Snapshot(model, pair[0], pair[1], tau=tau, batch=position, state=shared))
+        snapshots.append(
+            Snapshot(
+                model,
+                pair[0],
+                pair[1],
+                tau=tau,
+                batch=position,
+                state=shared,
+                name=name,
+                n_samples=n_samples,
+                class_axis=class_axis,
+            )
+        )
     if not snapshots:
         raise ValueError("batches is empty; pass at least one pair (inputs, targets).")
     return snapshots
@@ -316,7 +346,8 @@ def _check_batch(batch: Any) -> int | str:
     )
 
 
-def _count_samples(inputs: Any) -> int:
+def _count_samples(inputs: Any, given: int | None) -> int | None:
+    """Return the number of samples, None where only the outputs can tell."""
     lengths = [int(tensor.shape[0]) for tensor in iterate_tensors(inputs) if tensor.ndim]
     if not lengths:
         raise ValueError(
@@ -324,9 +355,11 @@ def _count_samples(inputs: Any) -> int:
         )
     if 0 in lengths:
         raise ValueError("inputs hold no sample (first dimension 0); pass a full batch.")
+    if given is not None:
+        return check_integer("n_samples", given, low=1)
     # Tensors of length 1, such as position ids, are shared by all samples.
-    several = [length for length in lengths if length > 1] or lengths
-    return Counter(several).most_common(1)[0][0]
+    several = {length for length in lengths if length > 1} or {1}
+    return several.pop() if len(several) == 1 else None
 
 
 def _versions(value: Any) -> tuple[int, ...]:
