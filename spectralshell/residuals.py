@@ -105,6 +105,11 @@ class Residual:
     differentiated_function: Callable[[Tensor, Targets], Tensor]
     error_sensitivity: Callable[[Tensor, Tensor], Tensor]
 
+    @property
+    def is_callable(self) -> bool:
+        """Whether the user's own function computes e, of which nothing is known."""
+        return self.prepare_targets is _prepare_anything
+
     def prepare(self, targets: Any, outputs: Tensor, class_axis: int | None = None) -> Targets:
         """Check targets against the model's outputs.
 

@@ -87,6 +87,7 @@ def snapshot_digest(snapshot: Snapshot) -> str:
         digest.update(part)
     for part in _model_parts(snapshot.model):
         digest.update(part)
+    digest.update(repr((snapshot.n_samples, snapshot.class_axis)).encode())
     digest.update(repr(sorted(snapshot.state.trainable)).encode())
     return digest.hexdigest()
 

@@ -40,6 +40,8 @@ class ModelFunction:
         moved = {name: cast(t.detach(), device, dtype).clone() for name, t in state.items()}
         self.parameters: Parameters = tuple(moved.pop(name) for name in names)
         self._constants = moved
+        # Known once the model was called.
+        self.gives_logits = False
         self._aliases = {group[0]: group for group, _ in tied_groups(self.model)}
 
     @property
@@ -115,7 +117,8 @@ class ModelFunction:
         fresh = map_tensors(torch.clone, inputs)
         with self.installed(parameters):
             returned = _call(self.model, fresh)
-        outputs = returned if isinstance(returned, Tensor) else getattr(returned, "logits", None)
+        self.gives_logits = not isinstance(returned, Tensor)
+        outputs = getattr(returned, "logits", None) if self.gives_logits else returned
         if not isinstance(outputs, Tensor):
             raise TypeError(
                 f"{type(self.model).__name__} returned {type(returned).__name__}: the outputs must "

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -55,6 +56,8 @@ class KernelProblem:
     # As the user gave them.
     targets: Any
     n_samples: int
+    # Dimension of the outputs that counts classes, where the user says it.
+    class_axis: int | None
     # As asked for; None where one chunk holds all samples.
     chunk_size: int | None
     # Gives a random vector of a length, in the working dtype on the device.
@@ -67,12 +70,19 @@ class KernelProblem:
         function, residual = self.function, self.residual
         with function.guard():
             outputs, flops = _evaluate_twice(function, self.inputs, self.n_samples, size)
-            targets = residual.prepare(self.targets, outputs)
+            targets = self.read_targets(residual, outputs)
             error, values = _error_and_values(residual, outputs, targets)
             evaluation = Evaluation(self, size, outputs, targets, error, values, flops)
             if size is not None:
-                _check_chunks(evaluation)
+                _check_parts(evaluation, evaluation.chunks())
+            if residual.is_callable:
+                _check_parts(evaluation, _uneven_parts(evaluation))
         return evaluation
+
+    def read_targets(self, residual: Residual, outputs: Tensor) -> Targets:
+        """Return the targets as a residual reads them; classes are last in ``.logits``."""
+        axis = -1 if self.class_axis is None and self.function.gives_logits else self.class_axis
+        return residual.prepare(self.targets, outputs, axis)
 
 
 @dataclass(frozen=True)
@@ -121,9 +131,8 @@ class Evaluation:
         """Return some samples as a chunk."""
         problem, function = self.problem, self.problem.function
         inputs = _take_samples(problem.inputs, slice(start, stop), problem.n_samples)
-        rows_per_sample = self.outputs.shape[1:-1].numel()
         # Taken before the move to the device, which may hold no values to select by.
-        part = self.targets.samples(start, stop, problem.n_samples, rows_per_sample)
+        part = self.targets.samples(start, stop, problem.n_samples)
         targets = part.to(function.device, function.dtype)
         return Chunk(slice(start, stop), inputs, targets, self.outputs[start:stop])
 
@@ -207,13 +216,17 @@ def pose_problem(
     working, notes = _working_dtype(dtype, state, where)
     function = ModelFunction(snapshot.model, state, names, where, working)
     inputs = map_tensors(lambda t: cast(t.detach(), where, working), snapshot.inputs)
-    whole = chunk_size is None or chunk_size >= snapshot.n_samples
+    n_samples = snapshot.n_samples
+    if n_samples is None:
+        n_samples = _count_outputs(function, inputs)
+    whole = chunk_size is None or chunk_size >= n_samples
     return KernelProblem(
         function=function,
         residual=resolved,
         inputs=inputs,
         targets=snapshot.targets,
-        n_samples=snapshot.n_samples,
+        n_samples=n_samples,
+        class_axis=snapshot.class_axis,
         chunk_size=None if whole else chunk_size,
         draw=_drawing(generator, where, working),
         notes=notes,
@@ -419,9 +432,34 @@ def _evaluate_chunks(function: ModelFunction, inputs: Any, bounds: list[tuple[in
         )
 
 
+def _count_outputs(function: ModelFunction, inputs: Any) -> int:
+    """Return the first dimension of the outputs: it counts samples where the inputs disagree."""
+    with function.guard(), torch.no_grad():
+        outputs = _call_model(function, inputs)
+    lengths = [int(tensor.shape[0]) for tensor in iterate_tensors(inputs) if tensor.ndim]
+    if outputs.ndim == 0 or int(outputs.shape[0]) not in lengths:
+        raise ValueError(
+            f"inputs of first dimensions {', '.join(map(str, lengths))} and outputs of shape "
+            f"{tuple(outputs.shape)} do not say which dimension counts samples; pass "
+            "Snapshot(..., n_samples=)."
+        )
+    return int(outputs.shape[0])
+
+
 def _evaluate_part(function: ModelFunction, inputs: Any, n_samples: int) -> Tensor:
+    outputs = _call_model(function, inputs)
+    if outputs.ndim == 0 or outputs.shape[0] != n_samples:
+        raise ValueError(
+            f"model: the outputs have shape {tuple(outputs.shape)} for {n_samples} samples; the "
+            "first dimension must be the sample dimension, not a mean or a sum over samples. Where "
+            "another dimension of the inputs counts samples, pass Snapshot(..., n_samples=)."
+        )
+    return outputs
+
+
+def _call_model(function: ModelFunction, inputs: Any) -> Tensor:
     try:
-        outputs = function.outputs(function.parameters, inputs)
+        return function.outputs(function.parameters, inputs)
     except (RuntimeError, ValueError, IndexError, AttributeError, KeyError) as error:
         if is_out_of_memory(error):
             raise
@@ -430,12 +468,6 @@ def _evaluate_part(function: ModelFunction, inputs: Any, n_samples: int) -> Tens
             f"model: {type(function.model).__name__} failed on the inputs of shape "
             f"{', '.join(map(str, shapes))}: {error}"
         ) from error
-    if outputs.ndim == 0 or outputs.shape[0] != n_samples:
-        raise ValueError(
-            f"model: the outputs have shape {tuple(outputs.shape)} for {n_samples} samples; the "
-            "first dimension must be the sample dimension, not a mean or a sum over samples."
-        )
-    return outputs
 
 
 def _chunk_bounds(n_samples: int, size: int | None) -> list[tuple[int, int]]:
@@ -480,8 +512,15 @@ def _error_and_values(
     return error, residual.jacobian_of(wide, exact).detach()
 
 
-def _check_chunks(evaluation: Evaluation) -> None:
-    """Raise ValueError if a residual gives other errors for chunks than for the whole batch."""
+def _uneven_parts(evaluation: Evaluation) -> list[Chunk]:
+    """Return the first sample, and two parts of the others: they cut pairs and equal groups."""
+    n_samples = evaluation.problem.n_samples
+    ends = sorted({0, 1, (1 + n_samples) // 2, n_samples})
+    return [evaluation.take(start, stop) for start, stop in pairwise(ends)]
+
+
+def _check_parts(evaluation: Evaluation, parts: Sequence[Chunk]) -> None:
+    """Raise ValueError if a residual gives other errors for parts than for the whole batch."""
     whole, residual = evaluation.residual_vector, evaluation.problem.residual
     if whole.is_meta:
         return
@@ -490,7 +529,7 @@ def _check_chunks(evaluation: Evaluation) -> None:
             residual.error(
                 widen(chunk.outputs), chunk.targets.to(whole.device, whole.dtype)
             ).reshape(-1)
-            for chunk in evaluation.chunks()
+            for chunk in parts
         ]
         joined = torch.cat(errors).detach().double() * evaluation.scale
         same = joined.shape == whole.shape and torch.allclose(
@@ -499,12 +538,16 @@ def _check_chunks(evaluation: Evaluation) -> None:
     except (RuntimeError, ValueError, IndexError) as error:
         if is_out_of_memory(error):
             raise
-        raise ValueError(f"residual {residual.name!r} fails in chunks: {error}") from error
+        raise ValueError(
+            f"residual {residual.name!r} fails in chunks, on some of the samples alone: {error}"
+        ) from error
     if not same:
         raise ValueError(
-            f"residual {residual.name!r} gives other errors in chunks than for the whole batch: it "
-            "couples samples, or `targets` hold a tensor whose first dimension is the number of "
-            "samples but does not count them. Use chunk_size=None, or one target row per sample."
+            f"residual {residual.name!r} gives other errors in chunks, of some samples alone, than "
+            "for the whole batch: it couples samples (shapes (N,) and (N, 1) make (N, N)), or "
+            "`targets` hold a tensor whose first dimension is the number of samples but does not "
+            "count them. Compute every row from its own sample, with one target row per sample; "
+            "bind constants to the callable."
         )
 
 

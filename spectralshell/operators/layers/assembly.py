@@ -311,7 +311,7 @@ def _places(evaluation: Evaluation, rows: Tensor | None, n_samples: int) -> tupl
     """Return the sample and the slot of each entry of the first ``n_samples`` samples' rows."""
     values, labelled = evaluation.values, evaluation.targets.is_labels
     row_size = values.shape[1:].numel()
-    per_sample = evaluation.outputs.shape[1:-1].numel() if labelled else 1
+    per_sample = evaluation.targets.rows_per_sample if labelled else 1
     kept = torch.arange(n_samples * per_sample) if rows is None else rows.cpu()
     samples = kept // per_sample
     counts = torch.bincount(samples, minlength=n_samples)

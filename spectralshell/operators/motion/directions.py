@@ -89,7 +89,7 @@ def cross_entropy_flow(evaluation: Evaluation) -> Direction:
     loss = resolve_residual("nll")
     problem = evaluation.problem
     try:
-        targets = loss.prepare(problem.targets, evaluation.outputs)
+        targets = problem.read_targets(loss, evaluation.outputs)
     except (ValueError, TypeError) as error:
         raise type(error)(
             f'direction="cross-entropy" needs logits and class labels: {error}'
