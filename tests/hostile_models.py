@@ -566,6 +566,7 @@ HOSTILE = [
         _floats(4, 4, 4),
         (4, 4),
         n_classes=4,
+        class_axis=-1,
     ),
     # Normalisations and broadcast parameters.
     _case(

@@ -319,6 +319,7 @@ def make_snapshot(
 ) -> Snapshot:
     """Make the snapshot of a case for a kind of residual (a key of ``RESIDUALS``)."""
     model = build_model(case, dtype)
+    more = {"class_axis": case.get("class_axis")} | more
     return place_snapshot(model, make_inputs(case, dtype), make_targets(case, kind, dtype), **more)
 
 

@@ -22,12 +22,20 @@ def weighted(outputs, targets):
 
 
 @pytest.mark.parametrize(("residual", "targets"), [(centred, Y), (weighted, (Y, W))])
-@pytest.mark.parametrize("chunk_size", [1, 2, 4])
+@pytest.mark.parametrize("chunk_size", [1, 2, 4, None])
 def test_a_residual_that_needs_the_whole_batch_is_named(residual, targets, chunk_size):
     snapshot = place_snapshot(nn.Linear(4, 6).double(), X, targets)
     with pytest.raises(ValueError, match=f"residual '{residual.__name__}' .*in chunks"):
         build_kernel(snapshot, residual=residual, chunk_size=chunk_size)
-    assert build_kernel(snapshot, residual=residual).n == 36
+
+
+@pytest.mark.parametrize("chunk_size", [1, 2, 4, None])
+def test_constants_bound_to_a_residual_do_not_count_samples(chunk_size):
+    def bound(outputs, targets):
+        return weighted(outputs, (targets, W.to(outputs)))
+
+    snapshot = place_snapshot(nn.Linear(4, 6).double(), X, Y)
+    assert build_kernel(snapshot, residual=bound, chunk_size=chunk_size).n == 36
 
 
 class ScaledByTheLargest(nn.Linear):

@@ -98,14 +98,18 @@ def test_chunks_may_differ_in_structure(name, chunk_size):
     assert kernel.rung == "layers"
 
 
-def test_a_residual_that_couples_samples_is_found():
-    def centred(outputs, targets):
-        return outputs - outputs.mean(0, keepdim=True) - targets
+def test_outputs_that_couple_samples_are_found():
+    def centred(m, x):
+        outputs = m.b(m.a(x).tanh())
+        return outputs - outputs.mean(0, keepdim=True)
 
-    snapshot = make_snapshot(HOSTILE_BY_NAME["custom function"])
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = Lambda(centred, a=nn.Linear(4, 5), b=nn.Linear(5, 3)).double()
+        snapshot = place_snapshot(model, torch.randn(5, 4).double(), torch.zeros(5, 3).double())
     with pytest.warns(KernelWarning, match="'a', 'b'"):
-        kernel = build_exact_kernel(snapshot, residual=centred)
-    expected = build_kernel(snapshot, residual=centred).to_dense()
+        kernel = build_exact_kernel(snapshot)
+    expected = build_kernel(snapshot).to_dense()
     assert relative(kernel.matrix, expected) < TOLERANCE
     assert kernel.n_matvecs == kernel.n
     assert "columns are products" in kernel.status
