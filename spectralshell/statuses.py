@@ -7,7 +7,7 @@ from collections.abc import Iterable
 OK = "ok"
 """Nothing to be said."""
 
-# operators
+# Operators
 
 COLUMNS_ARE_PRODUCTS = "layers disagree with automatic differentiation: columns are products"
 
@@ -31,7 +31,7 @@ def smaller_chunks(n_samples: int | None) -> str:
 def join_statuses(statuses: Iterable[str]) -> str:
     """Return the distinct phrases joined by ``"; "``; ``"ok"`` stands alone or not at all."""
     phrases = dict.fromkeys(phrase for status in statuses for phrase in status.split("; "))
-    return "; ".join(phrase for phrase in phrases if phrase not in ("", "ok")) or "ok"
+    return "; ".join(phrase for phrase in phrases if phrase not in ("", OK)) or OK
 
 
 # Krylov
@@ -104,8 +104,6 @@ ZERO_ERROR = "zero error"
 LOST_COUPLINGS = "couplings of some modes are lost in rounding"
 NOT_CONVERGED = "not converged in the steps taken"
 STEP_TOO_LONG = "changes with the step of the difference"
-FROZEN_KERNEL = "frozen kernel"
-ZERO_DIRECTION = "zero direction"
 ONE_BLOCK = "one block"
 ZERO_KERNEL = "zero kernel"
 RATE_FROM_BELOW = "rate of the Jacobian from below"

@@ -10,7 +10,6 @@ from spectralshell.parameter_checks import (
     check_sample_weight,
     check_window,
 )
-from spectralshell.statuses import join_statuses
 
 
 @pytest.mark.parametrize("value", [2, 2.0, np.float32(2.0), np.int64(2)])
@@ -81,16 +80,3 @@ def test_sample_weights_are_ones_by_default():
 def test_sample_weights_that_do_not_fit_are_an_error(weights):
     with pytest.raises(ValueError, match="sample_weight"):
         check_sample_weight(weights, 2)
-
-
-@pytest.mark.parametrize(
-    ("statuses", "joined"),
-    [
-        ([], "ok"),
-        (["ok", "ok"], "ok"),
-        (["ok", "a; b", "a"], "a; b"),
-        (["", "a"], "a"),
-    ],
-)
-def test_statuses_are_joined_without_repetition(statuses, joined):
-    assert join_statuses(statuses) == joined

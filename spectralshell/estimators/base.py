@@ -5,7 +5,6 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import wraps
 from typing import Any
 
 import pandas as pd
@@ -22,13 +21,8 @@ except ImportError:  # scikit-learn < 1.9
         """Stands in for the mixin of scikit-learn 1.9."""
 
     def with_callbacks(method: Any) -> Any:
-        """Stand in for the decorator: a frame between caller and method, for warnings to count."""
-
-        @wraps(method)
-        def called(estimator: Any, *args: Any, **options: Any) -> Any:
-            return method(estimator, *args, **options)
-
-        return called
+        """Return the method as it is."""
+        return method
 
 
 class SnapshotEstimator(CallbackSupportMixin, TransformerMixin, BaseEstimator):
@@ -80,7 +74,7 @@ class SnapshotEstimator(CallbackSupportMixin, TransformerMixin, BaseEstimator):
         """Check, gather, measure, set the results, and return the measures."""
         snapshots = as_snapshots(X)
         self._check_parameters()
-        # What is fitted keeps it, whatever is set later.
+        # What is fitted keeps it, whatever is set later, where `transform` measures by it.
         self._measurement = self._gather()
         with _FitTasks(self, snapshots).running() as tasks:
             measures = self._measure(snapshots, tasks.one_done)

@@ -34,7 +34,6 @@ from spectralshell.measurements.settings import (
     check_motion_parameters,
     kernel_settings,
     motion_settings,
-    probe_seed,
 )
 from spectralshell.parameter_checks import check_option, check_real, check_window
 from spectralshell.residuals import resolve_residual
@@ -419,7 +418,7 @@ class ShellFluxEstimator(FluxResultsMixin, SnapshotEstimator):
         check_window("window", self.window)
 
     def _gather(self) -> Measurement:
-        motion = motion_settings(self, probe_seed(self.random_state))
+        motion = motion_settings(self)
         settings = FluxSettings(kernel_settings(self), motion)
         return Measurement(measure_fluxes, settings, motion.random_seed)
 

@@ -440,10 +440,10 @@ class ToeplitzDiagnostic(SnapshotEstimator):
     def _set_results(self, measured: list[ModeCouplings]) -> None:
         placed = place_coupling_shells(measured, q=self.q, lambda_0=self.lambda_0)
         self._partition = placed.partition
-        self.edges_, self.n_shells_ = placed.partition.edges, placed.partition.n_shells
-        self.lambda_max_, self.resolution_floor_ = placed.lambda_max, placed.floor
         shells = [self._in_shells(m) for m in measured]
         diagnosis = Diagnosis(shells, int(self.n_null), int(self.window_shells))
+        self.edges_, self.n_shells_ = placed.partition.edges, placed.partition.n_shells
+        self.lambda_max_, self.resolution_floor_ = placed.lambda_max, placed.floor
         self.coupling_ = diagnosis.coupling
         self.statistics_ = diagnosis.statistics
         self.null_ = diagnosis.null

@@ -119,18 +119,24 @@ def kernel_settings(estimator: Any) -> KernelSettings:
     )
 
 
-def motion_settings(estimator: Any, seed: int, *, draws: bool = False) -> MotionSettings:
+def motion_settings(
+    estimator: Any, seed: int | None = None, *, draws: bool = False
+) -> MotionSettings:
     """Gather motion settings from an estimator's checked parameters; equal for equal measures.
 
-    The seed counts where the direction may be random, or the measurement ``draws`` anyway.
+    A seed counts, and is drawn, only where direction or measurement (``draws``) may be random.
     """
     direction = estimator.direction
     may_be_random = callable(direction) or (isinstance(direction, str) and direction == "random")
+    if not (draws or may_be_random):
+        seed = 0
+    elif seed is None:
+        seed = probe_seed(estimator.random_state)
     return MotionSettings(
         direction=direction,
         derivative=estimator.derivative,
         step=None if estimator.step is None else float(estimator.step),
-        random_seed=seed if draws or may_be_random else 0,
+        random_seed=seed,
     )
 
 

@@ -114,7 +114,7 @@ def plan_spectrum(
     costs = {"exact": exact.cost, "lanczos": lanczos.cost}
     peaks = {"exact": exact.peak_bytes, "lanczos": lanczos.peak_bytes}
     load = f"n = {footprint.n_entries} entries"
-    chosen = _choose(solver, costs, peaks, max_bytes, load, "samples or steps")
+    chosen = _choose(solver, costs, peaks, max_bytes, load, "take fewer samples or steps")
     return SolverPlan(chosen, footprint.n_entries, exact, lanczos, costs, peaks)
 
 
@@ -152,8 +152,8 @@ def plan_couplings(
         "lanczos": int(lanczos.peak_bytes + kept * n_modes**2 + 16 * n * n_modes),
     }
     load = f"n = {n} entries and {n_directions} directions"
-    fewer = "samples, steps or random directions"
-    chosen = _choose(solver, costs, peaks, max_bytes, load, fewer, worth)
+    remedy = "take fewer samples, steps or random directions"
+    chosen = _choose(solver, costs, peaks, max_bytes, load, remedy, worth)
     return SolverPlan(chosen, n, exact, lanczos, costs, peaks)
 
 
@@ -168,7 +168,7 @@ def plan_blocks(
     matrices = max(3 * n_blocks, n_blocks + n_blocks**2 // 2)
     costs, peaks = {"exact": exact.cost}, {"exact": exact.peak_bytes + 8 * matrices * n**2}
     load = f"n = {n} entries and {n_blocks} blocks"
-    chosen = _choose("exact", costs, peaks, max_bytes, load, "samples or blocks")
+    chosen = _choose("exact", costs, peaks, max_bytes, load, "take fewer samples or join blocks")
     return SolverPlan(chosen, n, exact, lanczos, costs, peaks)
 
 
@@ -178,22 +178,25 @@ def _choose(
     peaks: Mapping[str, int],
     max_bytes: int,
     load: str,
-    fewer: str,
+    remedy: str,
     worth: float = 1.0,
 ) -> str:
     """Return the cheaper solver that fits, of those allowed; a tie goes to the exact one.
 
-    Raises ValueError where none fits: it says what would, and of what to take fewer.
+    Raises ValueError where none fits: it says what would be needed, and the remedy.
     """
     allowed = list(peaks) if solver == "auto" else [solver]
     fitting = [name for name in allowed if fits(peaks[name], max_bytes)]
     if not fitting:
+        # A solver is named where there is a choice of it.
+        called = {name: f"solver={name!r}" if len(peaks) > 1 else "they" for name in peaks}
+        what = f"solver={solver!r}" if len(peaks) > 1 else "the kernels"
         needs = ", ".join(
-            f"solver={name!r} needs about {format_bytes(peak / ROOM)}"
+            f"{called[name]} need{'s' if len(peaks) > 1 else ''} about {format_bytes(peak / ROOM)}"
             for name, peak in peaks.items()
         )
         raise ValueError(
-            f"max_memory: {format_bytes(max_bytes)} do not hold solver={solver!r} for {load}: "
-            f"{needs}; allow that much, or take fewer {fewer}."
+            f"max_memory: {format_bytes(max_bytes)} do not hold {what} for {load}: {needs}; allow "
+            f"that much, or {remedy}."
         )
     return min(fitting, key=lambda name: costs[name] / (worth if name == "exact" else 1.0))

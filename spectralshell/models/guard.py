@@ -49,7 +49,7 @@ def guarded(model: nn.Module, device: torch.device) -> Iterator[None]:
         stack.enter_context(torch.enable_grad())
         stack.enter_context(quiet_differentiation())
         stack.enter_context(full_precision(device))
-        stack.enter_context(exact_cudnn(model, device))
+        stack.enter_context(_native_recurrence(model, device))
         for module in model.modules():
             # model.eval() may be overridden, and merge or move weights.
             vars(module)["training"] = False
@@ -60,11 +60,15 @@ def guarded(model: nn.Module, device: torch.device) -> Iterator[None]:
         yield
 
 
-def full_precision(device: torch.device) -> AbstractContextManager[Any]:
-    """Return the context in which the caller's autocast is off."""
-    if device.type != "meta" and torch.amp.is_autocast_available(device.type):
-        return torch.autocast(device.type, enabled=False)
-    return nullcontext()
+@contextmanager
+def full_precision(device: torch.device) -> Iterator[None]:
+    """Switch off the caller's autocast, and what cuDNN takes of the precision of float32."""
+    with ExitStack() as stack:
+        if device.type != "meta" and torch.amp.is_autocast_available(device.type):
+            stack.enter_context(torch.autocast(device.type, enabled=False))
+        if device.type == "cuda":
+            stack.enter_context(_exact_cudnn(enabled=True))
+        yield
 
 
 @contextmanager
@@ -137,21 +141,21 @@ def _restore(current: dict[str, Any], saved: dict[str, Any]) -> None:
         current.update(saved)
 
 
-def exact_cudnn(model: nn.Module, device: torch.device) -> AbstractContextManager[Any]:
-    """Return the context in which cuDNN keeps float32, and leaves recurrent layers to torch.
-
-    In eval mode its recurrent layers have no backward pass.
-    """
-    if device.type != "cuda":
-        return nullcontext()
+def _exact_cudnn(*, enabled: bool) -> AbstractContextManager[Any]:
+    """Return the context in which cuDNN keeps float32, or is off."""
     cudnn = torch.backends.cudnn
-    recurrent = any(isinstance(module, nn.RNNBase) for module in model.modules())
     return cudnn.flags(
-        enabled=cudnn.enabled and not recurrent,
+        enabled=cudnn.enabled and enabled,
         benchmark=cudnn.benchmark,
         deterministic=cudnn.deterministic,
         allow_tf32=False,
     )
+
+
+def _native_recurrence(model: nn.Module, device: torch.device) -> AbstractContextManager[Any]:
+    """Leave recurrent layers to torch: those of cuDNN have no backward pass in eval mode."""
+    recurrent = any(isinstance(module, nn.RNNBase) for module in model.modules())
+    return _exact_cudnn(enabled=False) if recurrent and device.type == "cuda" else nullcontext()
 
 
 @contextmanager

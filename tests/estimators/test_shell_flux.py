@@ -354,3 +354,9 @@ def test_names_are_labels(measured_trajectory):
 def test_parameters_are_checked_in_fit(measured_trajectory, changes, message):
     with pytest.raises((ValueError, TypeError), match=message):
         ShellFluxEstimator(**changes).fit(measured_trajectory[:1])
+
+
+def test_a_random_state_is_drawn_from_only_where_something_is_random(measured_trajectory):
+    untouched, state = np.random.RandomState(3), np.random.RandomState(3)
+    ShellFluxEstimator(solver="exact", random_state=state).fit(measured_trajectory[:4])
+    assert state.randint(1000) == untouched.randint(1000)

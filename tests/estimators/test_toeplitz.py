@@ -4,7 +4,9 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from sklearn.exceptions import NotFittedError
 from sklearn.model_selection import GridSearchCV, GroupKFold
+from sklearn.utils.validation import check_is_fitted
 
 from spectralshell import ToeplitzDiagnostic
 from spectralshell.shells import ShellPartition, shell_coupling, toeplitz_residual
@@ -249,3 +251,15 @@ def test_wrong_parameters_are_named(one_state, changes, message):
 def test_two_snapshots_with_the_same_labels_are_refused(fitted, one_state):
     with pytest.raises(ValueError, match="give each snapshot its own"):
         fitted.transform([one_state[0], one_state[0]])
+
+
+def test_a_fit_that_is_interrupted_leaves_nothing_fitted(one_state, monkeypatch):
+    def interrupt(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("spectralshell.estimators.toeplitz.Diagnosis", interrupt)
+    diagnostic = ToeplitzDiagnostic(**CHEAP)
+    with pytest.raises(KeyboardInterrupt):
+        diagnostic.fit(one_state)
+    with pytest.raises(NotFittedError):
+        check_is_fitted(diagnostic)

@@ -268,6 +268,6 @@ def test_step_of_a_difference_follows_the_jacobian():
 
 
 def test_memory_that_does_not_suffice_is_named():
-    message = r"max_memory: 20 KB .* n = 12 entries and 3 blocks: .* samples or blocks"
+    message = r"20 KB do not hold the kernels for n = 12 entries and 3 blocks: they need .* join"
     with pytest.raises(ValueError, match=message):
         measure_blocks(snapshot_of(perceptron), settings(max_memory="20KB"))

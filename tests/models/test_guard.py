@@ -1,13 +1,15 @@
 """What a measurement may not do to the user's model, and how the model may not disturb it."""
 
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 
 import pytest
 import torch
 from torch import nn
 
-from spectralshell.models.guard import exact_cudnn
-from spectralshell.operators import build_exact_kernel, survey_motion
+from spectralshell.models import guard
+from spectralshell.models.guard import full_precision
+from spectralshell.operators import build_exact_kernel, kernel_operator, survey_motion
 from spectralshell.operators.build import build_kernel
 from spectralshell.snapshots import make_snapshots
 from tests.device import DEVICE, place, place_snapshot
@@ -204,12 +206,40 @@ def test_tying_the_model_later_keeps_the_stored_weights():
     assert torch.equal(build_kernel(snapshot, parameters="bias").to_dense(), expected)
 
 
-@pytest.mark.parametrize(("layer", "enabled"), [(nn.Linear(3, 2), True), (nn.GRU(3, 2), False)])
-def test_cudnn_keeps_float32_and_leaves_recurrent_layers_to_torch(layer, enabled):
-    cudnn = torch.backends.cudnn
-    before = cudnn.enabled, cudnn.allow_tf32
-    with exact_cudnn(layer, torch.device("cuda")):
-        assert (cudnn.enabled, cudnn.allow_tf32) == (enabled and before[0], False)
-    assert (cudnn.enabled, cudnn.allow_tf32) == before
-    with exact_cudnn(layer, torch.device("cpu")):
-        assert (cudnn.enabled, cudnn.allow_tf32) == before
+def cudnn_flags():
+    return torch.backends.cudnn.enabled, torch.backends.cudnn.allow_tf32
+
+
+# There may be no GPU: then autocast says so.
+@pytest.mark.filterwarnings("ignore:.*CUDA is not available")
+def test_cudnn_keeps_float32_on_a_gpu():
+    enabled, narrow = cudnn_flags()
+    with full_precision(torch.device("cuda")):
+        assert cudnn_flags() == (enabled, False)
+    with full_precision(torch.device("cpu")):
+        assert cudnn_flags() == (enabled, narrow)
+    assert cudnn_flags() == (enabled, narrow)
+
+
+@pytest.mark.parametrize(("layer", "stays"), [(nn.Linear(3, 2), True), (nn.GRU(3, 2), False)])
+def test_recurrent_layers_are_left_to_torch(layer, stays):
+    enabled, narrow = cudnn_flags()
+    with guard._native_recurrence(layer, torch.device("cuda")):
+        assert torch.backends.cudnn.enabled == (enabled and stays)
+    assert cudnn_flags() == (enabled, narrow)
+
+
+def test_products_are_taken_in_full_precision(monkeypatch):
+    entered = []
+
+    @contextmanager
+    def watched(device):
+        entered.append(device)
+        yield
+
+    kernel = build_on_rungs(
+        place_snapshot(nn.Conv1d(2, 3, 2), torch.ones(4, 2, 3), torch.ones(4, 3, 2))
+    )
+    monkeypatch.setattr(kernel_operator, "full_precision", watched)
+    kernel.matvec(place(torch.ones(kernel.n)))
+    assert entered == [DEVICE]

@@ -346,7 +346,7 @@ class KernelMotion:
             return tuple(find_gates(self.survey.evaluation))
 
     def close(self) -> None:
-        """Free the recorded graphs; exact derivatives made here end with it."""
+        """Free the recorded graphs; derivatives made here end with it."""
         self._shared.close()
         self._reference = None
 
