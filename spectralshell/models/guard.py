@@ -107,17 +107,24 @@ def _module_attributes(model: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
-        for module, attributes, containers, tensors in records:
+        for module, attributes, containers, unsaved, tensors in records:
             _restore(vars(module), attributes)
             for name, content in containers.items():
                 _restore(vars(module)[name], content)
+            # In place: the set that the module has is the user's.
+            module._non_persistent_buffers_set.intersection_update(unsaved)
+            module._non_persistent_buffers_set.update(unsaved)
             for tensor, version, values in tensors:
                 if tensor._version != version:
                     tensor.detach().copy_(values)
 
 
 _Record = tuple[
-    nn.Module, dict[str, Any], dict[str, dict[str, Any]], list[tuple[Tensor, int, Tensor]]
+    nn.Module,
+    dict[str, Any],
+    dict[str, dict[str, Any]],
+    frozenset[str],
+    list[tuple[Tensor, int, Tensor]],
 ]
 
 
@@ -129,13 +136,13 @@ def _record(module: nn.Module) -> _Record:
         for value in attributes.values()
         if isinstance(value, Tensor) and not value.is_inference()
     ]
-    return module, attributes, containers, tensors
+    unsaved = frozenset(module._non_persistent_buffers_set)
+    return module, attributes, containers, unsaved, tensors
 
 
 def _restore(current: dict[str, Any], saved: dict[str, Any]) -> None:
-    same = len(current) == len(saved) and all(
-        current.get(key, saved) is value for key, value in saved.items()
-    )
+    # Order counts: it is that of the user's parameters() and state_dict().
+    same = list(current) == list(saved) and all(current[key] is saved[key] for key in saved)
     if not same:
         current.clear()
         current.update(saved)

@@ -11,7 +11,7 @@ from spectralshell.models import guard
 from spectralshell.models.guard import full_precision
 from spectralshell.operators import build_exact_kernel, kernel_operator, survey_motion
 from spectralshell.operators.build import build_kernel
-from spectralshell.snapshots import make_snapshots
+from spectralshell.snapshots import Snapshot, make_snapshots
 from tests.device import DEVICE, place, place_snapshot
 from tests.fingerprints import model_fingerprint
 from tests.zoo import build_on_rungs
@@ -34,7 +34,8 @@ def test_threads_take_turns_with_a_model():
     def work(snapshot):
         # Forward mode calls the model in every product.
         kernel = build_on_rungs(snapshot, rungs=["jvp"])
-        return kernel.to_dense(), place_snapshot(model, X, Y).load_state()["0.weight"]
+        # Not placed: moving a model that another thread measures is not for a measurement to mend.
+        return kernel.to_dense(), Snapshot(model, X, Y).load_state()["0.weight"]
 
     expected = [work(snapshot) for snapshot in snapshots]
     before = model_fingerprint(model)
@@ -243,3 +244,27 @@ def test_products_are_taken_in_full_precision(monkeypatch):
     monkeypatch.setattr(kernel_operator, "full_precision", watched)
     kernel.matvec(place(torch.ones(kernel.n)))
     assert entered == [DEVICE]
+
+
+class Rearranging(nn.Module):
+    """Registers a buffer anew, not to be saved, and takes a parameter out and in again."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second = (nn.Parameter(torch.randn(3, 3)) for _ in range(2))
+        self.register_buffer("scale", torch.ones(3))
+
+    def forward(self, x):
+        self.register_buffer("scale", self.scale, persistent=False)
+        self._parameters["first"] = self._parameters.pop("first")
+        return (x @ self.first).tanh() @ self.second * self.scale
+
+
+def test_order_and_persistence_come_back():
+    model = Rearranging()
+    state, names = list(model.state_dict()), [name for name, _ in model.named_parameters()]
+    kernel = build_kernel(place_snapshot(model, torch.ones(4, 3), torch.zeros(4, 3)))
+    kernel.matvec(place(torch.ones(kernel.n)))
+    assert list(model.state_dict()) == state
+    assert [name for name, _ in model.named_parameters()] == names
