@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 from collections.abc import Iterable, Mapping
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,7 @@ class ModelState:
 
     @classmethod
     def _read(cls, model: nn.Module, state: Any) -> ModelState:
+        _check_shared_memory(model)
         trainable = [
             name for name, p in model.named_parameters(remove_duplicate=False) if p.requires_grad
         ]
@@ -295,6 +297,57 @@ def tied_groups(model: nn.Module) -> list[tuple[list[str], Tensor]]:
                 )
             groups.setdefault(_identity(tensor), ([], tensor))[0].append(name)
     return list(groups.values())
+
+
+def _check_shared_memory(model: nn.Module) -> None:
+    """Raise ValueError naming a parameter and what else lies in its memory, in another shape.
+
+    Training moves both at once; to a kernel they would be apart.
+    """
+    by_storage: dict[Any, list[tuple[str, Tensor]]] = {}
+    for (name, *_), tensor in tied_groups(model):
+        if not tensor.is_meta and tensor.layout == torch.strided and tensor.numel():
+            place = tensor.device, tensor.untyped_storage().data_ptr()
+            by_storage.setdefault(place, []).append((name, tensor))
+    for found in by_storage.values():
+        for (one, a), (other, b) in combinations(found, 2):
+            if isinstance(a, nn.Parameter) | isinstance(b, nn.Parameter) and _overlap(a, b):
+                raise ValueError(
+                    f"model: {one!r} of shape {tuple(a.shape)} and {other!r} of shape "
+                    f"{tuple(b.shape)} share memory without being one parameter, so a kernel would "
+                    "take them for independent. Register the same nn.Parameter in both places, or "
+                    "use it twice in forward, for example as weight.t()."
+                )
+
+
+def _overlap(a: Tensor, b: Tensor) -> bool:
+    """Tell whether two tensors of one storage have elements in the same place."""
+    (first_a, last_a), (first_b, last_b) = _span(a), _span(b)
+    if last_a <= first_b or last_b <= first_a:
+        return False
+    if a.dtype != b.dtype or all(_is_dense(t) for t in (a, b)):
+        return True
+    return bool(torch.isin(_places(a), _places(b)).any())
+
+
+def _span(tensor: Tensor) -> tuple[int, int]:
+    """Return the bytes of the storage from the first element to behind the last one."""
+    steps = zip(tensor.shape, tensor.stride(), strict=True)
+    last = tensor.storage_offset() + sum((length - 1) * stride for length, stride in steps)
+    return int(tensor.storage_offset()) * tensor.itemsize, int(last + 1) * tensor.itemsize
+
+
+def _is_dense(tensor: Tensor) -> bool:
+    first, last = _span(tensor)
+    return last - first == tensor.numel() * tensor.itemsize
+
+
+def _places(tensor: Tensor) -> Tensor:
+    """Return the position in the storage of every element."""
+    places = torch.tensor(tensor.storage_offset())
+    for length, stride in zip(tensor.shape, tensor.stride(), strict=True):
+        places = places[..., None] + stride * torch.arange(length)
+    return places.flatten()
 
 
 def _identity(tensor: Tensor) -> Any:
