@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -81,6 +82,30 @@ def check_kernel_parameters(estimator: Any) -> None:
         )
     resolve_residual(estimator.residual)
     resolve_dtype(estimator.dtype)
+    if str(estimator.device).split(":")[0] == "meta":
+        raise ValueError(
+            f"device={str(estimator.device)!r} holds no values to measure; use 'auto', 'cpu' or "
+            "'cuda'."
+        )
+    _check_running(estimator)
+
+
+def _check_running(estimator: Any) -> None:
+    """Check the parameters that say how the work is run: no result depends on them but by draws."""
+    if estimator.n_jobs is not None and check_integer("n_jobs", estimator.n_jobs) == 0:
+        raise ValueError("n_jobs must be None or an integer other than 0, got 0; use 1 or -1.")
+    try:
+        check_random_state(estimator.random_state)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            "random_state must be None, an integer from 0 to 4294967295 or a RandomState, got "
+            f"{estimator.random_state!r}."
+        ) from error
+    if isinstance(estimator.memory, (str, os.PathLike)) and os.path.isfile(estimator.memory):
+        raise ValueError(
+            f"memory={os.fspath(estimator.memory)!r} is a file; pass the path of a folder, which "
+            "need not exist."
+        )
 
 
 def check_motion_parameters(estimator: Any) -> None:
