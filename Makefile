@@ -22,7 +22,8 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 # One thread for each worker: more threads than cores make small matrix products slower.
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1
-TWO_THREADS := OMP_NUM_THREADS=2 MKL_NUM_THREADS=2 OPENBLAS_NUM_THREADS=2
+# Threads that wait without spinning: there may be more of them than cores.
+TWO_THREADS := OMP_NUM_THREADS=2 MKL_NUM_THREADS=2 OPENBLAS_NUM_THREADS=1 OMP_WAIT_POLICY=passive
 
 # What rounds otherwise on another processor: sums run in another order.
 NUMERICS := $(addprefix tests/,operators krylov shells dynamics measurements estimators)
