@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
-from collections.abc import Iterable, Mapping
-from itertools import combinations
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -310,8 +309,8 @@ def _check_shared_memory(model: nn.Module) -> None:
             place = tensor.device, tensor.untyped_storage().data_ptr()
             by_storage.setdefault(place, []).append((name, tensor))
     for found in by_storage.values():
-        for (one, a), (other, b) in combinations(found, 2):
-            if isinstance(a, nn.Parameter) | isinstance(b, nn.Parameter) and _overlap(a, b):
+        for (one, a), (other, b) in _neighbours(found):
+            if any(isinstance(t, nn.Parameter) for t in (a, b)) and _overlap(a, b):
                 raise ValueError(
                     f"model: {one!r} of shape {tuple(a.shape)} and {other!r} of shape "
                     f"{tuple(b.shape)} share memory without being one parameter, so a kernel would "
@@ -320,11 +319,21 @@ def _check_shared_memory(model: nn.Module) -> None:
                 )
 
 
+def _neighbours(
+    found: list[tuple[str, Tensor]],
+) -> Iterator[tuple[tuple[str, Tensor], tuple[str, Tensor]]]:
+    """Yield the pairs whose spans meet: a flat buffer may hold thousands of parameters."""
+    ordered = sorted(found, key=lambda item: _span(item[1])[0])
+    for position, item in enumerate(ordered):
+        end = _span(item[1])[1]
+        for other in ordered[position + 1 :]:
+            if _span(other[1])[0] >= end:
+                break
+            yield item, other
+
+
 def _overlap(a: Tensor, b: Tensor) -> bool:
-    """Tell whether two tensors of one storage have elements in the same place."""
-    (first_a, last_a), (first_b, last_b) = _span(a), _span(b)
-    if last_a <= first_b or last_b <= first_a:
-        return False
+    """Tell whether two tensors whose spans meet have elements in the same place."""
     if a.dtype != b.dtype or all(_is_dense(t) for t in (a, b)):
         return True
     return bool(torch.isin(_places(a), _places(b)).any())

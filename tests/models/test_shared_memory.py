@@ -80,7 +80,15 @@ def normalised(model):
     torch.nn.utils.spectral_norm(model["dec"])
 
 
-@pytest.mark.parametrize("tie", [next_to_each_other, interleaved, two_buffers, normalised])
+def many_in_a_flat_buffer(model):
+    flat = torch.randn(3000, 4)
+    for row in range(1, 3000):
+        model.register_parameter(f"row{row}", nn.Parameter(flat[row]))
+
+
+@pytest.mark.parametrize(
+    "tie", [next_to_each_other, many_in_a_flat_buffer, interleaved, two_buffers, normalised]
+)
 def test_memory_beside_each_other_is_no_error(tie):
     Snapshot(autoencoder(tie), torch.ones(5, 4), torch.zeros(5, 4))
 
