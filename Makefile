@@ -29,7 +29,7 @@ TWO_THREADS := OMP_NUM_THREADS=2 MKL_NUM_THREADS=2 OPENBLAS_NUM_THREADS=1 OMP_WA
 NUMERICS := $(addprefix tests/,operators krylov shells dynamics measurements estimators)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-arithmetics test-oldest lint docs dist benchmark gpu-check study-residual clean
+.PHONY: help demo test test-arithmetics test-oldest test-wheels lint docs dist benchmark gpu-check study-residual clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -46,6 +46,10 @@ test-arithmetics: $(VENV)/.installed-test  ## run the numerical tests without ve
 
 test-oldest: $(OLDEST)/.installed  ## run the tests with the lowest versions of pyproject.toml, in .venv-oldest
 	$(ONE_THREAD) $(OLDEST)/bin/python -m pytest -n $(WORKERS) --dist worksteal $(OLD_WARNINGS)
+
+test-wheels: $(VENV)/.installed-test  ## run the tests on published models, whose wheels it fetches into .wheels/
+	$(BIN)/python -m pip download --quiet --no-deps --only-binary :all: --dest .wheels --requirement tests/models/published_wheels.txt
+	$(ONE_THREAD) $(BIN)/python -m pytest tests/models/test_published_models.py
 
 lint: $(VENV)/.installed-lint  ## ruff, its format check, and mypy
 	$(BIN)/ruff check .

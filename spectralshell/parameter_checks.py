@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import reprlib
+from collections.abc import Callable, Sequence
 from numbers import Integral, Real
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from sklearn.utils.validation import check_array
+
+# Draws of a null distribution: more would only take time, p-values are multiples of one over it.
+MAX_DRAWS = 1_000_000
 
 
 def check_real(
@@ -27,12 +31,17 @@ def check_real(
     """
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} must be a real number, got {value!r} of {_type_name(value)}.")
-    number = float(value)
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.inf
     too_low = low is not None and (number <= low if low_open else number < low)
     too_high = high is not None and (number >= high if high_open else number > high)
     if not math.isfinite(number) or too_low or too_high:
         allowed = _describe_range(low, high, low_open, high_open)
-        raise ValueError(f"{name} must be finite{allowed}, got {value!r}; pass a value in range.")
+        raise ValueError(
+            f"{name} must be finite{allowed}, got {reprlib.repr(value)}; pass a value in range."
+        )
     return number
 
 
@@ -43,8 +52,20 @@ def check_integer(name: str, value: Any, *, low: int | None = None, high: int | 
     number = int(value)
     if (low is not None and number < low) or (high is not None and number > high):
         allowed = _describe_range(low, high, False, False)
-        raise ValueError(f"{name} must be an integer{allowed}, got {value!r}.")
+        raise ValueError(f"{name} must be an integer{allowed}, got {reprlib.repr(value)}.")
     return number
+
+
+def call_given(name: str, function: Callable[..., Any], *arguments: Any) -> Any:
+    """Call what was passed as the parameter ``name``; the ValueError of a failure names it."""
+    try:
+        return function(*arguments)
+    except Exception as error:
+        label = getattr(function, "__name__", type(function).__name__)
+        raise ValueError(
+            f"{name}: the callable {label!r} failed with {type(error).__name__}: {error}; call it "
+            "on one case of your own to see why."
+        ) from error
 
 
 def check_option(name: str, value: Any, options: Sequence[str]) -> str:

@@ -361,8 +361,17 @@ def _negative_log_likelihood(outputs: Tensor, targets: Targets) -> Tensor:
 def _call_residual(
     function: Callable[[Tensor, Any], Any], outputs: Tensor, targets: Targets
 ) -> Tensor:
-    error = function(outputs, targets.values)
     label = getattr(function, "__name__", type(function).__name__)
+    try:
+        error = function(outputs, targets.values)
+    except (RuntimeError, ValueError, TypeError) as failure:
+        # The same type, by which differentiation tells what it may try next; not its subclasses.
+        raised = type(failure)
+        if raised not in (RuntimeError, ValueError, TypeError):
+            raise
+        raise raised(
+            f"residual {label!r} failed on outputs of shape {tuple(outputs.shape)}: {failure}"
+        ) from failure
     if not isinstance(error, Tensor) or not error.is_floating_point():
         kind = error.dtype if isinstance(error, Tensor) else type(error).__name__
         raise TypeError(f"residual {label!r} must return a floating tensor, got {kind}.")

@@ -221,6 +221,11 @@ def make_snapshots(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}.")
+    if isinstance(batches, (str, bytes, Mapping)) or not isinstance(batches, Iterable):
+        raise TypeError(
+            "batches must be an iterable of pairs (inputs, targets), got "
+            f"{type(batches).__name__}; a single batch is [(inputs, targets)]."
+        )
     shared = ModelState.from_argument(unwrap(model), state)
     snapshots = []
     for position, pair in enumerate(batches):

@@ -45,5 +45,7 @@ def model_fingerprint(model: nn.Module) -> dict[str, Any]:
 
 
 def _bytes(tensor: Tensor) -> tuple[Any, ...]:
+    if tensor.is_meta:
+        return tensor.dtype, tuple(tensor.shape)
     values = tensor.detach()
     return tensor.dtype, tuple(tensor.shape), values.cpu().contiguous().numpy().tobytes()

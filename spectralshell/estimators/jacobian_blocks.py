@@ -39,7 +39,7 @@ from spectralshell.measurements.settings import (
     motion_settings,
     probe_seed,
 )
-from spectralshell.parameter_checks import check_integer, check_sample_weight
+from spectralshell.parameter_checks import MAX_DRAWS, check_integer, check_sample_weight
 from spectralshell.snapshots import as_snapshots
 
 
@@ -87,7 +87,7 @@ class JacobianBlockDiagnostic(SnapshotEstimator):
         Step of the difference, in units of the direction; by default J changes by about eps^(1/3)
         of its norm. Half of it is tried as well, and the status says what more than 1 % changed.
     n_null : int, default=99
-        Random orders of the blocks, for the p-values.
+        Random orders of the blocks, for the p-values; at most a million.
     parameters : str or callable, optional
         A regular expression or predicate over names; all trainable ones by default.
     chunk_size : int, optional
@@ -365,7 +365,7 @@ class JacobianBlockDiagnostic(SnapshotEstimator):
         check_motion_parameters(self)
         check_integer("band", self.band, low=0)
         check_integer("window_blocks", self.window_blocks, low=2)
-        check_integer("n_null", self.n_null, low=0)
+        check_integer("n_null", self.n_null, low=0, high=MAX_DRAWS)
 
     def _gather(self) -> Measurement:
         seed = probe_seed(self.random_state)

@@ -33,7 +33,7 @@ from spectralshell.measurements.settings import (
     motion_settings,
     probe_seed,
 )
-from spectralshell.parameter_checks import check_integer, check_real, check_sample_weight
+from spectralshell.parameter_checks import MAX_DRAWS, check_integer, check_real, check_sample_weight
 from spectralshell.shells import toeplitz_residual
 from spectralshell.shells.coupling import CouplingRule
 from spectralshell.shells.coupling_statistics import most_central, sliding_windows
@@ -158,7 +158,7 @@ class ToeplitzDiagnostic(SnapshotEstimator):
     n_null : int, default=20
         Permutations, and random directions. Each random direction costs as much as the direction
         itself; p-values are multiples of 1 / (1 + n_null), so that fewer than 19 tell nothing at
-        5 %.
+        5 %. At most a million.
     parameters, chunk_size, max_memory, device, dtype, memory, n_jobs, verbose
         As in `ShellEnergyEstimator`.
     random_state : int, RandomState instance or None, default=None
@@ -419,7 +419,7 @@ class ToeplitzDiagnostic(SnapshotEstimator):
         check_real("q", self.q, low=1.0, low_open=True)
         check_real("lambda_0", self.lambda_0, low=0.0, low_open=True)
         check_integer("window_shells", self.window_shells, low=2)
-        check_integer("n_null", self.n_null, low=1)
+        check_integer("n_null", self.n_null, low=1, high=MAX_DRAWS)
 
     def _gather(self) -> Measurement:
         self._rule = CouplingRule(self.normalization, self.reducer, self.diagonal, self.min_modes)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch import Tensor
 from spectralshell.operators.costs import resolve_max_memory
 from spectralshell.operators.motion.directions import NAMED_DIRECTIONS
 from spectralshell.operators.problem import resolve_dtype
-from spectralshell.parameter_checks import check_integer, check_option, check_real
+from spectralshell.parameter_checks import call_given, check_integer, check_option, check_real
 from spectralshell.residuals import resolve_residual
 from spectralshell.snapshots import Snapshot
 
@@ -51,7 +52,7 @@ class MotionSettings:
         """Return the settings with what a callable direction answers for a snapshot, checked."""
         if not callable(self.direction):
             return self
-        answer = self.direction(snapshot)
+        answer = call_given("direction", self.direction, snapshot)
         if callable(answer):
             raise TypeError(
                 "direction: the callable must answer with a name, a Snapshot or a mapping, got the "
@@ -126,6 +127,10 @@ def check_direction(direction: Any) -> None:
             "move to, a mapping of parameter names to tensors or arrays, or a callable that gives "
             f"one of these for a snapshot, got {direction!r}."
         )
+    elif _is_mapping(direction) and len(direction) == 0:
+        raise ValueError(
+            "direction is an empty mapping, expected a tensor for at least one trainable parameter."
+        )
 
 
 def kernel_settings(estimator: Any) -> KernelSettings:
@@ -173,7 +178,7 @@ def probe_seed(random_state: Any) -> int:
 
 
 def _is_mapping(direction: Any) -> bool:
-    return hasattr(direction, "items") and all(
+    return isinstance(direction, Mapping) and all(
         isinstance(name, str) and isinstance(value, (Tensor, np.ndarray))
         for name, value in direction.items()
     )

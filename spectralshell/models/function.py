@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,6 +17,10 @@ from spectralshell.models.state import tied_groups, unwrap
 _MAX_NAMES = 8
 
 Parameters = tuple[Tensor, ...]
+
+
+class OutputKindError(TypeError):
+    """The model returned something else than a tensor of outputs."""
 
 
 class ModelFunction:
@@ -120,7 +125,7 @@ class ModelFunction:
         self.gives_logits = not isinstance(returned, Tensor)
         outputs = getattr(returned, "logits", None) if self.gives_logits else returned
         if not isinstance(outputs, Tensor):
-            raise TypeError(
+            raise OutputKindError(
                 f"{type(self.model).__name__} returned {type(returned).__name__}: the outputs must "
                 "be a tensor or an object with .logits; wrap the model in a module that picks one."
             )
@@ -187,11 +192,21 @@ def _name_filter(parameters: Any) -> Callable[[str], bool]:
             ) from error
         return lambda name: pattern.search(name) is not None
     if callable(parameters):
-        return lambda name: bool(parameters(name))
+        return partial(_ask, parameters)
     raise TypeError(
         "parameters must be None, a regular expression, or a callable over names, got "
         f"{type(parameters).__name__}."
     )
+
+
+def _ask(selects: Callable[[str], Any], name: str) -> bool:
+    try:
+        return bool(selects(name))
+    except Exception as error:
+        raise ValueError(
+            f"parameters: the callable failed on the name {name!r} with {type(error).__name__}: "
+            f"{error}; it takes a parameter's name and says whether it counts."
+        ) from error
 
 
 def cast(tensor: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:

@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from spectralshell.models.function import (
     ModelFunction,
+    OutputKindError,
     Parameters,
     cast,
     iterate_tensors,
@@ -460,7 +461,17 @@ def _evaluate_part(function: ModelFunction, inputs: Any, n_samples: int) -> Tens
 def _call_model(function: ModelFunction, inputs: Any) -> Tensor:
     try:
         return function.outputs(function.parameters, inputs)
-    except (RuntimeError, ValueError, IndexError, AttributeError, KeyError) as error:
+    except OutputKindError:
+        raise
+    except (
+        RuntimeError,
+        ValueError,
+        TypeError,
+        IndexError,
+        AttributeError,
+        KeyError,
+        NotImplementedError,
+    ) as error:
         if is_out_of_memory(error):
             raise
         shapes = [tuple(tensor.shape) for tensor in iterate_tensors(inputs)]

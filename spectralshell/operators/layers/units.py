@@ -10,6 +10,7 @@ from math import prod
 
 from spectralshell.operators.layers.recording import ParameterUse
 from spectralshell.operators.layers.rules import Convolution, Matrix, Positions, Translation
+from spectralshell.parameter_checks import call_given
 
 LAYER_OPTIONS = ("module", "parameter")
 
@@ -201,7 +202,7 @@ def resolve_layers(
     if isinstance(layers, Mapping):
         labels = {name: _first_match(layers, name, option) for name in names}
     elif callable(layers):
-        labels = {name: layers(name) for name in names}
+        labels = {name: call_given(option, layers, name) for name in names}
     else:
         raise TypeError(
             "layers must be None, 'module', 'parameter', a mapping or a callable, got "
