@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+import warnings
+import zlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -13,6 +16,10 @@ from torch import Tensor, nn
 from spectralshell.models.function import iterate_tensors
 from spectralshell.models.state import ModelState, unwrap
 from spectralshell.parameter_checks import check_integer, check_real
+from spectralshell.warning_categories import SnapshotWarning
+
+_MEASURED = ("model", "inputs", "targets", "state", "n_samples", "class_axis")
+"""Attributes that a measure depends on."""
 
 
 class Snapshot:
@@ -69,15 +76,17 @@ class Snapshot:
     Notes
     -----
     Memory: one copy of the state for each ``Snapshot(...)``; :func:`make_snapshots` shares one
-    copy between batches. Tensors of inputs and targets are not copied: that torch changed them in
-    place later is detected, and an error at the next measurement. What numpy writes to memory
-    that it shares with a tensor (``torch.from_numpy``) is not seen; pass the array itself.
+    copy between batches. Tensors of inputs and targets are not copied: that they were changed in
+    place later is detected, and an error at the next measurement. On a GPU that is seen by the
+    counters that torch keeps, in main memory by a checksum too. Attributes may be given other
+    values; the snapshot then forgets its measures.
 
     A measurement leaves parameters, buffers, tensor attributes, modes, hooks and random states of
     the model as they were. Not put back: objects that a forward hook owns, and Python lists and
     dictionaries that a forward pass changes inside. Threads that measure take turns; do not train
-    a model in one thread while another measures it. Settings that are not tensors (a scale, a hook)
-    are those of the model at the time of the measurement; ``measures`` does not notice a change.
+    a model in one thread while another measures it. Settings that are not tensors (a scale, a hook,
+    the code) are those of the model at the time of the measurement; a change of them is measured
+    anew.
 
     Examples
     --------
@@ -106,6 +115,7 @@ class Snapshot:
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}.")
+        self._given_n_samples = n_samples
         self.model = unwrap(model)
         if any(isinstance(module, torch.jit.ScriptModule) for module in self.model.modules()):
             raise TypeError(
@@ -127,7 +137,7 @@ class Snapshot:
         self.class_axis = class_axis
         self.state = ModelState.from_argument(self.model, state)
         self.measures: dict[Any, Any] = {}
-        self._versions = self._current_versions()
+        self._recorded = self._present_data()
 
     def load_state(self) -> dict[str, Tensor]:
         """Return parameters and buffers by name, each tied tensor once.
@@ -153,22 +163,45 @@ class Snapshot:
         ValueError
             If any of their tensors was written to.
         """
-        for label, version, current in zip(
-            ("inputs", "targets"), self._versions, self._current_versions(), strict=True
-        ):
-            if version != current:
+        for label, record in self._recorded.items():
+            if not record.holds(getattr(self, label)):
                 raise ValueError(
                     f"{label} of {self!r} were changed in place after the snapshot was made; pass "
                     "a copy to Snapshot, or make the snapshot again."
                 )
+        self.state.check_unchanged()
 
-    def _current_versions(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        return _versions(self.inputs), _versions(self.targets)
+    @property
+    def label(self) -> str:
+        """How messages call the snapshot: by its tau, batch, and name where it has one."""
+        return label_of(self.tau, self.batch, self.name)
+
+    def has_same(self, part: str, other: Snapshot) -> bool:
+        """Tell whether ``part``, ``"inputs"`` or ``"targets"``, has the values of another's."""
+        return self._recorded[part].checksums == other._recorded[part].checksums
+
+    def _present_data(self) -> dict[str, _DataRecord]:
+        return {label: _DataRecord.of(getattr(self, label)) for label in ("inputs", "targets")}
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        ready = "_recorded" in vars(self)
+        if ready and name in ("inputs", "targets"):
+            value = _as_tensors(name, value, strict=name == "inputs")
+        super().__setattr__(name, value)
+        if ready and name in _MEASURED:
+            # Of its own: a shallow copy shares the measures of what it was copied from.
+            self.measures = {}
+            if name == "inputs":
+                self.n_samples = _count_samples(self.inputs, self._given_n_samples)
+            self._recorded = self._present_data()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "_recorded"}
 
     def __setstate__(self, attributes: dict[str, Any]) -> None:
         self.__dict__.update(attributes)
-        # Version counters start anew in an unpickled tensor.
-        self._versions = self._current_versions()
+        # Version counters and addresses are others in an unpickled tensor.
+        self._recorded = self._present_data()
 
     def __repr__(self) -> str:
         label = f", name={self.name!r}" if self.name is not None else ""
@@ -299,6 +332,37 @@ def as_snapshots(X: Any) -> list[Snapshot]:
     return snapshots
 
 
+def label_of(tau: float, batch: int | str, name: str | None) -> str:
+    """Return what messages call the snapshot of a tau, batch and name."""
+    named = "" if name is None else f", name={name!r}"
+    return f"snapshot tau={tau:g}, batch={batch!r}{named}"
+
+
+def warn_of_other_data(snapshots: Sequence[Snapshot]) -> None:
+    """Warn (SnapshotWarning) where a batch is not the same data at all times, as of a loader.
+
+    A fit compares the times of one batch; the label says which data it is.
+    """
+    first: dict[tuple[Any, ...], Snapshot] = {}
+    differing: dict[tuple[Any, ...], str] = {}
+    for snapshot in snapshots:
+        key = (snapshot.batch, snapshot.name)
+        other = first.setdefault(key, snapshot)
+        for part in ("inputs", "targets"):
+            if other is not snapshot and not other.has_same(part, snapshot):
+                differing.setdefault(
+                    key, f"{part} of {snapshot.label} are not those of tau={other.tau:g}"
+                )
+    if differing:
+        warnings.warn(
+            f"{next(iter(differing.values()))}, as from a loader that shuffles"
+            + (f"; so in {len(differing)} batches" if len(differing) > 1 else "")
+            + ". Measure the same probe batches at every tau, or give other data another batch.",
+            SnapshotWarning,
+            stacklevel=5,
+        )
+
+
 def _as_snapshot(item: Any, position: int) -> Snapshot:
     if isinstance(item, Snapshot):
         return item
@@ -367,6 +431,55 @@ def _count_samples(inputs: Any, given: int | None) -> int | None:
     return several.pop() if len(several) == 1 else None
 
 
-def _versions(value: Any) -> tuple[int, ...]:
+@dataclass(frozen=True)
+class _DataRecord:
+    """What inputs or targets were when a snapshot took them."""
+
+    leaves: tuple[Any, ...]
+    # For each leaf: torch's counter of writes, and the address; None for what is no tensor.
+    marks: tuple[Any, ...]
+    checksums: tuple[Any, ...]
+
+    @classmethod
+    def of(cls, data: Any) -> _DataRecord:
+        """Record data; of tensors in main memory by their values, at about 2 GB/s."""
+        leaves = tuple(_leaves(data))
+        return cls(leaves, tuple(map(_mark, leaves)), tuple(map(_checksum, leaves)))
+
+    def holds(self, data: Any) -> bool:
+        """Tell whether data are still the same objects, written to by nobody."""
+        leaves = tuple(_leaves(data))
+        return (
+            len(leaves) == len(self.leaves)
+            and all(a is b for a, b in zip(leaves, self.leaves, strict=True))
+            and tuple(map(_mark, leaves)) == self.marks
+            and tuple(map(_checksum, leaves)) == self.checksums
+        )
+
+
+def _leaves(data: Any) -> Iterator[Any]:
+    if isinstance(data, Mapping):
+        for key, value in data.items():
+            yield key
+            yield from _leaves(value)
+    elif isinstance(data, (tuple, list)):
+        for value in data:
+            yield from _leaves(value)
+    else:
+        yield data
+
+
+def _mark(leaf: Any) -> Any:
+    if not isinstance(leaf, Tensor) or leaf.layout != torch.strided:
+        return None
     # Tensors made under inference_mode keep no version counter.
-    return tuple(-1 if t.is_inference() else t._version for t in iterate_tensors(value))
+    return -1 if leaf.is_inference() else leaf._version, leaf.data_ptr(), leaf.shape
+
+
+def _checksum(leaf: Any) -> Any:
+    if not isinstance(leaf, Tensor):
+        return leaf if isinstance(leaf, (str, bool, int, float, complex, type(None))) else ""
+    if leaf.device.type != "cpu" or leaf.layout != torch.strided or leaf.is_quantized:
+        return ""
+    flat = leaf.detach().contiguous().reshape(-1)
+    return zlib.crc32(memoryview(flat.view(torch.uint8).numpy())) if flat.numel() else 0

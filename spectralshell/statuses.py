@@ -23,6 +23,11 @@ def measured_in(own: str, working: str) -> str:
     return f"{own} model measured in {working}"
 
 
+def checkpoint_in(own: str, working: str) -> str:
+    """Of a checkpoint in half precision, of a model that has more digits."""
+    return f"{own} checkpoint measured in {working}"
+
+
 def smaller_chunks(n_samples: int | None) -> str:
     """Of chunks that were halved until memory sufficed."""
     return f"memory ran out: computed in chunks of {n_samples} samples"
@@ -104,6 +109,7 @@ ZERO_ERROR = "zero error"
 LOST_COUPLINGS = "couplings of some modes are lost in rounding"
 NOT_CONVERGED = "not converged in the steps taken"
 STEP_TOO_LONG = "changes with the step of the difference"
+STEP_TOO_SHORT = "the step of the difference is lost in rounding"
 ONE_BLOCK = "one block"
 ZERO_KERNEL = "zero kernel"
 RATE_FROM_BELOW = "rate of the Jacobian from below"
@@ -131,6 +137,17 @@ def zero_kernel_of(labels: Iterable[str]) -> str:
 
 
 # Estimators
+
+
+def skipped(reason: str) -> str:
+    """Say why a snapshot was left out."""
+    return f"skipped: {reason}"
+
+
+def n_skipped(n_left_out: int, n_snapshots: int) -> str:
+    """Say how many snapshots were left out."""
+    return f"{n_left_out} of {n_snapshots} snapshots skipped"
+
 
 NO_MODE_NEAR_EDGE = "no mode near the edge"
 NO_ENERGY_IN_SHELL = "no energy in the shell"

@@ -15,3 +15,11 @@ class GateWarning(UserWarning):
 
 class KernelWarning(UserWarning):
     """A kernel had to be found in a slower way than its structure promised."""
+
+
+class CacheWarning(UserWarning):
+    """An entry of a cache on disk was broken, or could not be written."""
+
+
+class SnapshotWarning(UserWarning):
+    """A snapshot was left out, or its data are not what its label says."""

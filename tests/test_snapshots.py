@@ -4,13 +4,17 @@ import copy
 import pickle
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from spectralshell import ShellEnergyEstimator
+from spectralshell.models.function import iterate_tensors
 from spectralshell.operators import build_kernel
 from spectralshell.snapshots import Snapshot, as_snapshots, make_snapshots
+from spectralshell.warning_categories import SnapshotWarning
 from tests.zoo import CASES_BY_NAME, TiedLanguageModel, build_model, make_inputs, make_targets
 
 
@@ -143,6 +147,136 @@ def test_data_changed_in_place_are_detected(model, batch, which):
     getattr(snapshot, which).mul_(2)
     with pytest.raises(ValueError, match=f"{which} of Snapshot.* changed in place"):
         build_kernel(snapshot)
+
+
+@pytest.mark.parametrize("which", ["inputs", "targets"])
+def test_what_numpy_writes_to_shared_memory_is_detected(which):
+    arrays = {"inputs": np.ones((4, 3), dtype=np.float32), "targets": np.ones((4, 2))}
+    snapshot = Snapshot(nn.Linear(3, 2), *map(torch.from_numpy, arrays.values()))
+    snapshot.check_unchanged()
+    arrays[which][2, 1] = 3.0
+    with pytest.raises(ValueError, match=f"{which} of Snapshot.* changed in place"):
+        snapshot.check_unchanged()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda s: s.inputs.update(x=torch.zeros(4, 3)),
+        lambda s: s.inputs.update(scale=3.0),
+        lambda s: s.inputs["x"].set_(torch.zeros(4, 3)),
+        lambda s: setattr(s.inputs["x"], "data", torch.ones(4, 3)),
+        lambda s: s.load_state()["weight"].mul_(2.0),
+    ],
+    ids=["another tensor", "a number", "other memory", "other data", "the state"],
+)
+def test_what_a_snapshot_holds_is_not_exchanged_in_silence(change):
+    snapshot = Snapshot(nn.Linear(3, 2), {"x": torch.ones(4, 3), "scale": 2.0}, torch.ones(4, 2))
+    snapshot.check_unchanged()
+    change(snapshot)
+    with pytest.raises(ValueError, match="changed in place"):
+        snapshot.check_unchanged()
+
+
+OTHERS = {
+    "inputs": torch.full((5, 3), 2.0),
+    "targets": torch.zeros(5, 2),
+    "model": nn.Linear(3, 2),
+    "class_axis": 1,
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_a_snapshot_that_is_given_other_data_forgets_its_measures(name):
+    snapshot = Snapshot(nn.Linear(3, 2), torch.ones(5, 3), torch.ones(5, 2))
+    first = ShellEnergyEstimator().fit([snapshot]).shells_
+    shared = copy.copy(snapshot)
+    setattr(snapshot, name, OTHERS[name])
+    snapshot.check_unchanged()
+    assert snapshot.measures == {}
+    assert len(shared.measures) == 1
+    again = ShellEnergyEstimator().fit([snapshot]).shells_
+    fresh = Snapshot(snapshot.model, snapshot.inputs, snapshot.targets, state=snapshot.state)
+    expected = ShellEnergyEstimator().fit([fresh]).shells_
+    pd.testing.assert_frame_equal(again, expected, check_exact=True)
+    assert again["energy"].equals(first["energy"]) == (name in ("model", "class_axis"))
+
+
+def test_other_inputs_may_be_another_batch_size():
+    snapshot = Snapshot(nn.Linear(3, 2), torch.ones(5, 3), torch.ones(5, 2))
+    snapshot.inputs, snapshot.targets = np.ones((7, 3), dtype=np.float32), np.ones((7, 2))
+    assert snapshot.n_samples == 7
+    assert isinstance(snapshot.targets, torch.Tensor)
+
+
+def test_a_change_of_the_model_s_code_or_settings_is_measured_anew():
+    class Scaled(nn.Linear):
+        scale = 1.0
+
+        def forward(self, x):
+            return self.scale * super().forward(x)
+
+    model = Scaled(3, 2)
+    (snapshot,) = make_snapshots(model, [(torch.ones(5, 3), torch.ones(5, 2))])
+    largest = [ShellEnergyEstimator().fit([snapshot]).lambda_max_]
+    model.scale = 2.0
+    largest.append(ShellEnergyEstimator().fit([snapshot]).lambda_max_)
+    Scaled.forward = lambda self, x: 4.0 * nn.Linear.forward(self, x)
+    largest.append(ShellEnergyEstimator().fit([snapshot]).lambda_max_)
+    np.testing.assert_allclose(np.array(largest) / largest[0], [1.0, 4.0, 16.0], rtol=1e-5)
+
+
+def test_a_hook_that_notes_what_it_saw_does_not_make_measures_twice(monkeypatch):
+    model, seen = nn.Linear(3, 2), []
+    model.register_forward_hook(lambda module, args, output: seen.append(float(output.sum())))
+    (snapshot,) = make_snapshots(model, [(torch.ones(5, 3), torch.ones(5, 2))])
+    estimator = ShellEnergyEstimator().fit([snapshot])
+    calls = len(seen)
+    estimator.transform([snapshot])
+    assert len(seen) == calls
+
+
+def loader(shuffled, taus=(0.0, 1.0, 2.0)):
+    generator = torch.Generator().manual_seed(0)
+    x, y = (torch.randn(6, n, generator=generator) for n in (3, 2))
+    for tau in taus:
+        order = torch.randperm(6, generator=generator) if shuffled and tau else torch.arange(6)
+        batches = [(x[order][part], y[order][part]) for part in (slice(3), slice(3, 6))]
+        yield from make_snapshots(nn.Linear(3, 2), batches, tau=tau)
+
+
+def test_a_shuffled_loader_is_noticed():
+    with pytest.warns(
+        SnapshotWarning,
+        match=r"^inputs of snapshot tau=1, batch=0 are not those of tau=0.*so in 2 batches",
+    ):
+        ShellEnergyEstimator().fit(list(loader(shuffled=True)))
+
+
+def test_the_same_batches_are_not_warned_of():
+    X = list(loader(shuffled=False))
+    ShellEnergyEstimator().fit(X)
+    for place, snapshot in enumerate(loader(shuffled=True)):  # other runs have other data
+        snapshot.name = str(place)
+        X.append(snapshot)
+    ShellEnergyEstimator().fit(X)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "targets", "message"),
+    [
+        (torch.tensor([[1.0], [torch.nan], [torch.nan]]), 1.0, "inputs hold NaN in samples 1, 2"),
+        ({"input": torch.tensor([[torch.nan], [1.0]])}, 1.0, r"inputs\['input'\] hold NaN in sam"),
+        ((torch.ones(2, 1).fill_(torch.nan),), 1.0, r"inputs\[0\] hold NaN in samples 0, 1"),
+        (torch.ones(2, 1), torch.tensor([[1.0], [torch.nan]]), "targets hold NaN"),
+    ],
+    ids=["tensor", "mapping", "tuple", "targets"],
+)
+def test_nan_in_the_data_is_told_with_its_samples(inputs, targets, message):
+    n = len(next(iterate_tensors(inputs)))
+    values = targets if isinstance(targets, torch.Tensor) else torch.ones(n, 1)
+    with pytest.raises(ValueError, match=message):
+        ShellEnergyEstimator().fit([Snapshot(nn.Linear(1, 1), inputs, values)])
 
 
 def test_arrays_are_copied(model, batch):

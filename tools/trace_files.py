@@ -24,7 +24,7 @@ PACKAGE = Path(spectralshell.__file__).parent
 MOST_FILES = {
     "ShellEnergyEstimator.fit": 32,
     "GRSDTailFitter.fit": 7,
-    "ToeplitzDiagnostic.fit": 42,
+    "ToeplitzDiagnostic.fit": 44,
     "build_exact_kernel": 17,
 }
 

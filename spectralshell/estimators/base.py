@@ -10,8 +10,10 @@ from typing import Any
 import pandas as pd
 from sklearn.base import BaseEstimator, TransformerMixin
 
+from spectralshell.estimators.skipped import ON_ERROR, Measured
 from spectralshell.measurements.cache import Measurement, measure_each, resolve_memory
-from spectralshell.snapshots import Snapshot, as_snapshots
+from spectralshell.parameter_checks import check_option
+from spectralshell.snapshots import Snapshot, as_snapshots, warn_of_other_data
 
 try:
     from sklearn.callback import CallbackSupportMixin, with_callbacks
@@ -23,6 +25,22 @@ except ImportError:  # scikit-learn < 1.9
     def with_callbacks(method: Any) -> Any:
         """Return the method as it is."""
         return method
+
+
+@contextmanager
+def unchanged_on_failure(estimator: Any) -> Iterator[None]:
+    """Leave an estimator as it was where what is done inside fails or is interrupted."""
+    before = dict(vars(estimator))
+    try:
+        yield
+    except BaseException:
+        vars(estimator).clear()
+        vars(estimator).update(before)
+        raise
+
+
+_STACKLEVEL = 3
+"""From here over a method of an estimator to the caller's line."""
 
 
 class SnapshotEstimator(CallbackSupportMixin, TransformerMixin, BaseEstimator):
@@ -74,14 +92,21 @@ class SnapshotEstimator(CallbackSupportMixin, TransformerMixin, BaseEstimator):
         """Check, gather, measure, set the results, and return the measures."""
         snapshots = as_snapshots(X)
         self._check_parameters()
+        check_option("on_error", self.on_error, ON_ERROR)
+        warn_of_other_data(snapshots)
         # What is fitted keeps it, whatever is set later, where `transform` measures by it.
         self._measurement = self._gather()
         with _FitTasks(self, snapshots).running() as tasks:
-            measures = self._measure(snapshots, tasks.one_done)
+            measured = self._measure(snapshots, tasks.one_done)
+            measures = measured.measures
+            self.skipped_ = measured.skipped()
+            self.n_skipped_ = len(self.skipped_)
             self._set_results(measures)
+        measured.warn(stacklevel=_STACKLEVEL + 1)
         solvers = {m.solver for m in measures}
         self.solver_ = solvers.pop() if len(solvers) == 1 else "mixed"
         rows = [{"tau": m.tau, "batch": m.batch} | (m.plan or {}) for m in measures]
+        rows += [{"tau": f.tau, "batch": f.batch} for f in measured.failures]
         self.plan_ = pd.DataFrame(rows)
         self.n_matvecs_ = sum(m.n_matvecs for m in measures)
         self.dynamics_exact_ = all(m.dynamics_exact for m in measures)
@@ -92,16 +117,24 @@ class SnapshotEstimator(CallbackSupportMixin, TransformerMixin, BaseEstimator):
         snapshots: list[Snapshot],
         on_done: Callable[[], None] = lambda: None,
         measurement: Measurement | None = None,
-    ) -> list[Any]:
+    ) -> Measured:
         """Measure snapshots through the cache, by default as they were in ``fit``."""
-        return measure_each(
+        results = measure_each(
             snapshots,
             self._measurement if measurement is None else measurement,
             memory=resolve_memory(self.memory),
             n_jobs=self.n_jobs,
             verbose=self.verbose,
             on_done=on_done,
+            on_error=self.on_error,
         )
+        return Measured(results)
+
+    def _measure_new(self, X: Sequence[Any], measurement: Measurement | None = None) -> Measured:
+        """Measure snapshots that a method was given, and warn of those that are skipped."""
+        measured = self._measure(as_snapshots(X), measurement=measurement)
+        measured.warn(stacklevel=_STACKLEVEL)
+        return measured
 
 
 class _FitTasks:

@@ -10,7 +10,7 @@ import pandas as pd
 import torch
 from sklearn.utils.validation import check_is_fitted
 
-from spectralshell.estimators.base import SnapshotEstimator
+from spectralshell.estimators.base import SnapshotEstimator, unchanged_on_failure
 from spectralshell.estimators.jacobian_block_frames import (
     FEATURES,
     NullSettings,
@@ -24,6 +24,7 @@ from spectralshell.estimators.jacobian_block_frames import (
     trajectory_frame,
     window_frame,
 )
+from spectralshell.estimators.skipped import with_skipped
 from spectralshell.measurements.blocks import (
     BlockMeasure,
     BlockSettings,
@@ -40,7 +41,6 @@ from spectralshell.measurements.settings import (
     probe_seed,
 )
 from spectralshell.parameter_checks import MAX_DRAWS, check_integer, check_sample_weight
-from spectralshell.snapshots import as_snapshots
 
 
 def check_same_blocks(measures: Sequence[BlockMeasure], expected: tuple[str, ...]) -> None:
@@ -93,7 +93,7 @@ class JacobianBlockDiagnostic(SnapshotEstimator):
     chunk_size : int, optional
         Samples recorded at a time.
     max_memory : int or str, optional
-        Working memory, in bytes or such as ``"1GB"``; by default half of what is free.
+        Working memory, in bytes or such as ``"1GB"``; by default 8 GB, or what is free.
     device : str, default="auto"
         Where to compute; ``"auto"`` is where the model is.
     dtype : {"float32", "float64"} or torch.dtype, optional
@@ -104,6 +104,8 @@ class JacobianBlockDiagnostic(SnapshotEstimator):
         Processes over snapshots.
     random_state : int, RandomState instance or None, default=None
         Seeds random orders, random directions and the probes of operators; fixed if None.
+    on_error : {"raise", "skip"}, default="raise"
+        What to do with a snapshot that cannot be measured, as for `ShellEnergyEstimator`.
     verbose : int, default=0
         1 shows a progress bar over snapshots.
 
@@ -125,11 +127,14 @@ class JacobianBlockDiagnostic(SnapshotEstimator):
     profile_ : DataFrame
         Coherence by distance over the training snapshots, which `score` predicts with.
     trajectory_ : DataFrame
-        The norms ‖J‖ and ‖dJ/dt‖ of each training snapshot, its row sums, and its ``status``.
+        The norms ‖J‖ and ‖dJ/dt‖ of each training snapshot, its row sums, and its ``status``,
+        which of a skipped one is all.
     suprema_ : DataFrame
         Their largest values for each batch (and name).
     solver_, n_matvecs_ : str, int
         ``"exact"`` and 0: kernels are built from layers.
+    skipped_, n_skipped_ : DataFrame, int
+        Training snapshots that were left out, and why, as for `ShellEnergyEstimator`.
     plan_ : DataFrame
         What was predicted for each training snapshot, as for `ShellEnergyEstimator`.
     dynamics_exact_ : bool
@@ -210,6 +215,7 @@ class JacobianBlockDiagnostic(SnapshotEstimator):
         memory: Any = None,
         n_jobs: int | None = None,
         random_state: Any = None,
+        on_error: str = "raise",
         verbose: int = 0,
     ) -> None:
         self.residual = residual
@@ -228,6 +234,7 @@ class JacobianBlockDiagnostic(SnapshotEstimator):
         self.memory = memory
         self.n_jobs = n_jobs
         self.random_state = random_state
+        self.on_error = on_error
         self.verbose = verbose
 
     def fit(self, X: Sequence[Any], y: Any = None) -> JacobianBlockDiagnostic:
@@ -256,7 +263,8 @@ class JacobianBlockDiagnostic(SnapshotEstimator):
             If ``derivative="exact"`` and the model uses activations with kinks; the statuses in
             ``trajectory_`` say ``gates held`` as well.
         """
-        warn_of_held_gates(self._fit(X), stacklevel=2)
+        with unchanged_on_failure(self):
+            warn_of_held_gates(self._fit(X), stacklevel=2)
         return self
 
     def transform(self, X: Sequence[Any]) -> pd.DataFrame:
@@ -278,7 +286,10 @@ class JacobianBlockDiagnostic(SnapshotEstimator):
             ``toeplitz_residual``, and three p-values. NaN where there is nothing to observe: no
             decay with fewer than three blocks, no share of a change that is zero.
         """
-        return scalar_frame(self._measure_fitted(X), self._null)
+        check_is_fitted(self)
+        measured = self._measure_new(X)
+        measures = self._checked(measured.measures)
+        return measured.with_rows(scalar_frame(measures, self._null))
 
     def coherence_frame(self, X: Sequence[Any]) -> pd.DataFrame:
         """Return the coherence of all pairs of blocks of new snapshots.
@@ -334,8 +345,10 @@ class JacobianBlockDiagnostic(SnapshotEstimator):
         float
             0 where the constant is exact, as with one block; NaN where no snapshot has weight.
         """
-        measures = self._measure_fitted(X)
-        weights = check_sample_weight(sample_weight, len(measures))
+        check_is_fitted(self)
+        measured = self._measure_new(X)
+        measures = self._checked(measured.measures)
+        weights = measured.kept(check_sample_weight(sample_weight, len(measured.results)))
         profile = self.profile_[["normalized", "n_pairs"]].to_numpy(dtype=np.float64)
         return profile_score(
             [(measure.coherence, measure.norms) for measure in measures],
@@ -382,11 +395,14 @@ class JacobianBlockDiagnostic(SnapshotEstimator):
         self.windows_ = window_frame(measures, self.window_blocks)
         self.null_ = null_frames(measures, self._null)
         self.profile_ = profile_frame(measures)
-        self.trajectory_ = trajectory_frame(measures)
-        self.suprema_ = suprema_frame(self.trajectory_)
+        trajectory = trajectory_frame(measures)
+        self.trajectory_ = with_skipped(trajectory, self.skipped_)
+        self.suprema_ = suprema_frame(trajectory)
 
     def _measure_fitted(self, X: Sequence[Any]) -> list[BlockMeasure]:
         check_is_fitted(self)
-        measures = self._measure(as_snapshots(X))
+        return self._checked(self._measure_new(X).measures)
+
+    def _checked(self, measures: list[BlockMeasure]) -> list[BlockMeasure]:
         check_same_blocks(measures, tuple(self.block_names_))
         return measures

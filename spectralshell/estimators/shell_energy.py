@@ -12,10 +12,11 @@ import torch
 from sklearn.utils.validation import check_is_fitted
 from torch import Tensor
 
-from spectralshell.estimators.base import SnapshotEstimator
+from spectralshell.estimators.base import SnapshotEstimator, unchanged_on_failure
 from spectralshell.estimators.placement import ShellDensity, place_shells, warn_of_hidden_energy
+from spectralshell.estimators.skipped import with_skipped
 from spectralshell.krylov import EigenPairs, dense_pairs, lanczos, ritz_pairs
-from spectralshell.measurements.cache import Measurement
+from spectralshell.measurements.cache import Measurement, naming
 from spectralshell.measurements.settings import (
     KernelSettings,
     check_kernel_parameters,
@@ -25,8 +26,15 @@ from spectralshell.measurements.settings import (
 from spectralshell.measurements.spectrum import exact_measure, measure_spectrum, survey_spectrum
 from spectralshell.operators import ExactKernel
 from spectralshell.operators.noise import spectral_norm
-from spectralshell.parameter_checks import check_integer, check_option, check_real, check_window
+from spectralshell.parameter_checks import (
+    check_integer,
+    check_option,
+    check_real,
+    check_sample_weight,
+    check_window,
+)
 from spectralshell.shells import ShellPartition, SpectralMeasure, energy_frame, shell_frame
+from spectralshell.shells.partition import NULL
 from spectralshell.snapshots import Snapshot, as_snapshots
 
 
@@ -69,13 +77,14 @@ class KernelQueriesMixin:
         and n² numbers. They are always exact, whatever ``solver`` is. Nothing is remembered.
         """
         partition = self._fitted_partition()
-        settings = replace(self._settings(), solver="exact")
+        settings = replace(self._measurement.settings, solver="exact")
         frames = []
         for snapshot in as_snapshots(X):
-            for label, measure in self._layer_measures(snapshot, settings, layers):
-                frame = shell_frame([measure], partition)
-                frame.insert(0, "layer", label)
-                frames.append(frame)
+            with naming(snapshot):
+                for label, measure in self._layer_measures(snapshot, settings, layers):
+                    frame = shell_frame([measure], partition)
+                    frame.insert(0, "layer", label)
+                    frames.append(frame)
         return pd.concat(frames, ignore_index=True)
 
     def eigenpairs(self: Any, X: Sequence[Any], k: int = 10) -> list[EigenPairs]:
@@ -125,6 +134,10 @@ class KernelQueriesMixin:
     def _pairs_of_one(
         self: Any, snapshot: Snapshot, settings: KernelSettings, k: int
     ) -> EigenPairs:
+        with naming(snapshot):
+            return self._find_pairs(snapshot, settings, k)
+
+    def _find_pairs(self: Any, snapshot: Snapshot, settings: KernelSettings, k: int) -> EigenPairs:
         survey, plan = survey_spectrum(
             snapshot, settings, probe_seed(self.random_state), self.verbose
         )
@@ -153,6 +166,10 @@ class KernelQueriesMixin:
                     label,
                     measure.relabel(tau=snapshot.tau, batch=snapshot.batch, name=snapshot.name),
                 )
+
+
+def _with_skipped(shells: pd.DataFrame, left_out: pd.DataFrame) -> pd.DataFrame:
+    return with_skipped(shells, left_out, shell=NULL)
 
 
 def _wide(kernel: ExactKernel, matrix: Tensor) -> Tensor:
@@ -194,9 +211,11 @@ class ShellEnergyEstimator(KernelQueriesMixin, SnapshotEstimator):
         Samples recorded at a time, to bound memory; needs samples that do not interact. By default
         as many as ``max_memory`` allows.
     max_memory : int or str, optional
-        Bytes of working memory for each snapshot, or a string such as ``"1GB"``; by default half of
-        what is free. A solver that does not fit works in chunks, gives way to the other one
-        (``solver="auto"``), or raises an error that says what would fit.
+        Bytes of working memory for each snapshot, or a string such as ``"1GB"``; by default 8 GB,
+        whatever is free, so that the same input gets the same solver everywhere. A solver that does
+        not fit works in chunks, gives way to the other one (``solver="auto"``), or raises an error
+        that says what would fit. Where less than 8 GB are free, the solver chosen for them works in
+        smaller pieces.
     device : str, default="auto"
         Where to compute; ``"auto"`` is where the model is.
     dtype : {"float32", "float64"} or torch.dtype, optional
@@ -209,6 +228,10 @@ class ShellEnergyEstimator(KernelQueriesMixin, SnapshotEstimator):
     random_state : int, RandomState instance or None, default=None
         Seeds the random probes that check the operator, a fixed seed if None; the figures do not
         depend on it.
+    on_error : {"raise", "skip"}, default="raise"
+        What to do with a snapshot that cannot be measured. ``"skip"`` leaves it out with a warning
+        that names it; its rows are NaN, and ``skipped_`` says why. If none can be measured, the
+        first error is raised.
     verbose : int, default=0
         1 shows a progress bar over snapshots and the plan of each before it is begun, 2 also a
         progress bar over its Lanczos steps.
@@ -227,6 +250,10 @@ class ShellEnergyEstimator(KernelQueriesMixin, SnapshotEstimator):
     plan_ : DataFrame
         One row per training snapshot: the solver, and for both solvers the predicted cost (seconds
         of a reference machine, from operation counts) and peak memory (bytes), which decided.
+    skipped_ : DataFrame
+        One row per training snapshot that was left out: ``tau, batch, [name], status``.
+    n_skipped_ : int
+        Their number.
     n_matvecs_ : int
         Products with M behind the result, none where the exact kernel was built from layers;
         probes are counted in ``n_probes_``.
@@ -291,6 +318,7 @@ class ShellEnergyEstimator(KernelQueriesMixin, SnapshotEstimator):
         memory: Any = None,
         n_jobs: int | None = None,
         random_state: Any = None,
+        on_error: str = "raise",
         verbose: int = 0,
     ) -> None:
         self.q = q
@@ -308,6 +336,7 @@ class ShellEnergyEstimator(KernelQueriesMixin, SnapshotEstimator):
         self.memory = memory
         self.n_jobs = n_jobs
         self.random_state = random_state
+        self.on_error = on_error
         self.verbose = verbose
 
     def fit(self, X: Sequence[Any], y: Any = None) -> ShellEnergyEstimator:
@@ -336,10 +365,13 @@ class ShellEnergyEstimator(KernelQueriesMixin, SnapshotEstimator):
             If the energy per shell is largest next to the resolution floor while energy lies
             below it, as such a peak may move with ``n_steps``; or if most of the energy of a
             snapshot lies below the floor.
+        SnapshotWarning
+            If snapshots were skipped, or a batch does not hold the same data at every tau.
         """
-        measures = self._fit(X)
-        self.n_probes_ = sum(m.n_probes for m in measures)
-        warn_of_hidden_energy(measures, self._partition, self.resolution_floor_)
+        with unchanged_on_failure(self):
+            measures = self._fit(X)
+            self.n_probes_ = sum(m.n_probes for m in measures)
+            warn_of_hidden_energy(measures, self._partition, self.resolution_floor_)
         return self
 
     def transform(self, X: Sequence[Any]) -> pd.DataFrame:
@@ -358,11 +390,13 @@ class ShellEnergyEstimator(KernelQueriesMixin, SnapshotEstimator):
             last edge is in the last shell. ``attrs`` carry ``resolution_floor`` (the fitted
             one, or a higher one of these snapshots if ``floor="auto"``) and ``lambda_max``.
         """
-        frame = energy_frame(self.spectral_measures(X), self._fitted_partition())
+        partition = self._fitted_partition()
+        measured = self._measure_new(X)
+        frame = energy_frame(measured.measures, partition)
         fitted = self.resolution_floor_
         new = frame.attrs["resolution_floor"]
-        frame.attrs["resolution_floor"] = max(fitted, new) if self.floor == "auto" else fitted
-        return frame
+        frame.attrs["resolution_floor"] = max(fitted, new) if self._floor == "auto" else fitted
+        return measured.with_rows(frame)
 
     def shell_frame(self, X: Sequence[Any]) -> pd.DataFrame:
         """Return the tidy frame of new snapshots in the fitted shells.
@@ -379,7 +413,9 @@ class ShellEnergyEstimator(KernelQueriesMixin, SnapshotEstimator):
             range of M) and ``unresolved`` (from there to the first edge) add up to the column
             ``null`` of `transform`.
         """
-        return shell_frame(self.spectral_measures(X), self._fitted_partition())
+        partition = self._fitted_partition()
+        measured = self._measure_new(X)
+        return _with_skipped(shell_frame(measured.measures, partition), measured.skipped())
 
     def spectral_measures(self, X: Sequence[Any]) -> list[SpectralMeasure]:
         """Return the spectral measures of snapshots under this estimator's settings.
@@ -392,17 +428,19 @@ class ShellEnergyEstimator(KernelQueriesMixin, SnapshotEstimator):
         Returns
         -------
         list of SpectralMeasure
-            Rates, energies and certified bounds, which do not depend on ``q``.
+            Rates, energies and certified bounds, which do not depend on ``q``. Of snapshots that
+            are skipped there is none.
         """
         self._check_parameters()
-        return self._measure(as_snapshots(X), measurement=self._gather())
+        return self._measure_new(X, self._gather()).measures
 
     @property
     def shells_(self) -> pd.DataFrame:
         """Tidy frame of the training snapshots; its bounds are computed when it is first read."""
         check_is_fitted(self)
         if self._shells is None:
-            self._shells = shell_frame(self._measures, self._partition)
+            shells = shell_frame(self._measures, self._partition)
+            self._shells = _with_skipped(shells, self.skipped_)
         return self._shells
 
     def score(self, X: Sequence[Any], y: Any = None, sample_weight: Any = None) -> float:
@@ -429,8 +467,9 @@ class ShellEnergyEstimator(KernelQueriesMixin, SnapshotEstimator):
             Larger is better; NaN if the snapshots have no energy inside the window.
         """
         check_is_fitted(self)
-        measures = self.spectral_measures(X)
-        return self._density.score(measures, sample_weight)
+        measured = self._measure_new(X)
+        weights = check_sample_weight(sample_weight, len(measured.results))
+        return self._density.score(measured.measures, measured.kept(weights))
 
     def get_feature_names_out(self, input_features: Any = None) -> np.ndarray:
         """Return the column names of `transform`.
@@ -469,6 +508,7 @@ class ShellEnergyEstimator(KernelQueriesMixin, SnapshotEstimator):
         self.lambda_max_ = placed.lambda_max
         window = check_window("window", self.window)
         self.window_ = placed.range if window is None else window
+        self._floor = self.floor
         self._measures = measures
         self._shells = None
         self._density = ShellDensity.from_measures(measures, self.edges_, self.window_)

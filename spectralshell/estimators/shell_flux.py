@@ -11,7 +11,7 @@ import pandas as pd
 import torch
 from sklearn.utils.validation import check_is_fitted
 
-from spectralshell.estimators.base import SnapshotEstimator
+from spectralshell.estimators.base import SnapshotEstimator, unchanged_on_failure
 from spectralshell.estimators.placement import ShellDensity, place_shells
 from spectralshell.estimators.shell_flux_frames import (
     BalancedSnapshot,
@@ -26,6 +26,7 @@ from spectralshell.estimators.shell_flux_frames import (
     trajectory_frame,
     wide_fluxes,
 )
+from spectralshell.estimators.skipped import with_skipped
 from spectralshell.measurements.cache import Measurement
 from spectralshell.measurements.couplings import warn_of_held_gates
 from spectralshell.measurements.fluxes import FluxMeasurement, FluxSettings, measure_fluxes
@@ -35,11 +36,15 @@ from spectralshell.measurements.settings import (
     kernel_settings,
     motion_settings,
 )
-from spectralshell.parameter_checks import check_option, check_real, check_window
+from spectralshell.parameter_checks import (
+    check_option,
+    check_real,
+    check_sample_weight,
+    check_window,
+)
 from spectralshell.residuals import resolve_residual
 from spectralshell.shells import SoftShells
 from spectralshell.shells.soft_shells import SOFTNESS
-from spectralshell.snapshots import as_snapshots
 from spectralshell.warning_categories import DynamicsWarning
 
 
@@ -104,7 +109,7 @@ class FluxResultsMixin:
     @property
     def summary_(self: Any) -> pd.DataFrame:
         """One row per training snapshot."""
-        return summary_frame(self._trained())
+        return with_skipped(summary_frame(self._trained()), self.skipped_)
 
     @property
     def locality_(self: Any) -> pd.DataFrame:
@@ -124,7 +129,7 @@ class FluxResultsMixin:
     @property
     def velocity_fit_(self: Any) -> pd.DataFrame:
         """Power law of the velocity, for all times and for each."""
-        return fit_velocity(self.fluxes_, self.confidence)
+        return fit_velocity(self.fluxes_, self._confidence)
 
     def _trained(self: Any) -> list[BalancedSnapshot]:
         check_is_fitted(self)
@@ -179,8 +184,10 @@ class ShellFluxEstimator(FluxResultsMixin, SnapshotEstimator):
         Rates on which `score` compares.
     confidence : float, default=0.95
         Coverage of the intervals of ``velocity_fit_``.
-    parameters, chunk_size, max_memory, device, dtype, memory, n_jobs, random_state, verbose
-        As for :class:`ShellEnergyEstimator`; ``random_state`` also seeds ``direction="random"``.
+    parameters, chunk_size, max_memory, device, dtype, memory, n_jobs, on_error, verbose
+        As for :class:`ShellEnergyEstimator`.
+    random_state : int, RandomState instance or None, default=None
+        As for :class:`ShellEnergyEstimator`; it also seeds ``direction="random"``.
 
     Attributes
     ----------
@@ -198,9 +205,10 @@ class ShellFluxEstimator(FluxResultsMixin, SnapshotEstimator):
         velocity, regime index |v|/λ and the dimensionless |v|/(2λ²), and the energy that a kernel
         frozen at the first time of the batch would leave.
     summary_ : DataFrame
-        One row per snapshot: its energy ½‖e‖² beside that under a kernel frozen at the first and
-        at the previous time of the batch, the null shell's exchange and its share of all
-        transfer, the balance defect (rounding), direction, solver, status.
+        One row per snapshot, of a skipped one its status alone: its energy ½‖e‖² beside that under
+        a kernel frozen at the first and at the previous time of the batch, the null shell's
+        exchange and its share of all transfer, the balance defect (rounding), direction, solver,
+        status.
     locality_ : DataFrame
         Share of transfer by shell distance; distance 0 is that of the null shell.
     trajectory_ : DataFrame
@@ -215,6 +223,8 @@ class ShellFluxEstimator(FluxResultsMixin, SnapshotEstimator):
     plan_ : DataFrame
         One row per training snapshot: what was predicted for both solvers, as for
         :class:`ShellEnergyEstimator`.
+    skipped_, n_skipped_ : DataFrame, int
+        Training snapshots that were left out, and why, as for :class:`ShellEnergyEstimator`.
     n_matvecs_ : int
         Products with M; the exact solver builds its kernel from layers.
     resolution_floor_, lambda_max_ : float
@@ -280,6 +290,7 @@ class ShellFluxEstimator(FluxResultsMixin, SnapshotEstimator):
         memory: Any = None,
         n_jobs: int | None = None,
         random_state: Any = None,
+        on_error: str = "raise",
         verbose: int = 0,
     ) -> None:
         self.q = q
@@ -302,6 +313,7 @@ class ShellFluxEstimator(FluxResultsMixin, SnapshotEstimator):
         self.memory = memory
         self.n_jobs = n_jobs
         self.random_state = random_state
+        self.on_error = on_error
         self.verbose = verbose
 
     def fit(self, X: Sequence[Any], y: Any = None) -> ShellFluxEstimator:
@@ -333,18 +345,19 @@ class ShellFluxEstimator(FluxResultsMixin, SnapshotEstimator):
             If M is differentiated exactly and the model has activations with kinks; ``status``
             says ``gates held`` as well.
         """
-        measurements = self._fit(X)
-        trajectories = {(m.batch, m.name) for m in measurements}
-        linear = resolve_residual(self.residual).dynamics_exact
-        if not linear and len(trajectories) < len(measurements):
-            warnings.warn(
-                "The energies under a frozen kernel need ė = −M e, which this residual does not "
-                "have; the fluxes do not need it. Measure with residual='mse' or 'brier' to "
-                "compare with a frozen kernel.",
-                DynamicsWarning,
-                stacklevel=2,
-            )
-        warn_of_held_gates(measurements, stacklevel=2)
+        with unchanged_on_failure(self):
+            measurements = self._fit(X)
+            trajectories = {(m.batch, m.name) for m in measurements}
+            linear = resolve_residual(self.residual).dynamics_exact
+            if not linear and len(trajectories) < len(measurements):
+                warnings.warn(
+                    "The energies under a frozen kernel need ė = −M e, which this residual does "
+                    "not have; the fluxes do not need it. Measure with residual='mse' or 'brier' "
+                    "to compare with a frozen kernel.",
+                    DynamicsWarning,
+                    stacklevel=2,
+                )
+            warn_of_held_gates(measurements, stacklevel=2)
         return self
 
     def transform(self, X: Sequence[Any]) -> pd.DataFrame:
@@ -362,7 +375,9 @@ class ShellFluxEstimator(FluxResultsMixin, SnapshotEstimator):
             ``flux_down[edge]``, energy per τ. ``attrs`` carry ``resolution_floor`` and
             ``lambda_max`` of these snapshots.
         """
-        return wide_fluxes(self._balanced(X), self._fitted_shells())
+        shells = self._fitted_shells()
+        measured = self._measure_new(X)
+        return measured.with_rows(wide_fluxes(self._balance(measured.measures), shells))
 
     def score(self, X: Sequence[Any], y: Any = None, sample_weight: Any = None) -> float:
         """Mean log-likelihood per unit ln λ of held-out spectral nodes, in nats.
@@ -386,8 +401,10 @@ class ShellFluxEstimator(FluxResultsMixin, SnapshotEstimator):
             Larger is better; NaN if the snapshots have no energy inside the window.
         """
         check_is_fitted(self)
-        measures = [m.measure for m in self._measure(as_snapshots(X))]
-        return self._density.score(measures, sample_weight)
+        measured = self._measure_new(X)
+        weights = check_sample_weight(sample_weight, len(measured.results))
+        measures = [m.measure for m in measured.measures]
+        return self._density.score(measures, measured.kept(weights))
 
     def get_feature_names_out(self, input_features: Any = None) -> np.ndarray:
         """Return the column names of `transform`.
@@ -425,6 +442,7 @@ class ShellFluxEstimator(FluxResultsMixin, SnapshotEstimator):
     def _set_results(self, measurements: list[FluxMeasurement]) -> None:
         measures = [m.measure for m in measurements]
         placed = place_shells(measures, q=self.q, lambda_0=self.lambda_0, floor=self.floor)
+        self._confidence = self.confidence
         self._shells = SoftShells(placed.partition, self.softness)
         self.edges_ = placed.partition.edges
         self.n_shells_ = placed.partition.n_shells
@@ -437,7 +455,7 @@ class ShellFluxEstimator(FluxResultsMixin, SnapshotEstimator):
 
     def _balanced(self, X: Sequence[Any]) -> list[BalancedSnapshot]:
         check_is_fitted(self)
-        return self._balance(self._measure(as_snapshots(X)))
+        return self._balance(self._measure_new(X).measures)
 
     def _fitted_shells(self) -> SoftShells:
         check_is_fitted(self)

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from sklearn.utils.validation import check_is_fitted
 
-from spectralshell.estimators.base import SnapshotEstimator
+from spectralshell.estimators.base import SnapshotEstimator, unchanged_on_failure
 from spectralshell.estimators.toeplitz_frames import (
     ALTERNATIVES,
     Diagnosis,
@@ -38,7 +38,7 @@ from spectralshell.shells import toeplitz_residual
 from spectralshell.shells.coupling import CouplingRule
 from spectralshell.shells.coupling_statistics import most_central, sliding_windows
 from spectralshell.shells.frames import label_index
-from spectralshell.snapshots import as_snapshots
+from spectralshell.statuses import OK, join_statuses, n_skipped
 
 Floats = NDArray[np.float64]
 
@@ -159,7 +159,7 @@ class ToeplitzDiagnostic(SnapshotEstimator):
         Permutations, and random directions. Each random direction costs as much as the direction
         itself; p-values are multiples of 1 / (1 + n_null), so that fewer than 19 tell nothing at
         5 %. At most a million.
-    parameters, chunk_size, max_memory, device, dtype, memory, n_jobs, verbose
+    parameters, chunk_size, max_memory, device, dtype, memory, n_jobs, on_error, verbose
         As in `ShellEnergyEstimator`.
     random_state : int, RandomState instance or None, default=None
         Seeds the permutations, random directions, start block and probes; a fixed seed if None.
@@ -208,6 +208,8 @@ class ToeplitzDiagnostic(SnapshotEstimator):
         Largest eigenvalue of the training snapshots, and the λ below which no mode counts.
     solver_, n_matvecs_ : str, int
         The solver (``"mixed"`` if it differs between snapshots), and its products with M.
+    skipped_, n_skipped_ : DataFrame, int
+        Training snapshots that were left out, and why, as for `ShellEnergyEstimator`.
     plan_ : DataFrame
         What was predicted for both solvers, as for `ShellEnergyEstimator`.
     dynamics_exact_ : bool
@@ -277,6 +279,7 @@ class ToeplitzDiagnostic(SnapshotEstimator):
         memory: Any = None,
         n_jobs: int | None = None,
         random_state: Any = None,
+        on_error: str = "raise",
         verbose: int = 0,
     ) -> None:
         self.q = q
@@ -302,6 +305,7 @@ class ToeplitzDiagnostic(SnapshotEstimator):
         self.memory = memory
         self.n_jobs = n_jobs
         self.random_state = random_state
+        self.on_error = on_error
         self.verbose = verbose
 
     def fit(self, X: Sequence[Any], y: Any = None) -> ToeplitzDiagnostic:
@@ -330,7 +334,8 @@ class ToeplitzDiagnostic(SnapshotEstimator):
             If ``derivative="exact"`` meets activations whose gates flip; ``status_`` says ``gates
             held`` as well.
         """
-        warn_of_held_gates(self._fit(X), stacklevel=2)
+        with unchanged_on_failure(self):
+            warn_of_held_gates(self._fit(X), stacklevel=2)
         return self
 
     def transform(self, X: Sequence[Any]) -> pd.DataFrame:
@@ -352,8 +357,10 @@ class ToeplitzDiagnostic(SnapshotEstimator):
             adjacent_share``; ``n_shells, n_modes`` that entered. NaN where there is nothing to
             compare, 0 where the kernel does not move.
         """
-        shells = [self._in_shells(m) for m in self.mode_couplings(X)]
-        return scalar_frame(shells, int(self.n_null), int(self.window_shells))
+        check_is_fitted(self)
+        measured = self._measure_new(X)
+        shells = [self._in_shells(m) for m in measured.measures]
+        return measured.with_rows(scalar_frame(shells, self._n_null, self._window_shells))
 
     def mode_couplings(self, X: Sequence[Any]) -> list[ModeCouplings]:
         """Return the modes and couplings of snapshots under the fitted settings.
@@ -366,10 +373,11 @@ class ToeplitzDiagnostic(SnapshotEstimator):
         Returns
         -------
         list of ModeCouplings
-            Eigenvalues, amplitudes of the error, and V along all directions, whatever ``q`` is.
+            Eigenvalues, amplitudes of the error, and V along all directions, whatever ``q`` is. Of
+            snapshots that are skipped there is none.
         """
         check_is_fitted(self)
-        return self._measure(as_snapshots(X))
+        return self._measure_new(X).measures
 
     def score(self, X: Sequence[Any], y: Any = None, sample_weight: Any = None) -> float:
         """Mean over snapshots of −ln(residual / median of its permutation null).
@@ -390,9 +398,11 @@ class ToeplitzDiagnostic(SnapshotEstimator):
             Snapshots with fewer than two usable shells or without coupling are left out; NaN if
             there is no other, which a grid search ranks last.
         """
-        shells = [self._in_shells(m) for m in self.mode_couplings(X)]
-        gains = np.array([log_gain(s, int(self.n_null)) for s in shells])
-        weights = np.where(np.isnan(gains), 0.0, check_sample_weight(sample_weight, gains.size))
+        check_is_fitted(self)
+        measured = self._measure_new(X)
+        given = measured.kept(check_sample_weight(sample_weight, len(measured.results)))
+        gains = np.array([log_gain(self._in_shells(m), self._n_null) for m in measured.measures])
+        weights = np.where(np.isnan(gains), 0.0, given)
         if not weights.sum() > 0.0:
             return float("nan")
         return float(np.average(np.nan_to_num(gains), weights=weights))
@@ -441,7 +451,8 @@ class ToeplitzDiagnostic(SnapshotEstimator):
         placed = place_coupling_shells(measured, q=self.q, lambda_0=self.lambda_0)
         self._partition = placed.partition
         shells = [self._in_shells(m) for m in measured]
-        diagnosis = Diagnosis(shells, int(self.n_null), int(self.window_shells))
+        self._n_null, self._window_shells = int(self.n_null), int(self.window_shells)
+        diagnosis = Diagnosis(shells, self._n_null, self._window_shells)
         self.edges_, self.n_shells_ = placed.partition.edges, placed.partition.n_shells
         self.lambda_max_, self.resolution_floor_ = placed.lambda_max, placed.floor
         self.coupling_ = diagnosis.coupling
@@ -456,4 +467,7 @@ class ToeplitzDiagnostic(SnapshotEstimator):
         self.toeplitz_residual_ = float(values["toeplitz_residual"])
         self.intra_inter_ratio_ = float(values["intra_inter_ratio"])
         self.p_value_ = float(self.statistics_["permutation_p"]["toeplitz_residual"])
-        self.status_ = diagnosis.status
+        left_out = self.n_skipped_
+        total = left_out + len(measured)
+        phrases = [diagnosis.status, n_skipped(left_out, total) if left_out else OK]
+        self.status_ = join_statuses(phrases)

@@ -15,16 +15,17 @@ from spectralshell.krylov import EigenPairs, dense_pairs, lanczos, ritz_pairs
 from spectralshell.measurements.couplings import (
     find_direction,
     find_held_gates,
+    find_step_fault,
     set_in_motion,
     unit_of,
     unit_status,
     unwarned_gates,
+    without_motion,
 )
 from spectralshell.measurements.settings import KernelSettings, MotionSettings
-from spectralshell.measurements.solver import SolverPlan, plan_blocks
+from spectralshell.measurements.solver import SolverPlan, plan_blocks, plan_by_memory
 from spectralshell.models.state import unwrap
 from spectralshell.operators import Direction, KernelDerivative, KernelMotion
-from spectralshell.operators.costs import resolve_max_memory
 from spectralshell.operators.layers.units import LAYER_OPTIONS, resolve_layers
 from spectralshell.operators.motion.directions import PER_TAU
 from spectralshell.snapshots import Snapshot
@@ -33,6 +34,7 @@ from spectralshell.statuses import (
     OK,
     ONE_BLOCK,
     RATE_FROM_BELOW,
+    STEP_TOO_SHORT,
     difference_good_to,
     gates_held,
     join_statuses,
@@ -215,11 +217,15 @@ def measure_blocks(
     how = settings.motion
     with set_in_motion(snapshot, settings.kernel, probe_seed) as motion:
         grouping = group_parameters(snapshot.model, settings.blocks, motion.parameter_names)
-        plan = plan_blocks(
-            motion.survey.footprint,
-            resolve_max_memory(settings.kernel.max_memory, motion.device),
-            n_blocks=len(grouping.labels),
-            chunk_size=motion.survey.evaluation.chunk_size,
+        plan = plan_by_memory(
+            settings.kernel,
+            motion.device,
+            lambda max_bytes, _: plan_blocks(
+                motion.survey.footprint,
+                max_bytes,
+                n_blocks=len(grouping.labels),
+                chunk_size=motion.survey.evaluation.chunk_size,
+            ),
         )
         plan.announce(snapshot, verbose)
         spectra = _measure_spectra(motion, plan, grouping)
@@ -234,6 +240,10 @@ def measure_blocks(
         unit, held = unit_of(direction), find_held_gates(motion, direction, how.derivative)
         phrases = [spectra.status, rate.status, *_phrases(grouping, spectra, gram)]
         phrases += [unit_status(unit), gates_held(held)]
+        fault = find_step_fault(motion, direction, how)
+        if fault == STEP_TOO_SHORT:
+            phrases = [without_motion(phrase) for phrase in phrases]
+        phrases.append(fault)
         return BlockMeasure(
             blocks=grouping.labels,
             block_sizes=_sizes(motion, grouping),

@@ -21,9 +21,13 @@ from torch import Tensor
 
 from spectralshell.krylov import EigenPairs, block_lanczos, block_ritz_pairs, dense_pairs
 from spectralshell.measurements.settings import KernelSettings, MotionSettings
-from spectralshell.measurements.solver import SolverPlan, plan_couplings, survey_snapshot
+from spectralshell.measurements.solver import (
+    SolverPlan,
+    plan_by_memory,
+    plan_couplings,
+    survey_snapshot,
+)
 from spectralshell.operators import Direction, KernelDerivative, KernelMotion
-from spectralshell.operators.costs import resolve_max_memory
 from spectralshell.operators.motion.directions import AS_GIVEN, PER_TAU
 from spectralshell.operators.motion.gates import warn_of_gates
 from spectralshell.shells import noise_floor
@@ -32,6 +36,7 @@ from spectralshell.statuses import (
     FROZEN_KERNEL,
     LOST_COUPLINGS,
     OK,
+    STEP_TOO_SHORT,
     ZERO_ERROR,
     gates_held,
     join_statuses,
@@ -66,6 +71,19 @@ def unwarned_gates() -> Iterator[None]:
 def find_held_gates(motion: KernelMotion, direction: Direction, derivative: str) -> tuple[str, ...]:
     """Return the functions with kinks whose jumps a derivative misses."""
     return motion.gates if derivative == "exact" and direction.norm > 0.0 else ()
+
+
+def find_step_fault(motion: KernelMotion, direction: Direction, how: MotionSettings) -> str:
+    """Return what is wrong with the step of a difference, ``"ok"`` if nothing or there is none."""
+    if how.derivative == "exact" or direction.norm == 0.0:
+        return OK
+    step = motion.default_step(direction) if how.step is None else how.step
+    return motion.step_fault(direction, step)
+
+
+def without_motion(status: str) -> str:
+    """Return a status that does not call a kernel frozen whose motion was lost in rounding."""
+    return join_statuses(phrase for phrase in status.split("; ") if phrase != FROZEN_KERNEL)
 
 
 def warn_of_held_gates(measures: Iterable[Any], *, stacklevel: int) -> None:
@@ -133,6 +151,7 @@ class ModeCouplings:
     unit: str = PER_TAU  # what rates are per
     rate_noise: float = 0.0  # 2-norm of the rounding error of dM/dt
     held_gates: tuple[str, ...] = ()  # functions whose kinks the derivative does not see
+    step_fault: str = OK  # of the step of a difference
     plan: dict[str, Any] | None = None  # what was predicted, a row of ``plan_``
     tau: float = 0.0
     batch: int | str = 0
@@ -148,6 +167,7 @@ class ModeCouplings:
         # ‖error‖_F ≤ √n ‖error‖: the root mean square of an entry.
         noise = self.rate_noise / self.n_outputs**0.5 if self.rate_noise else 0.0
         known = known_couplings(self.couplings, self.eigenvalues, noise)
+        known &= self.step_fault != STEP_TOO_SHORT
         return np.asarray(self._above_floor & known, dtype=np.bool_)
 
     @property
@@ -199,15 +219,21 @@ def measure_couplings(
     """
     kernel = settings.kernel
     with set_in_motion(snapshot, kernel, probe_seed) as motion:
-        plan = plan_couplings(
-            motion.survey.footprint,
-            resolve_max_memory(kernel.max_memory, motion.device),
-            solver=kernel.solver,
-            n_steps=kernel.n_steps,
-            block_size=settings.block_size,
-            n_directions=1 + settings.n_random,
-            derivative=settings.motion.derivative,
-            chunk_size=motion.survey.evaluation.chunk_size,
+        # More vectors than there are dimensions span nothing more.
+        settings = replace(settings, block_size=min(settings.block_size, motion.n))
+        plan = plan_by_memory(
+            kernel,
+            motion.device,
+            lambda max_bytes, solver: plan_couplings(
+                motion.survey.footprint,
+                max_bytes,
+                solver=solver,
+                n_steps=kernel.n_steps,
+                block_size=settings.block_size,
+                n_directions=1 + settings.n_random,
+                derivative=settings.motion.derivative,
+                chunk_size=motion.survey.evaluation.chunk_size,
+            ),
         )
         plan.announce(snapshot, verbose)
         return couple_motion(snapshot, motion, plan, settings)
@@ -300,11 +326,15 @@ def _couple(
         for draw in range(settings.n_random):
             other = motion.direction("random", generator=draws, norm=direction.norm)
             random[draw] = _compress(motion, other, vectors, how)[0]
+    fault = find_step_fault(motion, direction, how)
     total, unit = 0.5 * float(error @ error), unit_of(direction)
     held = find_held_gates(motion, direction, how.derivative)
     phrases = [modes.status, derivative.status, unit_status(unit), gates_held(held)]
     phrases += [ZERO_ERROR] if total == 0.0 else []
     phrases += [FROZEN_KERNEL] if direction.norm > 0.0 and not couplings.any() else []
+    if fault == STEP_TOO_SHORT:
+        phrases = [without_motion(phrase) for phrase in phrases]
+    phrases.append(fault)
     return ModeCouplings(
         eigenvalues=modes.eigenvalues,
         amplitudes=(vectors.T @ error).cpu().numpy(),
@@ -330,6 +360,7 @@ def _couple(
         unit=unit,
         rate_noise=rate_noise,
         held_gates=held,
+        step_fault=fault,
         status=join_statuses(phrases),
     )
 

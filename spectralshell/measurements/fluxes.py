@@ -21,10 +21,9 @@ from spectralshell.measurements.couplings import (
     unit_status,
 )
 from spectralshell.measurements.settings import KernelSettings, MotionSettings
-from spectralshell.measurements.solver import SolverPlan, plan_couplings
+from spectralshell.measurements.solver import SolverPlan, plan_by_memory, plan_couplings
 from spectralshell.measurements.spectrum import lanczos_measure
 from spectralshell.operators import Direction, KernelMotion
-from spectralshell.operators.costs import resolve_max_memory
 from spectralshell.operators.survey import KernelSurvey
 from spectralshell.shells import EdgeBalance, SoftShells, SpectralMeasure, shell_balance
 from spectralshell.shells.flux import ErrorRule, difference_balance, flux_by_difference
@@ -35,6 +34,7 @@ from spectralshell.statuses import (
     NOT_CONVERGED,
     OK,
     STEP_TOO_LONG,
+    STEP_TOO_SHORT,
     ZERO_DIRECTION,
     join_statuses,
 )
@@ -104,6 +104,7 @@ class FrozenErrorRuns:
     total_rate: float  # ⟨ė, e⟩
     exhausted: bool  # whether the runs span all that e excites
     n_matvecs: int  # of all runs
+    step_fault: str = OK  # of h
 
     def flux(self, shells: SoftShells, n_steps: int, part: int = 0) -> Floats:
         """Return the flux through each edge as after ``n_steps`` steps, from h or half of it."""
@@ -128,8 +129,8 @@ class FrozenErrorRuns:
             total=self.total,
             total_rate=total_rate,
         )
-        if not self.pairs:
-            return balance, [OK] * flux.size
+        if not self.pairs or self.step_fault != OK:
+            return balance, [self.step_fault] * flux.size
         short = [] if self.exhausted else [max(int(part * steps), 1) for part in _SHORTER]
         converged = _alike(flux, [self.flux(shells, n) for n in short], TOLERANCE)
         # With half of h a quarter of the error is left, so they differ by three quarters of it.
@@ -159,6 +160,9 @@ def run_displaced(
     eigenvalues, vectors = _diagonalized(here)
     amount = motion.default_step(direction) if step is None else float(step)
     pairs = _displaced_pairs(motion, direction, amount, n_steps, chunk_size)
+    # What the default step changes shows in the fluxes of half of it.
+    judged = step is not None and direction.norm > 0.0
+    fault = motion.step_fault(direction, amount) if judged else OK
     ran = [JacobiRun.of(here), *(run for pair in pairs for run in pair)]
     n_matvecs = sum(run.n_matvecs for run in ran)
     runs = FrozenErrorRuns(
@@ -171,9 +175,11 @@ def run_displaced(
         total_rate=float(rate @ error),
         exhausted=all(run.exhausted for run in ran),
         n_matvecs=n_matvecs,
+        step_fault=fault,
     )
     motion_status = OK if len(pairs) > 1 else FROZEN_KERNEL if pairs else ZERO_DIRECTION
-    status = join_statuses([measure.status, motion_status])
+    motion_status = fault if fault == STEP_TOO_SHORT else motion_status
+    status = join_statuses([measure.status, motion_status, fault])
     return replace(measure, n_matvecs=n_matvecs, status=status), runs
 
 
@@ -292,7 +298,7 @@ class FluxMeasurement:
                 total=modes.total,
                 total_rate=modes.total_rate,
             )
-            return balance, [OK] * shells.edges.size
+            return balance, [modes.step_fault] * shells.edges.size
         if self.runs is None:
             raise TypeError("couplings and runs are both None, expected one of them.")
         return self.runs.balance(shells, self.total_rate)
@@ -308,17 +314,21 @@ def measure_fluxes(
     kernel, how = settings.kernel, settings.motion
     with set_in_motion(snapshot, kernel, probe_seed) as motion:
         # One run here and two for a difference: as many products as for a space of n_steps modes.
-        plan = plan_couplings(
-            motion.survey.footprint,
-            resolve_max_memory(kernel.max_memory, motion.device),
-            solver=kernel.solver,
-            n_steps=kernel.n_steps,
-            block_size=1,
-            n_directions=1,
-            derivative=how.derivative,
-            chunk_size=motion.survey.evaluation.chunk_size,
-            lanczos_runs=_RUNS,
-            worth=_WORTH,
+        plan = plan_by_memory(
+            kernel,
+            motion.device,
+            lambda max_bytes, solver: plan_couplings(
+                motion.survey.footprint,
+                max_bytes,
+                solver=solver,
+                n_steps=kernel.n_steps,
+                block_size=1,
+                n_directions=1,
+                derivative=how.derivative,
+                chunk_size=motion.survey.evaluation.chunk_size,
+                lanczos_runs=_RUNS,
+                worth=_WORTH,
+            ),
         )
         plan.announce(snapshot, verbose)
         if plan.solver == "lanczos":

@@ -72,8 +72,7 @@ def check_kernel_parameters(estimator: Any) -> None:
         check_integer("n_steps", estimator.n_steps, low=1)
     if estimator.chunk_size is not None:
         check_integer("chunk_size", estimator.chunk_size, low=1)
-    if estimator.max_memory is not None:
-        resolve_max_memory(estimator.max_memory, torch.device("cpu"))
+    resolve_max_memory(estimator.max_memory)
     check_integer("verbose", estimator.verbose, low=0)
     chosen = estimator.parameters
     if chosen is not None and not isinstance(chosen, str) and not callable(chosen):

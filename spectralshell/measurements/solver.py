@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,15 +12,18 @@ from tqdm.auto import tqdm
 
 from spectralshell.measurements.settings import KernelSettings
 from spectralshell.operators.costs import (
+    DEFAULT_MEMORY,
     ROOM,
     ExactPlan,
     Footprint,
     LanczosPlan,
     fits,
     format_bytes,
+    free_bytes,
     plan_exact,
     plan_lanczos,
     product_cost,
+    resolve_max_memory,
 )
 from spectralshell.operators.survey import KernelSurvey, survey_kernel
 from spectralshell.snapshots import Snapshot
@@ -98,6 +101,27 @@ def survey_snapshot(
         dtype=settings.dtype,
         generator=probes,
     )
+
+
+def plan_by_memory(
+    settings: KernelSettings, device: torch.device, plan: Callable[[int, str], SolverPlan]
+) -> SolverPlan:
+    """Return ``plan(max_bytes, solver)``, whose solver does not depend on what is free.
+
+    Where less is free than is allowed by default, it works in smaller pieces, or a ValueError says.
+    """
+    chosen = plan(resolve_max_memory(settings.max_memory), settings.solver)
+    free = free_bytes(device)
+    if settings.max_memory is not None or fits(chosen.peaks[chosen.solver], free):
+        return chosen
+    try:
+        return plan(free, chosen.solver)
+    except ValueError as error:
+        raise ValueError(
+            f"max_memory=None allows {format_bytes(DEFAULT_MEMORY)}, for which the solver is "
+            f"{chosen.solver!r}, and {format_bytes(free)} are free: {error} With max_memory="
+            f"'{format_bytes(free)}' the solver is chosen for what is free."
+        ) from error
 
 
 def plan_spectrum(

@@ -18,9 +18,13 @@ from spectralshell.krylov import (
     residual_norms,
 )
 from spectralshell.measurements.settings import KernelSettings
-from spectralshell.measurements.solver import SolverPlan, plan_spectrum, survey_snapshot
+from spectralshell.measurements.solver import (
+    SolverPlan,
+    plan_by_memory,
+    plan_spectrum,
+    survey_snapshot,
+)
 from spectralshell.operators import ExactKernel, KernelOperator
-from spectralshell.operators.costs import resolve_max_memory
 from spectralshell.operators.survey import KernelSurvey
 from spectralshell.shells import SpectralMeasure, noise_floor, quadrature_floor
 from spectralshell.snapshots import Snapshot
@@ -54,12 +58,16 @@ def survey_spectrum(
     """Evaluate a snapshot, count what its kernel or those of ``layers`` cost, choose the solver."""
     probes = torch.Generator().manual_seed(probe_seed)
     survey = survey_snapshot(snapshot, settings, probes, layers)
-    plan = plan_spectrum(
-        survey.footprint,
-        resolve_max_memory(settings.max_memory, survey.device),
-        solver=settings.solver,
-        n_steps=settings.n_steps,
-        chunk_size=survey.evaluation.chunk_size,
+    plan = plan_by_memory(
+        settings,
+        survey.device,
+        lambda max_bytes, solver: plan_spectrum(
+            survey.footprint,
+            max_bytes,
+            solver=solver,
+            n_steps=settings.n_steps,
+            chunk_size=survey.evaluation.chunk_size,
+        ),
     )
     plan.announce(snapshot, verbose)
     return survey, plan

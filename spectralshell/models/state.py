@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 import os
-import pickle
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from spectralshell.models.checkpoints import (
+    find_checkpoint,
+    listed,
+    read_checkpoint,
+    read_header,
+    tensors_of,
+)
 from spectralshell.models.guard import exclusive
 
-_MAX_NAMES = 5
-
 _WRAPPER_PREFIXES = ("module.", "_orig_mod.")
-
-_NESTED_KEYS = ("model_state_dict", "state_dict", "model")
 
 
 class ModelState:
@@ -34,13 +34,17 @@ class ModelState:
         path: str | None = None,
         trainable: Iterable[str] = (),
         unsaved: dict[str, Tensor] | None = None,
+        narrow: Iterable[str] = (),
     ) -> None:
         self.tensors = tensors
+        # Half types of a checkpoint where the model's are wider.
+        self.narrow = tuple(narrow)
         self.trainable = frozenset(trainable)
         self.unsaved = unsaved or {}
         self.path = path
         # A file overwritten later is an error, not a silent change of the measurement.
         self.stamp = _file_stamp(path) if path is not None else None
+        self._versions = self._present_versions()
 
     @classmethod
     def from_argument(cls, model: nn.Module, state: Any) -> ModelState:
@@ -62,16 +66,39 @@ class ModelState:
             matched = match_state(model, state)
             # A state_dict aliases the live parameters: copy, or training would move the snapshot.
             copies = {name: tensor.clone() for name, tensor in matched.items()}
-            return cls(tensors=copies, trainable=trainable)
+            return cls(tensors=copies, trainable=trainable, narrow=_narrow_types(model, state))
         if isinstance(state, (str, os.PathLike)):
-            path = os.path.abspath(os.fspath(state))
-            if not os.path.isfile(path):
-                raise FileNotFoundError(f"state: there is no checkpoint file at {path!r}.")
-            return cls(path=path, trainable=trainable, unsaved=_unsaved_buffers(model))
+            path = find_checkpoint(state)
+            header = read_header(path)
+            match_state(model, header, f"the checkpoint {path!r}", header=True)
+            return cls(
+                path=path,
+                trainable=trainable,
+                unsaved=_unsaved_buffers(model),
+                narrow=_narrow_types(model, header),
+            )
         raise TypeError(
             "state must be None, a mapping of names to tensors, or the path of a checkpoint, got "
             f"{type(state).__name__}."
         )
+
+    def check_unchanged(self) -> None:
+        """Raise ValueError naming a tensor that was written to; files are looked at when read."""
+        for name, version in self._present_versions().items():
+            if self._versions.get(name) != version:
+                raise ValueError(
+                    f"state: {name!r} was changed in place after the snapshot was made; write to a "
+                    "copy of what load_state() returns, or make the snapshot again."
+                )
+
+    def _present_versions(self) -> dict[str, int]:
+        named = self.tensors or {}
+        return {name: -1 if t.is_inference() else t._version for name, t in named.items()}
+
+    def __setstate__(self, attributes: dict[str, Any]) -> None:
+        self.__dict__.update(attributes)
+        # Version counters start anew in an unpickled tensor.
+        self._versions = self._present_versions()
 
     def load(self, model: nn.Module) -> dict[str, Tensor]:
         """Return the state by canonical name; a file is read anew at every call."""
@@ -104,13 +131,17 @@ def copy_state(model: nn.Module) -> dict[str, Tensor]:
 
 
 def match_state(
-    model: nn.Module, tensors: Mapping[str, Any], source: str = "the mapping"
+    model: nn.Module,
+    tensors: Mapping[str, Any],
+    source: str = "the mapping",
+    *,
+    header: bool = False,
 ) -> dict[str, Tensor]:
     """Return a checkpoint's tensors in the model's dtypes, each tied one once, by its first name.
 
-    Any of its names is enough. Buffers that a model does not save come from the model.
+    Any of its names is enough. Unsaved buffers come from the model. A header has no values.
     """
-    available = _strip_prefixes(_tensors_of(tensors, source), model)
+    available = _strip_prefixes(tensors_of(tensors, source), model)
     saved = set(model.state_dict(keep_vars=True))
     state: dict[str, Tensor] = {}
     missing: list[str] = []
@@ -126,14 +157,15 @@ def match_state(
                 missing.append(names[0])
             continue
         value = available[present[0]]
+        _check_layout(f"state: {present[0]!r} in {source}", value, own, header)
         if value.shape != own.shape:
             wrong_shapes.append(f"{present[0]} {tuple(value.shape)} instead of {tuple(own.shape)}")
             continue
         _check_tied_values(available, present, source)
-        state[names[0]] = value.detach().to(own.dtype)
+        state[names[0]] = _converted(f"state: {present[0]!r} in {source}", value.detach(), own)
     unexpected = [key for key in available if key not in known and not key.endswith("_extra_state")]
     problems = [
-        f"{label}: {_listed(items)}"
+        f"{label}: {listed(items)}"
         for label, items in (
             ("missing keys", missing),
             ("unexpected keys", unexpected),
@@ -148,6 +180,55 @@ def match_state(
             + ". Pass a checkpoint of this architecture."
         )
     return state
+
+
+def _check_layout(what: str, value: Tensor, own: Tensor, header: bool) -> None:
+    """Raise ValueError for a tensor that is not the dense array of numbers that the model has."""
+    if value.is_nested or value.layout != torch.strided:
+        raise ValueError(f"{what} is not dense ({value.layout}); pass a dense tensor.")
+    if value.is_meta and not (header or own.is_meta):
+        raise ValueError(f"{what} is on the meta device and holds no values; load them first.")
+
+
+def _converted(what: str, value: Tensor, own: Tensor) -> Tensor:
+    """Return a checkpoint's tensor in the dtype of the model's own; ValueError if it cannot be."""
+    if value.is_quantized:  # its scale is in the tensor
+        value = value.dequantize()
+    if value.dtype == own.dtype:
+        return value
+    floating = value.is_floating_point() and value.dtype.itemsize > 1
+    if own.is_floating_point() and not (floating or value.is_complex()):
+        raise ValueError(
+            f"{what} has dtype {value.dtype} where the model has {own.dtype}: what its numbers "
+            "mean depends on a scale that is not known here. Convert it to floating numbers first, "
+            "as the tool does that wrote it."
+        )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the imaginary part, which is refused below
+        converted = value.to(own.dtype)
+    if own.is_floating_point() or own.is_complex():
+        fits = own.is_complex() or not value.is_complex()
+    else:
+        fits = value.is_meta or torch.equal(converted.to(value.dtype), value)
+    if not fits:
+        raise ValueError(
+            f"{what} has dtype {value.dtype} and values that do not fit into {own.dtype}, which "
+            "the model has; save it in the model's type."
+        )
+    return converted
+
+
+def _narrow_types(model: nn.Module, tensors: Mapping[str, Any]) -> list[str]:
+    """Return the floating types of a checkpoint that are narrower than the model's, by name."""
+    available = _strip_prefixes(tensors_of(tensors, "the mapping"), model)
+    own = {name: tensor.dtype for names, tensor in tied_groups(model) for name in names}
+    found = {
+        value.dtype
+        for name, value in available.items()
+        if name in own and value.is_floating_point() and value.dtype.itemsize < own[name].itemsize
+    }
+    # A checkpoint in single precision is what it is; half has lost digits that the model shows.
+    return sorted(str(d).removeprefix("torch.") for d in found if d.itemsize < 4)
 
 
 def _strip_prefixes(tensors: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
@@ -167,6 +248,8 @@ def _check_tied_values(available: Mapping[str, Tensor], names: list[str], source
     first = available[names[0]]
     for name in names[1:]:
         other = available[name]
+        if other.is_meta:  # a header
+            continue
         if other is not first and not (
             other.shape == first.shape and torch.equal(other, first.to(other.device))
         ):
@@ -176,92 +259,9 @@ def _check_tied_values(available: Mapping[str, Tensor], names: list[str], source
             )
 
 
-def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """Read a safetensors file, or a pickled one that holds nothing but tensors, onto the CPU.
-
-    Recognised by content; weights may be nested under a usual key of a pickled checkpoint.
-    """
-    file = Path(path)
-    if not file.is_file():
-        raise FileNotFoundError(f"state: there is no checkpoint file at {str(file)!r}.")
-    content = _read_safetensors(file) if _is_safetensors(file) else _read_pickle(file)
-    return _tensors_of(content, f"the checkpoint {str(file)!r}")
-
-
-def _is_safetensors(file: Path) -> bool:
-    with file.open("rb") as stream:
-        head = stream.read(9)
-    return file.suffix == ".safetensors" or head[8:9] == b"{"
-
-
-def _read_safetensors(file: Path) -> dict[str, Tensor]:
-    try:
-        return load_file(file, device="cpu")
-    except (SafetensorError, ValueError, OSError) as error:
-        raise ValueError(
-            f"state: the file {str(file)!r} is not a readable safetensors checkpoint ({error}); "
-            "it may be corrupt or incomplete."
-        ) from error
-
-
-def _read_pickle(file: Path) -> Any:
-    try:
-        return torch.load(file, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        text = str(error)
-        if "GLOBAL" in text or "global" in text:
-            raise ValueError(
-                f"state: the checkpoint {str(file)!r} holds Python objects besides tensors, and "
-                "loading them could run any code, so it is refused. Save model.state_dict() alone, "
-                f"or a safetensors file. ({_first_global(text)})"
-            ) from error
-        raise ValueError(
-            f"state: the file {str(file)!r} is not a readable checkpoint ({_first_line(text)}); it "
-            "may be corrupt or incomplete."
-        ) from error
-
-
-def _tensors_of(content: Any, source: str) -> dict[str, Tensor]:
-    if isinstance(content, Mapping):
-        for key in _NESTED_KEYS:
-            if isinstance(content.get(key), Mapping):
-                return _tensors_of(content[key], source)
-    if not isinstance(content, Mapping) or not content:
-        raise ValueError(
-            f"state: {source} holds no mapping of names to tensors; save model.state_dict()."
-        )
-    tensors = {
-        str(name): value
-        for name, value in content.items()
-        if isinstance(value, Tensor) or not str(name).endswith("_extra_state")
-    }
-    foreign = [name for name, value in tensors.items() if not isinstance(value, Tensor)]
-    if foreign:
-        raise ValueError(
-            f"state: {source} holds entries that are not tensors: {_listed(foreign)}; save "
-            "model.state_dict() alone."
-        )
-    return tensors
-
-
 def _file_stamp(path: str) -> tuple[int, int]:
     status = os.stat(path)
     return status.st_size, status.st_mtime_ns
-
-
-def _listed(names: Iterable[str]) -> str:
-    items = list(names)
-    more = f" and {len(items) - _MAX_NAMES} more" if len(items) > _MAX_NAMES else ""
-    return ", ".join(items[:_MAX_NAMES]) + more
-
-
-def _first_line(text: str) -> str:
-    return text.strip().splitlines()[0] if text.strip() else "no further detail"
-
-
-def _first_global(text: str) -> str:
-    lines = [line.strip() for line in text.splitlines() if "GLOBAL" in line]
-    return lines[0] if lines else _first_line(text)
 
 
 def unwrap(model: nn.Module) -> nn.Module:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from spectralshell.operators.costs import ROOM, fits, format_bytes, plan_exact, resolve_max_memory
+from spectralshell.operators.costs import ROOM, fits, format_bytes, plan_exact, working_bytes
 from spectralshell.operators.exact_kernel import ExactKernel
 from spectralshell.operators.kernel_operator import KernelOperator
 from spectralshell.operators.survey import survey_kernel
@@ -123,7 +123,7 @@ def build_exact_kernel(
         parameters, for each parameter, for the label that a mapping gives to the regular expression
         that finds the parameter's name, or for the label that a callable gives to the name.
     max_memory : int or str, optional
-        Bytes of working memory, or a string such as ``"1GB"``; by default half of what is free.
+        Bytes of working memory, or a string such as ``"1GB"``; by default 8 GB, or what is free.
         Samples and layers are taken in turns where it does not suffice.
     chunk_size : int, optional
         Samples recorded at a time; by default as many as ``max_memory`` allows.
@@ -190,7 +190,7 @@ def build_exact_kernel(
         dtype=dtype,
         generator=generator,
     )
-    budget = resolve_max_memory(max_memory, survey.device)
+    budget = working_bytes(max_memory, survey.device)
     plan = plan_exact(survey.footprint, budget, survey.evaluation.problem.chunk_size)
     if not fits(plan.peak_bytes, budget):
         raise ValueError(

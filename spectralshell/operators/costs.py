@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from numbers import Integral
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -29,8 +30,8 @@ from spectralshell.operators.layers.units import GRADIENTS, GRAM, operation_coun
 from spectralshell.operators.noise import NOISE_SAMPLES
 from spectralshell.operators.problem import Chunk, Evaluation
 
-FREE_SHARE = 0.5
-"""Part of the free memory that is taken where no limit was given."""
+DEFAULT_MEMORY = 8 * 10**9
+"""Bytes that a solver is chosen for where no limit was given: the same ones on every machine."""
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12} | {
     "KIB": 2**10,
@@ -40,6 +41,11 @@ _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12} | 
 }
 
 _META_BYTES = 2**40
+
+_CGROUPS, _OWN_CGROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
+
+_LIMITS = (("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes"))
+"""Files of a control group with its limit and what it uses, of either version."""
 
 _COUNTED_SAMPLES = 2
 """One sample would not tell a dimension of samples from one that is broadcast over them."""
@@ -113,17 +119,23 @@ _DENSE_RATE = 2e10
 """Operations a second of the orthogonalisation in float64."""
 
 
-def resolve_max_memory(max_memory: int | str | None, device: torch.device) -> int:
+def resolve_max_memory(max_memory: int | str | None) -> int:
     """Return the bytes of working memory that ``max_memory`` allows: a number, or one with a unit.
 
-    None takes half of what is free on the device.
+    None allows ``DEFAULT_MEMORY``, whatever is free, so that what is chosen by it is always alike.
     """
     if max_memory is None:
-        return int(FREE_SHARE * _free_bytes(device))
+        return DEFAULT_MEMORY
     size = _parse_bytes(max_memory)
     if size <= 0:
         raise ValueError(f"max_memory must be positive, got {max_memory!r}.")
     return size
+
+
+def working_bytes(max_memory: int | str | None, device: torch.device) -> int:
+    """Return what may be taken: what ``max_memory`` allows, by default no more than is free."""
+    allowed = resolve_max_memory(max_memory)
+    return allowed if max_memory is not None else min(allowed, free_bytes(device))
 
 
 def _parse_bytes(size: int | str) -> int:
@@ -145,12 +157,40 @@ def _parse_bytes(size: int | str) -> int:
     return int(float(match[1]) * unit)
 
 
-def _free_bytes(device: torch.device) -> int:
+def free_bytes(device: torch.device) -> int:
+    """Return what is free on a device; in main memory, also to the control group of the process."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     if device.type == "meta":
         return _META_BYTES
-    return int(psutil.virtual_memory().available)
+    return min([int(psutil.virtual_memory().available), *_free_in_control_groups()])
+
+
+def _free_in_control_groups() -> Iterator[int]:
+    try:
+        lines = _OWN_CGROUPS.read_text().splitlines()
+    except OSError:  # no Linux
+        return
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers in ("", "memory"):
+            root = _CGROUPS / controllers
+            group = root / path.strip("/")
+            # In a container the path is that outside, and the group is the root.
+            for folder in (group, *group.parents):
+                if folder.is_relative_to(root):
+                    yield from _free_in_control_group(folder)
+
+
+def _free_in_control_group(folder: Path) -> Iterator[int]:
+    for limit, used in _LIMITS:
+        try:
+            allowed = int((folder / limit).read_text())
+            taken = int((folder / used).read_text())
+            cached = re.search(r"inactive_file (\d+)", (folder / "memory.stat").read_text())
+        except (OSError, ValueError):  # not of this version, or no limit: "max"
+            continue
+        yield max(allowed - taken + (int(cached[1]) if cached else 0), 0)
 
 
 def format_bytes(size: float) -> str:

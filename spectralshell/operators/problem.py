@@ -26,7 +26,7 @@ from spectralshell.operators.jacobian.ladder import is_out_of_memory
 from spectralshell.operators.jacobian.linearizations import VectorFunction
 from spectralshell.parameter_checks import check_integer
 from spectralshell.residuals import Residual, Targets, resolve_residual
-from spectralshell.statuses import measured_in
+from spectralshell.statuses import checkpoint_in, measured_in
 
 if TYPE_CHECKING:
     from spectralshell.snapshots import Snapshot
@@ -41,6 +41,9 @@ _REPEAT_TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
 
 _COUPLING_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
 """Relative difference of a sample's output alone and in company: above that of other kernels."""
+
+_MAX_SAMPLES = 5
+"""Positions that a message names."""
 
 _CHUNK_TOLERANCE = 1e-10
 """Relative difference of float64 errors from the same outputs: far above rounding."""
@@ -215,6 +218,8 @@ def pose_problem(
     _check_finite_state(state, trainable)
     _check_finite_inputs(snapshot.inputs)
     working, notes = _working_dtype(dtype, state, where)
+    if snapshot.state.narrow:
+        notes += (checkpoint_in(", ".join(snapshot.state.narrow), _short(working)),)
     function = ModelFunction(snapshot.model, state, names, where, working)
     inputs = map_tensors(lambda t: cast(t.detach(), where, working), snapshot.inputs)
     n_samples = snapshot.n_samples
@@ -326,15 +331,30 @@ def _check_finite_state(state: Mapping[str, Tensor], parameters: set[str]) -> No
             )
 
 
-def _check_finite_inputs(inputs: Any) -> None:
-    """Raise ValueError if a floating input holds NaN."""
+def _check_finite_inputs(inputs: Any, label: str = "inputs") -> None:
+    """Raise ValueError naming the first floating input that holds NaN, and in which samples."""
+    if isinstance(inputs, Mapping):
+        for key, value in inputs.items():
+            _check_finite_inputs(value, f"{label}[{key!r}]")
+    elif isinstance(inputs, (tuple, list)):
+        for position, value in enumerate(inputs):
+            _check_finite_inputs(value, f"{label}[{position}]")
+    elif isinstance(inputs, Tensor) and inputs.is_floating_point() and not inputs.is_meta:
+        where = _samples_with_nan(inputs)
+        if where:
+            raise ValueError(f"{label} hold NaN{where}; remove those samples.")
 
-    def check(tensor: Tensor) -> Tensor:
-        if tensor.is_floating_point() and not tensor.is_meta and bool(torch.isnan(tensor).any()):
-            raise ValueError("inputs hold NaN; remove those samples.")
-        return tensor
 
-    map_tensors(check, inputs)
+def _samples_with_nan(tensor: Tensor) -> str:
+    """Return in which of the first dimension a tensor holds NaN, "" if nowhere."""
+    bad = torch.isnan(tensor)
+    if not bool(bad.any()):
+        return ""
+    if tensor.ndim == 0:
+        return ", a single number"
+    found = torch.nonzero(bad.reshape(bad.shape[0], -1).any(dim=1)).flatten().tolist()
+    more = f" and {len(found) - _MAX_SAMPLES} more" if len(found) > _MAX_SAMPLES else ""
+    return f" in samples {', '.join(map(str, found[:_MAX_SAMPLES]))}{more}"
 
 
 def _drawing(

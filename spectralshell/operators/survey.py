@@ -18,7 +18,7 @@ from spectralshell.operators.costs import (
     measure_footprint,
     plan_exact,
     product_cost,
-    resolve_max_memory,
+    working_bytes,
 )
 from spectralshell.operators.exact_kernel import ExactKernel, assemble_exact
 from spectralshell.operators.kernel_operator import KernelOperator
@@ -50,12 +50,12 @@ class KernelSurvey:
     def build_matrix_free(self, chunk_size: int | None) -> KernelOperator:
         """Build the kernel that multiplies, in chunks of samples; wide blocks by the matrix.
 
-        If half of the free memory holds it, and it costs less than a few such blocks of products.
+        If memory holds it, and it costs less than a few such blocks of products.
         """
         with exclusive():
             problem = self.evaluation.problem
             kernel = assemble_matrix_free(problem, chunk_size, evaluation=self.evaluation)
-        budget = resolve_max_memory(None, self.device)
+        budget = working_bytes(None, self.device)
         plan = plan_exact(self.footprint, budget, problem.chunk_size)
         if not fits(plan.peak_bytes, budget):
             return kernel

@@ -64,7 +64,7 @@ def descend(model, data, step, n_steps, every):
 def soft_below(estimator, model, state, data):
     """Energies below the edges of an exact measurement at another state."""
     snapshot = place_snapshot(model, *data, state=state)
-    measure = estimator._measure([snapshot])[0].measure
+    measure = estimator._measure([snapshot]).measures[0].measure
     shells = SoftShells(estimator._shells.partition, estimator.softness)
     return shells.below(measure.nodes) @ measure.weights
 

@@ -41,6 +41,8 @@ def _results(folder):
     return {path: path.read_bytes() for path in folder.rglob("output.pkl")}
 
 
+# The archive has other batches at each tau under one label.
+@pytest.mark.filterwarnings("ignore::spectralshell.warning_categories.SnapshotWarning")
 @pytest.mark.parametrize(
     "estimator",
     [ShellEnergyEstimator(q=1.5), ToeplitzDiagnostic(n_null=2, min_modes=1)],

@@ -5,11 +5,13 @@ import dataclasses
 import pytest
 import torch
 
-from spectralshell import ShellEnergyEstimator
-from spectralshell.measurements.solver import PLAN_COLUMNS, plan_spectrum
+from spectralshell import ShellEnergyEstimator, ShellFluxEstimator, ToeplitzDiagnostic
+from spectralshell.measurements import solver
+from spectralshell.measurements.settings import KernelSettings
+from spectralshell.measurements.solver import PLAN_COLUMNS, plan_by_memory, plan_spectrum
 from spectralshell.operators.costs import Footprint, measure_footprint
 from spectralshell.operators.survey import survey_kernel
-from tests.device import place_snapshot
+from tests.device import CPU, place_snapshot
 from tests.zoo import CASES, CASES_BY_NAME, make_snapshot
 
 AMPLE = 10**12
@@ -61,10 +63,10 @@ def test_the_other_solver_steps_in_where_the_matrix_does_not_fit():
     assert plan_spectrum(wide, 10**9, n_steps=100).solver == "lanczos"
 
 
-@pytest.mark.parametrize("solver", ["auto", "exact", "lanczos"])
-def test_an_error_says_what_would_fit(solver):
+@pytest.mark.parametrize("name", ["auto", "exact", "lanczos"])
+def test_an_error_says_what_would_fit(name):
     with pytest.raises(ValueError, match=r"max_memory: 1 KB .*exact' needs about .* GB|MB"):
-        plan_spectrum(footprint(), 1000, n_steps=100, solver=solver)
+        plan_spectrum(footprint(), 1000, n_steps=100, solver=name)
 
 
 def test_a_bad_limit_is_named():
@@ -77,6 +79,30 @@ def test_a_tiny_limit_is_an_error_of_fit():
     estimator = ShellEnergyEstimator(max_memory="2 KB")
     with pytest.raises(ValueError, match=r"max_memory: 2 KB do not hold solver='auto'"):
         estimator.fit([make_snapshot(CASES_BY_NAME["mlp"])])
+
+
+@pytest.mark.parametrize("kind", [ShellEnergyEstimator, ShellFluxEstimator, ToeplitzDiagnostic])
+def test_what_is_free_does_not_choose_the_solver(kind, monkeypatch):
+    found = []
+    for free in (AMPLE, 300_000):
+        monkeypatch.setattr(solver, "free_bytes", lambda device, free=free: free)
+        found.append(kind().fit([make_snapshot(CASES_BY_NAME["mlp"])]).plan_)
+    assert list(found[0]["solver"]) == list(found[1]["solver"])
+    monkeypatch.setattr(solver, "free_bytes", lambda device: 100)
+    with pytest.raises(ValueError, match=r"max_memory=None allows 8 GB.* and 100 B are free"):
+        kind().fit([make_snapshot(CASES_BY_NAME["mlp"])])
+
+
+def test_little_that_is_free_makes_smaller_pieces(monkeypatch):
+    large = footprint(graph_bytes=5e7)
+
+    def plan(max_bytes, name):
+        return plan_spectrum(large, max_bytes, solver=name, n_steps=100)
+
+    free = 10**9
+    monkeypatch.setattr(solver, "free_bytes", lambda device: free)
+    found = plan_by_memory(KernelSettings(solver="lanczos"), CPU, plan)
+    assert found.peaks["lanczos"] <= free < plan(AMPLE, "lanczos").peaks["lanczos"]
 
 
 def test_the_plan_is_a_frame_with_a_row_for_each_snapshot():

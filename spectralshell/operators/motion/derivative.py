@@ -25,7 +25,13 @@ from spectralshell.operators.motion.rate import ZeroRate
 from spectralshell.operators.noise import Rounding, measure_rounding
 from spectralshell.operators.problem import Chunk, Evaluation
 from spectralshell.operators.survey import KernelSurvey
-from spectralshell.statuses import FROZEN_KERNEL, OK, ZERO_DIRECTION
+from spectralshell.statuses import (
+    FROZEN_KERNEL,
+    OK,
+    STEP_TOO_LONG,
+    STEP_TOO_SHORT,
+    ZERO_DIRECTION,
+)
 
 Layers = str | Mapping[str, str] | Callable[[str], str]
 
@@ -46,6 +52,13 @@ _TRIALS = 4
 
 _TOO_FAR = 2.0
 """Change of J, in units of the wanted one, above which a trial is followed by a shorter one."""
+
+
+_STEP_TOLERANCE = 0.05
+"""Part of a rate that the step of its difference may change, or rounding."""
+
+_ROUNDINGS = 4.0
+"""Roundings of Jᵀu, in its norm, that the difference of two may hold."""
 
 
 class KernelDerivative(ABC):
@@ -600,6 +613,42 @@ def _shortening(here: float, change: float, bend: float, wanted: float) -> float
         return wanted * here / change
     # J all but vanishes here and is no measure of its change: that has to be in proportion to h.
     return wanted if bend > wanted * change else 1.0
+
+
+def judge_step(
+    evaluation: Evaluation, direction: Direction, step: float, chunk_size: int | None
+) -> str:
+    """Return what is wrong with a step, ``"ok"`` if nothing; see :meth:`KernelMotion.step_fault`.
+
+    Too long is one that gives another rate than a shorter one, lost what moves J by its rounding.
+    """
+    function = evaluation.problem.function
+    if function.device.type == "meta":
+        return OK
+    entries, chunk = evaluation.chunks_with_entries(chunk_size)[0]
+    cotangent = _draw(evaluation, entries.stop - entries.start)
+    here = _norm(_pulled(evaluation, chunk, function.parameters, cotangent))
+    rounding = _ROUNDINGS * torch.finfo(function.dtype).eps * here
+
+    def rate(amount: float) -> list[Tensor]:
+        plus, minus = (
+            _pulled(
+                evaluation, chunk, moved_parameters(function, direction, sign * amount), cotangent
+            )
+            for sign in (1.0, -1.0)
+        )
+        return [(p - m) / (2.0 * amount) for p, m in zip(plus, minus, strict=True)]
+
+    natural = natural_step(evaluation, direction, chunk_size)
+    found = rate(step)
+    if 2.0 * step * _norm(found) <= rounding / _STEP_TOLERANCE:
+        lost = step < natural and 2.0 * natural * _norm(rate(natural)) > rounding / _STEP_TOLERANCE
+        return STEP_TOO_SHORT if lost else OK
+    # A homogeneous network's rate is the same for all steps that leave its point far behind.
+    other = natural if step > natural else step / 2.0
+    defect = _norm(f - o for f, o in zip(found, rate(other), strict=True))
+    allowed = _STEP_TOLERANCE * _norm(found) + rounding / (2.0 * other)
+    return OK if defect <= allowed else STEP_TOO_LONG
 
 
 def _draw(evaluation: Evaluation, n: int) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from spectralshell.models.function import Parameters
 from spectralshell.models.guard import exclusive
-from spectralshell.operators.costs import resolve_max_memory
+from spectralshell.operators.costs import working_bytes
 from spectralshell.operators.kernel_operator import KernelOperator
 from spectralshell.operators.motion.derivative import (
     DifferenceDerivative,
@@ -20,6 +20,7 @@ from spectralshell.operators.motion.derivative import (
     KernelDerivative,
     SharedKernel,
     ZeroDerivative,
+    judge_step,
     natural_step,
 )
 from spectralshell.operators.motion.directions import (
@@ -67,7 +68,7 @@ def survey_motion(
     residual, parameters, chunk_size, device, dtype
         As for :func:`~spectralshell.operators.build_kernel`.
     max_memory : int or str, optional
-        Bytes of working memory, or a string such as ``"1GB"``; by default half of what is free.
+        Bytes of working memory, or a string such as ``"1GB"``; by default 8 GB, or what is free.
     generator : torch.Generator, optional
         For probes and random directions; by default ones with a fixed seed.
 
@@ -196,7 +197,7 @@ class KernelMotion:
         self.dtype = problem.function.dtype
         self._snapshot = snapshot
         self._generator = _own_generator(generator)
-        self._shared = SharedKernel(survey, resolve_max_memory(max_memory, self.device))
+        self._shared = SharedKernel(survey, working_bytes(max_memory, self.device))
         self._refused: dict[str, str] | None = None
         self._reference: PlainReference | None = None
 
@@ -338,6 +339,19 @@ class KernelMotion:
             return 1.0
         with exclusive():
             return natural_step(self.survey.evaluation, direction, self._shared.chunk_size)
+
+    def step_fault(self, direction: Direction, step: float) -> str:
+        """Return ``"ok"``, or the status of a step that is too long, or lost in rounding.
+
+        Notes
+        -----
+        As seen by one random Jᵀu. Cost: that of :meth:`default_step`, and five forward and backward
+        passes of one chunk.
+        """
+        self._check_direction(direction)
+        with exclusive():
+            evaluation = self.survey.evaluation
+            return judge_step(evaluation, direction, step, self._shared.chunk_size)
 
     @cached_property
     def gates(self) -> tuple[str, ...]:
