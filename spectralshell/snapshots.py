@@ -482,4 +482,4 @@ def _checksum(leaf: Any) -> Any:
     if leaf.device.type != "cpu" or leaf.layout != torch.strided or leaf.is_quantized:
         return ""
     flat = leaf.detach().contiguous().reshape(-1)
-    return zlib.crc32(memoryview(flat.view(torch.uint8).numpy())) if flat.numel() else 0
+    return zlib.crc32(flat.view(torch.uint8).numpy().data) if flat.numel() else 0

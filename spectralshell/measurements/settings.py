@@ -101,6 +101,10 @@ def _check_running(estimator: Any) -> None:
             "random_state must be None, an integer from 0 to 4294967295 or a RandomState, got "
             f"{estimator.random_state!r}."
         ) from error
+    if isinstance(estimator.memory, str) and not estimator.memory:
+        raise ValueError(
+            "memory must not be empty, got ''; pass a folder, or None to keep nothing."
+        )
     if isinstance(estimator.memory, (str, os.PathLike)) and os.path.isfile(estimator.memory):
         raise ValueError(
             f"memory={os.fspath(estimator.memory)!r} is a file; pass the path of a folder, which "

@@ -42,6 +42,9 @@ _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12} | 
 
 _META_BYTES = 2**40
 
+_MOST_BYTES = 2**63 - 1
+"""What a file or an address can count: more is no limit."""
+
 _CGROUPS, _OWN_CGROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 
 _LIMITS = (("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes"))
@@ -129,7 +132,7 @@ def resolve_max_memory(max_memory: int | str | None) -> int:
     size = _parse_bytes(max_memory)
     if size <= 0:
         raise ValueError(f"max_memory must be positive, got {max_memory!r}.")
-    return size
+    return min(size, _MOST_BYTES)
 
 
 def working_bytes(max_memory: int | str | None, device: torch.device) -> int:

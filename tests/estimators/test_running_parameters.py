@@ -28,6 +28,7 @@ WRONG = [
     ("random_state", 2**40),
     ("random_state", np.random.default_rng(0)),
     ("memory", 5),
+    ("memory", ""),
     ("device", "meta"),
     ("device", "gpu"),
     ("device", 3),

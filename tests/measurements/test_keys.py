@@ -366,6 +366,7 @@ def test_what_is_too_deep_is_like_nothing_else():
     assert model_digest(model) != model_digest(model)
 
 
+@pytest.mark.slow  # another interpreter
 def test_a_process_of_other_hashes_finds_the_same_key(written):
     source = BEFORE.replace("FACTOR = 2.0", "FACTOR = max({'a', 'b', 'c', 'd'}) and 2.0")
     here = written.digest(source, HELPER, LATE)

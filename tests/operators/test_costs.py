@@ -28,6 +28,7 @@ CPU = torch.device("cpu")
         ("0.5 KiB", 512),
         ("3mib", 3 * 2**20),
         ("1 TB", 10**12),
+        (10**400, 2**63 - 1),
     ],
 )
 def test_sizes(size, expected):
