@@ -178,7 +178,7 @@ class Snapshot:
 
     def has_same(self, part: str, other: Snapshot) -> bool:
         """Tell whether ``part``, ``"inputs"`` or ``"targets"``, has the values of another's."""
-        return self._recorded[part].checksums == other._recorded[part].checksums
+        return self._recorded[part].values() == other._recorded[part].values()
 
     def _present_data(self) -> dict[str, _DataRecord]:
         return {label: _DataRecord.of(getattr(self, label)) for label in ("inputs", "targets")}
@@ -445,6 +445,13 @@ class _DataRecord:
         """Record data; of tensors in main memory by their values, at about 2 GB/s."""
         leaves = tuple(_leaves(data))
         return cls(leaves, tuple(map(_mark, leaves)), tuple(map(_checksum, leaves)))
+
+    def values(self) -> tuple[Any, ...]:
+        """Return the checksums, now also of tensors on a GPU, which costs their way to the CPU."""
+        return tuple(
+            _checksum(leaf.cpu()) if isinstance(leaf, Tensor) and leaf.is_cuda else known
+            for leaf, known in zip(self.leaves, self.checksums, strict=True)
+        )
 
     def holds(self, data: Any) -> bool:
         """Tell whether data are still the same objects, written to by nobody."""
