@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from spectralshell.models.guard import guarded
+from spectralshell.models.guard import continued, guarded, renew
 from spectralshell.models.state import tied_groups, unwrap
 
 _MAX_NAMES = 8
@@ -78,6 +78,10 @@ class ModelFunction:
         """Return the context in which the model may be called."""
         return guarded(self.model, self.device)
 
+    def continued(self) -> AbstractContextManager[None]:
+        """Return the context in which a call finds what the one before has left."""
+        return continued(self.model)
+
     def installed(self, parameters: Parameters | None = None) -> AbstractContextManager[None]:
         """Return the context in which the model carries the frozen state and ``parameters``.
 
@@ -120,8 +124,11 @@ class ModelFunction:
         """Return the model's outputs, samples first: a tensor, or what is under ``.logits``."""
         # A model may write to its inputs: let it write to a copy.
         fresh = map_tensors(torch.clone, inputs)
-        with self.installed(parameters):
-            returned = _call(self.model, fresh)
+        try:
+            with self.installed(parameters):
+                returned = _call(self.model, fresh)
+        finally:
+            renew(self.model)  # no call reads what another has cached
         self.gives_logits = not isinstance(returned, Tensor)
         outputs = getattr(returned, "logits", None) if self.gives_logits else returned
         if not isinstance(outputs, Tensor):
