@@ -64,9 +64,7 @@ class ModelFunction:
 
     def in_double(self) -> ModelFunction:
         """Return the same function at the same point, computed in float64."""
-        state = dict(self._constants)
-        state.update(zip(self.names, self.parameters, strict=True))
-        return ModelFunction(self.model, state, self.names, self.device, torch.float64)
+        return ModelFunction(self.model, self.state(), self.names, self.device, torch.float64)
 
     def at(self, parameters: Parameters) -> ModelFunction:
         """Return the same function with other values of the selected parameters."""
@@ -122,10 +120,21 @@ class ModelFunction:
 
     def outputs(self, parameters: Parameters, inputs: Any) -> Tensor:
         """Return the model's outputs, samples first: a tensor, or what is under ``.logits``."""
+        return self._outputs(self.installed(parameters), inputs)
+
+    def state(self) -> dict[str, Tensor]:
+        """Return all tensors of the frozen state by name."""
+        return dict(zip(self.names, self.parameters, strict=True)) | self._constants
+
+    def outputs_at(self, state: Mapping[str, Tensor], inputs: Any) -> Tensor:
+        """Return the model's outputs with tensors of another state; what it lacks is the model's."""
+        return self._outputs(self._carrying(state), inputs)
+
+    def _outputs(self, installed: AbstractContextManager[None], inputs: Any) -> Tensor:
         # A model may write to its inputs: let it write to a copy.
         fresh = map_tensors(torch.clone, inputs)
         try:
-            with self.installed(parameters):
+            with installed:
                 returned = _call(self.model, fresh)
         finally:
             renew(self.model)  # no call reads what another has cached

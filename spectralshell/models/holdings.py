@@ -54,6 +54,8 @@ class Link:
                 return self.home.cell_contents
             if isinstance(self.home, type):
                 return vars(self.home).get(self.key, _MISSING)
+            if isinstance(self.home, dict):  # a subclass may make something else of what it holds
+                return dict.__getitem__(self.home, self.key)
             return self.home[self.key]
         except (KeyError, IndexError, ValueError):
             return _MISSING
@@ -222,10 +224,11 @@ class Holdings:
         if isinstance(value, (dict, list, deque, set)):
             if len(value) > _LONGEST:
                 return
-            self._contents.append((value, value.copy()))
+            content = _raw(value)
+            self._contents.append((value, content))
             if isinstance(value, set):
                 return
-            pairs = value.items() if isinstance(value, dict) else enumerate(value)
+            pairs = content.items() if isinstance(content, dict) else enumerate(content)
             yield from [(inner, Link(value, key)) for key, inner in pairs]
         elif isinstance(value, tuple):
             yield from ((inner, None) for inner in value[:_LONGEST])
@@ -247,6 +250,13 @@ class Holdings:
             yield from self._open(vars(value))
 
 
+def _raw(container: Any) -> Any:
+    """Return a plain copy of what a mapping or list really holds."""
+    if isinstance(container, dict):
+        return dict(zip(dict.keys(container), dict.values(container), strict=True))
+    return container.copy()
+
+
 def _refill(container: Any, content: Any) -> None:
     if isinstance(container, type):
         now = vars(container)
@@ -263,16 +273,17 @@ def _refill(container: Any, content: Any) -> None:
         return
     if isinstance(container, dict):
         # Order counts: it is that of the user's parameters() and state_dict().
-        same = list(container) == list(content) and all(
-            container[key] is content[key] for key in content
-        )
-    else:
-        same = len(container) == len(content) and all(
-            a is b for a, b in zip(container, content, strict=True)
-        )
-    if not same:
+        now = _raw(container)
+        if list(now) == list(content) and all(now[key] is content[key] for key in content):
+            return
         container.clear()
-        (container.update if isinstance(container, dict) else container.extend)(content)
+        for key, value in content.items():
+            container[key] = value
+    elif len(container) != len(content) or any(
+        a is not b for a, b in zip(container, content, strict=True)
+    ):
+        container.clear()
+        container.extend(content)
 
 
 def _put(link: Link, value: Any) -> None:

@@ -13,8 +13,9 @@ from functools import partial
 from math import inf, isfinite
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from spectralshell.models.caches import StaleStateError, check_caches
 from spectralshell.models.function import ModelFunction, Parameters, widen
 from spectralshell.operators.jacobian.linearizations import PullBack
 from spectralshell.operators.problem import Chunk, Evaluation
@@ -46,6 +47,9 @@ _WHOLE_FLOPS = 1e9
 
 _FEWEST_SAMPLES = 8
 
+_PAIR = 2
+"""Samples that what a model keeps is looked for on."""
+
 _DOUBLE_PARAMETERS = 5e7
 """More are probed in the working dtype: three copies in float64 take over a gigabyte."""
 
@@ -61,6 +65,7 @@ def probed(evaluation: Evaluation) -> Evaluation:
     problem = evaluation.problem
     if problem.function.device.type == "meta":
         return evaluation
+    _check_state(evaluation)
     finding = _probe(evaluation)
     notes = list(problem.notes)
     silent = _zero_on_batch(evaluation, finding)
@@ -70,6 +75,20 @@ def probed(evaluation: Evaluation) -> Evaluation:
         notes.append(outputs_change_otherwise(finding.defect))
     noted = replace(problem, notes=tuple(notes), jacobian_defect=finding.defect)
     return replace(evaluation, problem=noted)
+
+
+def _check_state(evaluation: Evaluation) -> None:
+    """Raise ValueError if the model computes with what it kept from other weights."""
+    problem = evaluation.problem
+    for n_samples in dict.fromkeys((min(_PAIR, problem.n_samples), problem.n_samples)):
+        inputs = evaluation.take(0, n_samples).inputs
+        try:
+            check_caches(problem.function, inputs)
+            return
+        except StaleStateError:
+            raise
+        except _FAILURES:  # of some samples alone, as the nodes of a graph
+            continue
 
 
 @dataclass(frozen=True)
@@ -123,6 +142,7 @@ class _Comparison:
         self._whole = n_samples >= evaluation.problem.n_samples
         chunks = _chunks(evaluation, n_samples)
         self._vectors = [evaluation.vector_function(chunk, function) for chunk in chunks]
+        self._resting = list(_padding_rows(function))
         # Not the problem's: its later probes are drawn as if there were none of these.
         self._generator = torch.Generator().manual_seed(0)
 
@@ -217,11 +237,23 @@ class _Comparison:
         for point, size in zip(points, sizes, strict=True):
             tangent = self._draw(point) * (size or usual[len(usual) // 2])
             tangents.append(torch.where(point == 0.0, 0.0, tangent) if keep_zeros else tangent)
+        for position, row in self._resting:
+            tangents[position][row] = 0.0
         return tuple(tangents)
 
     def _draw(self, like: Tensor) -> Tensor:
         numbers = torch.randn(like.shape, generator=self._generator, dtype=torch.float32)
         return numbers.to(like.device, like.dtype)
+
+
+def _padding_rows(function: ModelFunction) -> Iterator[tuple[int, int]]:
+    """Yield position and row of what torch keeps from training: the vectors of padding tokens."""
+    positions = function.positions()
+    for name, module in function.model.named_modules():
+        padding = getattr(module, "padding_idx", None)
+        position = positions.get(f"{name}.weight" if name else "weight")
+        if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and None not in (padding, position):
+            yield position, padding
 
 
 def _chunks(evaluation: Evaluation, n_samples: int) -> list[Chunk]:
