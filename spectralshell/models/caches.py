@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,10 @@ _SAME = 1e-5
 """Relative difference of outputs that a table computed anew, in another precision, may make."""
 
 _MOST_GROUPS = 40
+
+_ALONE = 3
+
+_MODULE_FLAGS = frozenset(vars(nn.Module()))
 
 _MOST_SWITCHES = 8
 """Flags of a module that are tried one by one."""
@@ -62,6 +67,9 @@ class _Run:
     outputs: Tensor
     names: frozenset[str]
     left: tuple[Any, ...] = ()
+    # Whether all places hold something, and not what they held before.
+    filled: bool = False
+    changed: bool = False
 
 
 class _Search:
@@ -71,7 +79,7 @@ class _Search:
         self._function = function
         self._inputs = inputs
         self._here = function.state()
-        self._there = _moved(function, self._here)
+        self._there: dict[str, Tensor] = {}
         self._buffers = {
             id(module._buffers): f"{name}." if name else ""
             for name, module in function.model.named_modules()
@@ -97,24 +105,28 @@ class _Search:
                 groups[kept.kind, kept.label].append(kept)
         if not groups:
             return
+        self._there = _moved(self._function, self._here)
         filled = self._call(self._there)
         for group in list(groups.values())[:_MOST_GROUPS]:
             if torch.isfinite(filled.outputs).all():
                 self._examine(group, filled, plain.names)
 
     def _examine(self, group: list[Kept], filled: _Run, names: frozenset[str]) -> None:
-        for take_away in self._ways(group):
+        switches = () if isinstance(group[0].value, float) else self._switches(group)
+        for position, take_away in enumerate([*self._ways(group), *switches]):
+            alone = position < _ALONE
             try:
                 emptied = self._call(self._there, take_away, group)
             except Exception:  # it cannot do without, or not so
                 continue
             if not _differ(filled.outputs, emptied.outputs):
-                if emptied.left:
+                if alone and emptied.filled:
                     return
                 continue
             here = self._call(self._here, take_away, group)
-            depends = bool(emptied.left) and not _equal(emptied.left, here.left)
-            if depends or (not emptied.left and emptied.names - names):
+            depends = emptied.changed and not _equal(emptied.left, here.left)
+            # An optional constant is not filled again, and what is merged gives way to its parts.
+            if depends or (alone and not emptied.filled and emptied.names - names):
                 first = group[0]
                 raise StaleStateError(
                     f"model: {_named(first.module, first.kind)} keeps {first.label!r}, a function "
@@ -123,33 +135,21 @@ class _Search:
                     "else set it as it was before the first call)."
                 )
 
-    def _ways(self, group: list[Kept]) -> Iterator[Callable[[], None]]:
-        """Yield the ways to make a model compute again what it keeps."""
-        inner = [kept.path[-1] for kept in group]
-
-        def empty() -> None:
-            for link in inner:
-                link.write(None)
+    def _ways(self, group: list[Kept]) -> list[Callable[[], None]]:
+        """Return the ways to take away what a model keeps and nothing else: ``_ALONE`` of them."""
 
         def remove() -> None:
-            for link in inner:
-                link.remove()
+            for kept in group:
+                kept.path[-1].remove()
 
         def empty_whole() -> None:
             for kept in group:
                 home = kept.path[0].read()
                 kept.path[0].write(type(home)() if isinstance(home, (dict, list)) else None)
 
-        yield empty
-        yield remove
-        if any(len(kept.path) > 1 for kept in group):
-            yield empty_whole
-        if group[0].kind is not float and not isinstance(group[0].value, float):
-            yield from self._switches(group, empty)
+        return [partial(_empty, group), remove, empty_whole]
 
-    def _switches(
-        self, group: list[Kept], empty: Callable[[], None]
-    ) -> Iterator[Callable[[], None]]:
+    def _switches(self, group: list[Kept]) -> Iterator[Callable[[], None]]:
         """Yield the same with a flag the other way or a count forgotten, and in training mode."""
         homes = [vars(self._modules[kept.module]) for kept in group]
 
@@ -166,9 +166,9 @@ class _Search:
 
             def both(key: str = key) -> None:
                 switch(key)
-                empty()
+                _empty(group)
 
-            yield lambda key=key: switch(key)
+            yield partial(switch, key)
             yield both
 
         def train() -> None:
@@ -187,7 +187,8 @@ class _Search:
         """Call the model with a state, after something was taken away, and put that back."""
         reading = reading or _Reading()
         group = group or []
-        homes = [kept.path[0] for kept in group]
+        # Outer and inner: a container may be replaced, and a function may not be looked into.
+        homes = [link for kept in group for link in {id(link): link for link in (kept.path[0], kept.path[-1])}.values()]
         before = [link.read() for link in homes]
         values = [_values(value) for value in before]
         own = {self._buffer_name(kept.path[0]) for kept in group}
@@ -205,9 +206,15 @@ class _Search:
                 for link, value in zip(homes, before, strict=True):
                     if link.read() is not value:
                         link.write(value)
-        names = frozenset(name for name, tensor in carried.items() if reading.saw(tensor))
-        new = [now for now, then in zip(left, values, strict=True) if now and not _equal(now, then)]
-        return _Run(outputs, names, tuple(value for part in new for value in part))
+        return _Run(
+            outputs=outputs,
+            names=frozenset(name for name, tensor in carried.items() if reading.saw(tensor)),
+            left=tuple(value for part in left for value in part),
+            filled=all(len(now) >= len(then) for now, then in zip(left, values, strict=True)),
+            changed=any(
+                now and not _equal(now, then) for now, then in zip(left, values, strict=True)
+            ),
+        )
 
     def _installed(self, kept: Kept) -> Any:
         name = self._buffer_name(kept.path[0])
@@ -218,7 +225,9 @@ class _Search:
         return None if prefix is None else f"{prefix}{link.key}"
 
 
-_MODULE_FLAGS = frozenset(vars(nn.Module()))
+def _empty(group: list[Kept]) -> None:
+    for kept in group:
+        kept.path[-1].write(None)
 
 
 class _Reading(TorchDispatchMode):
