@@ -12,7 +12,6 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 WIDTH = 4
 
@@ -146,7 +145,7 @@ class InNonlocal(Square):
 
 
 class InLruCache(Square):
-    @functools.lru_cache(maxsize=None)  # noqa: B019  as people have it
+    @functools.cache  # noqa: B019  as people have it
     def kept(self) -> Tensor:
         return self.inverse()
 

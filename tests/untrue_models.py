@@ -137,7 +137,9 @@ HONEST: dict[str, Callable[[], nn.Module]] = {
     "a maximum that cancels": _two(_shifted_softmax),
     "experts": _two(_one_of_two_experts),
     "deep relu": lambda: nn.Sequential(
-        nn.Linear(4, 32), nn.ReLU(), *(m for _ in range(3) for m in (nn.Linear(32, 32), nn.ReLU())),
+        nn.Linear(4, 32),
+        nn.ReLU(),
+        *(m for _ in range(3) for m in (nn.Linear(32, 32), nn.ReLU())),
         nn.Linear(32, 3),
     ),
 }

@@ -142,9 +142,10 @@ class ShellFluxEstimator(FluxResultsMixin, SnapshotEstimator):
     dissipation and by what it exchanges with other shells: dE_α/dt = −D_α + transfer_α. This
     holds at all times, for every residual and direction, also while eigenvalues cross edges, of a
     model whose outputs change as its Jacobian says; others (straight-through estimators, parts
-    detached, gradients reversed or scaled) are refused. For each snapshot the estimator gives the flux through every edge, from above to below
-    (``flux_down``), its parts from moving eigenvalues and from turning modes, and the drift
-    velocity v = −flux_down/ε. Which way energy flows is a result.
+    detached, gradients reversed or scaled) are refused. For each snapshot the estimator gives the
+    flux through every edge, from above to below (``flux_down``), its parts from moving eigenvalues
+    and from turning modes, and the drift velocity v = −flux_down/ε. Which way energy flows is a
+    result.
 
     Parameters
     ----------

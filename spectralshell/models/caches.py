@@ -151,7 +151,7 @@ class _Search:
 
     def _switches(self, group: list[Kept]) -> Iterator[Callable[[], None]]:
         """Yield the same with a flag the other way or a count forgotten, and in training mode."""
-        homes = [vars(self._modules[kept.module]) for kept in group]
+        homes: list[Any] = [vars(self._modules[kept.module]) for kept in group]
 
         def switch(key: str) -> None:
             for home in homes:
@@ -173,7 +173,7 @@ class _Search:
 
         def train() -> None:
             for module in self._modules.values():
-                vars(module)["training"] = True
+                module.__dict__["training"] = True
 
         yield train
 
@@ -188,7 +188,8 @@ class _Search:
         reading = reading or _Reading()
         group = group or []
         # Outer and inner: a container may be replaced, and a function may not be looked into.
-        homes = [link for kept in group for link in {id(link): link for link in (kept.path[0], kept.path[-1])}.values()]
+        ends = {id(link): link for kept in group for link in (kept.path[0], kept.path[-1])}
+        homes = list(ends.values())
         before = [link.read() for link in homes]
         values = [_values(value) for value in before]
         own = {self._buffer_name(kept.path[0]) for kept in group}

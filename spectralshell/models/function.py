@@ -127,7 +127,7 @@ class ModelFunction:
         return dict(zip(self.names, self.parameters, strict=True)) | self._constants
 
     def outputs_at(self, state: Mapping[str, Tensor], inputs: Any) -> Tensor:
-        """Return the model's outputs with tensors of another state; what it lacks is the model's."""
+        """Return the outputs with tensors of another state; those it lacks are the model's own."""
         return self._outputs(self._carrying(state), inputs)
 
     def _outputs(self, installed: AbstractContextManager[None], inputs: Any) -> Tensor:

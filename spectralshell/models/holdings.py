@@ -81,7 +81,7 @@ class Link:
 
 @dataclass(frozen=True)
 class Kept:
-    """A tensor, array or number that a module keeps, and the places that lead to it, outer first."""
+    """A tensor, array or number that a module keeps, and the places to find it, outer first."""
 
     module: str
     kind: type
@@ -92,7 +92,7 @@ class Kept:
     def label(self) -> str:
         """The attribute, as in ``_cache['w']``."""
         first, *others = [link.key for link in self.path]
-        return str(first) + "".join(f"[{key!r}]" for key in others if key is not None)
+        return str(first) + "".join(f"[{key!r}]" for key in others if isinstance(key, (str, int)))
 
 
 class Holdings:

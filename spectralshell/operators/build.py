@@ -70,8 +70,8 @@ def build_kernel(
     Notes
     -----
     Cost: two evaluations, three more that compare the outputs with the Jacobian (in float64; of
-    large models on some samples), and about nine products for the tests. See the design's section 5 for the
-    ladder of differentiation.
+    large models on some samples), and about nine products for the tests. See the design's section 5
+    for the ladder of differentiation.
 
     Examples
     --------

@@ -1,8 +1,8 @@
-"""Probes of a snapshot, once, before its kernel: do the outputs change as reverse mode says?
+"""Probes of a snapshot, once, before its kernel: whether outputs change as reverse mode says.
 
-⟨u, (f(θ + hv) − f(θ − hv)) / 2h⟩ is compared with ⟨Jᵀu, v⟩. The second difference f(θ + hv) − 2 f(θ)
-+ f(θ − hv), over 2h, is by how much rounding, curvature and kinks inside ±h may part the two: of a
-kink it is the error itself. So one rule serves all models, precisions and steps.
+⟨u, (f(θ + hv) − f(θ − hv)) / 2h⟩ is compared with ⟨Jᵀu, v⟩. The second difference
+f(θ + hv) − 2 f(θ) + f(θ − hv), over 2h, is by how much rounding, curvature and kinks inside ±h may
+part the two: of a kink it is the error itself. So one rule serves all models, dtypes and steps.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _OTHER_STEPS = {torch.float64: (1.5e-10, 1e-3), torch.float32: (1e-2,)}
 """Tried where the first tells nothing: below a jump inside it, above a model's own rounding."""
 
 _COARSE_STEP = {torch.float64: 1e-3, torch.float32: 3e-3}
-"""Here a cast to float32 inside a model is smooth, which is stairs, and flat, below its rounding."""
+"""Here a cast to float32 inside a model is smooth; below its rounding it is flat, with jumps."""
 
 _STAIRS = 0.03
 """Part of a difference that has to be left at the coarse step: 1e-4 is, of a cast to float32."""
@@ -252,7 +252,8 @@ def _padding_rows(function: ModelFunction) -> Iterator[tuple[int, int]]:
     for name, module in function.model.named_modules():
         padding = getattr(module, "padding_idx", None)
         position = positions.get(f"{name}.weight" if name else "weight")
-        if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and None not in (padding, position):
+        embeds = isinstance(module, (nn.Embedding, nn.EmbeddingBag))
+        if embeds and position is not None and padding is not None:
             yield position, padding
 
 

@@ -91,8 +91,7 @@ def survey_kernel(
 ) -> KernelSurvey:
     """Evaluate a snapshot, with the parameters of ``build_exact_kernel``, and count its costs.
 
-    Cost: two evaluations of the model on the batch, and a recorded one on two samples; those of
-    :func:`~spectralshell.operators.probes.probed`, three more, of large models on some samples.
+    Cost: two evaluations of the batch, a recorded one of two samples, and those of the probes.
     """
     with exclusive():
         problem = pose_problem(

@@ -437,10 +437,10 @@ def _check_derivative(problem: KernelProblem) -> None:
     if problem.jacobian_defect:
         raise ValueError(
             f"model: the outputs of {type(problem.function.model).__name__} do not change as its "
-            f"reverse-mode Jacobian says (they differ by {problem.jacobian_defect:.1e}), so neither "
-            "the rate of its kernel nor a balance of energies can be measured, by no derivative "
-            "or step: it rounds, detaches, scales or reverses gradients inside. Differentiate the "
-            "model without that, or measure energies alone with ShellEnergyEstimator."
+            f"reverse-mode Jacobian says (they differ by {problem.jacobian_defect:.1e}), so "
+            "neither the rate of its kernel nor a balance of energies can be measured, by no "
+            "derivative or step: it rounds, detaches, scales or reverses gradients inside. "
+            "Differentiate the model without that, or measure energies alone with ShellEnergyEstimator."
         )
 
 
