@@ -74,7 +74,7 @@ class LuFactor(Attribute):
     def forward(self, x: Tensor) -> Tensor:
         if self._w is None:
             self._w = torch.linalg.lu_factor(self.weight)
-        return torch.linalg.lu_solve(*self._w, x.T).T + self.bias
+        return torch.linalg.lu_solve(*self._w, x.T, adjoint=True).T + self.bias
 
 
 class InDictionary(Square):

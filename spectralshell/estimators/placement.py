@@ -88,8 +88,8 @@ def warn_of_other_derivative(measures: Sequence[SpectralMeasure]) -> None:
             f"The outputs of the snapshot at tau={worst.tau:g}, batch={worst.batch!r} do not "
             f"change as the Jacobian says (they differ by {worst.jacobian_defect:.1e}): the model "
             "rounds, detaches, scales or reverses gradients inside, or caches a function of its "
-            "weights without its gradient. Energies and dissipation are those of M = J J* as reverse mode "
-            "gives J, not of training; dynamics_exact_ is False.",
+            "weights without its gradient. Energies and dissipation are those of M = J J* as "
+            "reverse mode gives J, not of training; dynamics_exact_ is False.",
             DynamicsWarning,
             stacklevel=3,
         )

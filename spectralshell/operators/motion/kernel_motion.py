@@ -440,7 +440,8 @@ def _check_derivative(problem: KernelProblem) -> None:
             f"reverse-mode Jacobian says (they differ by {problem.jacobian_defect:.1e}), so "
             "neither the rate of its kernel nor a balance of energies can be measured, by no "
             "derivative or step: it rounds, detaches, scales or reverses gradients inside. "
-            "Differentiate the model without that, or measure energies alone with ShellEnergyEstimator."
+            "Differentiate the model without that, or measure energies alone with "
+            "ShellEnergyEstimator."
         )
 
 
