@@ -43,8 +43,7 @@ class StaleStateError(ValueError):
 def check_caches(function: ModelFunction, inputs: Any) -> None:
     """Raise StaleStateError naming a module that computes with what it kept from other weights.
 
-    Cost: none where a model keeps nothing; else an evaluation of these few samples, and about three
-    for each kind of tensor or number kept, for as long as nothing is found.
+    Cost: an evaluation of these few samples where a model keeps something, some more of each kind.
     """
     with function.guard(), torch.no_grad():
         kept = Holdings(function.model).kept

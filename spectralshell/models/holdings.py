@@ -1,7 +1,7 @@
-"""What a model keeps beside its state: attributes, lists, closures and caches that it may write to.
+"""Attributes, lists, closures and caches that a model may write to, recorded and put back.
 
 A forward pass may leave a function of the weights there, and the next one would read it, whatever
-the weights then are. So all of it is recorded, and put back after every call.
+the weights then are.
 """
 
 from __future__ import annotations
