@@ -45,7 +45,7 @@ def check_caches(function: ModelFunction, inputs: Any) -> None:
 
     Cost: an evaluation of these few samples where a model keeps something, some more of each kind.
     """
-    with function.guard(), torch.no_grad():
+    with function.guard():  # gradients stay enabled, for some models differentiate inside
         kept = Holdings(function.model).kept
         merged = list(_merged_modules(function.model))
         if kept or merged:
@@ -200,7 +200,7 @@ class _Search:
                 if take_away is not None:
                     take_away()
                 with reading:
-                    outputs = function.outputs_at(carried, self._inputs)
+                    outputs = function.outputs_at(carried, self._inputs).detach()
                 left = [_values(link.read()) for link in homes]
             finally:
                 for link, value in zip(homes, before, strict=True):

@@ -31,6 +31,9 @@ _DEPTH = 6
 _LONGEST = 2000
 """Longer lists and dictionaries hold data."""
 
+_LARGE = 2**24
+"""Bytes."""
+
 _STORE_GLOBAL = dis.opmap["STORE_GLOBAL"]
 
 _Cache = type(functools.lru_cache(lambda: None))
@@ -195,7 +198,10 @@ class Holdings:
         if isinstance(value, (Tensor, np.ndarray)):
             if id(value) not in self._seen:
                 self.kept.append(Kept(name, kind, value, path))
-                self._keep_values(value)
+                self._seen.add(id(value))
+                # Large tensors beyond the attributes are data, which a copy would double.
+                if len(path) == 1 or value.nbytes < _LARGE:
+                    self._keep_values(value)
             return
         if id(value) in self._seen:
             return
@@ -207,7 +213,6 @@ class Holdings:
             self._visit(name, kind, inner, path if link is None else (*path, link))
 
     def _keep_values(self, value: Any) -> None:
-        self._seen.add(id(value))
         if isinstance(value, Tensor) and not value.is_inference():
             self._tensors.append((value, value._version, value.detach().clone()))
 

@@ -225,8 +225,14 @@ class _Comparison:
     def _displaced(self, tangents: Parameters, amount: float) -> Tensor:
         points = self._function.parameters
         moved = tuple(p + amount * t for p, t in zip(points, tangents, strict=True))
-        with torch.no_grad():
+        # Gradients stay enabled, for some models differentiate inside, a few by their parameters.
+        try:
             return torch.cat([vector(*moved).detach() for vector in self._vectors])
+        except RuntimeError as error:
+            if "does not require grad" not in str(error):
+                raise
+        leaves = tuple(point.requires_grad_() for point in moved)
+        return torch.cat([vector(*leaves).detach() for vector in self._vectors])
 
     def _draw_tangents(self, *, keep_zeros: bool) -> Parameters:
         """Draw v, of the size of each parameter; exact zeros may lie on a jump and then stay."""
