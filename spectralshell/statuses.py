@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+
+_MAX_NAMES = 4
 
 OK = "ok"
 """Nothing to be said."""
@@ -26,6 +28,17 @@ def measured_in(own: str, working: str) -> str:
 def checkpoint_in(own: str, working: str) -> str:
     """Of a checkpoint in half precision, of a model that has more digits."""
     return f"{own} checkpoint measured in {working}"
+
+
+def outputs_change_otherwise(defect: float) -> str:
+    """Of a model whose reverse-mode Jacobian is not the derivative of its outputs."""
+    return f"the outputs do not change as the Jacobian says (they differ by {defect:.1e})"
+
+
+def zero_jacobian_of(names: Sequence[str]) -> str:
+    """Of parameters that reverse mode finds no dependence on, in the whole batch."""
+    more = f" and {len(names) - _MAX_NAMES} more" if len(names) > _MAX_NAMES else ""
+    return f"zero Jacobian of {', '.join(names[:_MAX_NAMES])}{more}"
 
 
 def smaller_chunks(n_samples: int | None) -> str:

@@ -6,7 +6,7 @@ class ResolutionWarning(UserWarning):
 
 
 class DynamicsWarning(UserWarning):
-    """A quantity needs the relation ė = −M e, which this residual does not have."""
+    """A quantity needs the relation ė = −M e, which this residual or model does not have."""
 
 
 class GateWarning(UserWarning):

@@ -22,10 +22,10 @@ from spectralshell.operators import build_exact_kernel
 
 PACKAGE = Path(spectralshell.__file__).parent
 MOST_FILES = {
-    "ShellEnergyEstimator.fit": 32,
+    "ShellEnergyEstimator.fit": 35,
     "GRSDTailFitter.fit": 7,
-    "ToeplitzDiagnostic.fit": 44,
-    "build_exact_kernel": 17,
+    "ToeplitzDiagnostic.fit": 47,
+    "build_exact_kernel": 20,
 }
 
 

@@ -255,7 +255,8 @@ class JacobianBlockDiagnostic(SnapshotEstimator):
         Raises
         ------
         ValueError, TypeError
-            If a parameter or a snapshot is not usable, or snapshots differ in their blocks.
+            If a parameter or a snapshot is not usable, such as a model whose outputs do not change
+            as its reverse-mode Jacobian says, or snapshots differ in their blocks.
 
         Warns
         -----

@@ -12,7 +12,7 @@ import numpy as np
 from spectralshell.krylov import CumulativeBounds, evaluate_together
 from spectralshell.parameter_checks import check_sample_weight
 from spectralshell.shells import ShellPartition, SpectralMeasure, cumulative_energies
-from spectralshell.warning_categories import ResolutionWarning
+from spectralshell.warning_categories import DynamicsWarning, ResolutionWarning
 
 # A peak this close to the floor, with this much of its energy unresolved below, may be false.
 _SHELLS_NEAR_FLOOR = 2
@@ -77,6 +77,21 @@ def warn_of_hidden_energy(
             f"The energy per shell is largest in {partition.names[peak]}, next to the resolution "
             f"floor {floor:.3g}, and energy lies unresolved below it: do not call the profile "
             "unimodal. The peak may move with n_steps; raise n_steps or use solver='exact'."
+        )
+
+
+def warn_of_other_derivative(measures: Sequence[SpectralMeasure]) -> None:
+    """Warn where outputs do not change as J says, so that no training dissipates as M does."""
+    worst = max(measures, key=lambda m: m.jacobian_defect)
+    if worst.jacobian_defect:
+        warnings.warn(
+            f"The outputs of the snapshot at tau={worst.tau:g}, batch={worst.batch!r} do not "
+            f"change as the Jacobian says (they differ by {worst.jacobian_defect:.1e}): the model "
+            "rounds, detaches, scales or reverses gradients inside, or caches a function of its "
+            "weights without its gradient. Energies and dissipation are those of M = J J* as "
+            "reverse mode gives J, not of training; dynamics_exact_ is False.",
+            DynamicsWarning,
+            stacklevel=3,
         )
 
 

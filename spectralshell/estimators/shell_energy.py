@@ -13,7 +13,12 @@ from sklearn.utils.validation import check_is_fitted
 from torch import Tensor
 
 from spectralshell.estimators.base import SnapshotEstimator, unchanged_on_failure
-from spectralshell.estimators.placement import ShellDensity, place_shells, warn_of_hidden_energy
+from spectralshell.estimators.placement import (
+    ShellDensity,
+    place_shells,
+    warn_of_hidden_energy,
+    warn_of_other_derivative,
+)
 from spectralshell.estimators.skipped import with_skipped
 from spectralshell.krylov import EigenPairs, dense_pairs, lanczos, ritz_pairs
 from spectralshell.measurements.cache import Measurement, naming
@@ -266,7 +271,8 @@ class ShellEnergyEstimator(KernelQueriesMixin, SnapshotEstimator):
     window_ : tuple of float
         The window that `score` uses.
     dynamics_exact_ : bool
-        Whether ė = −M e holds for gradient flow on this residual's loss.
+        Whether ė = −M e holds for gradient flow on this residual's loss; not where the outputs
+        change otherwise than the Jacobian says.
 
     See Also
     --------
@@ -365,6 +371,10 @@ class ShellEnergyEstimator(KernelQueriesMixin, SnapshotEstimator):
             If the energy per shell is largest next to the resolution floor while energy lies
             below it, as such a peak may move with ``n_steps``; or if most of the energy of a
             snapshot lies below the floor.
+        DynamicsWarning
+            If the outputs of a model do not change as its reverse-mode Jacobian says: with
+            straight-through estimators, parts detached, gradients that hooks change. ``status``
+            says so as well.
         SnapshotWarning
             If snapshots were skipped, or a batch does not hold the same data at every tau.
         """
@@ -372,6 +382,7 @@ class ShellEnergyEstimator(KernelQueriesMixin, SnapshotEstimator):
             measures = self._fit(X)
             self.n_probes_ = sum(m.n_probes for m in measures)
             warn_of_hidden_energy(measures, self._partition, self.resolution_floor_)
+            warn_of_other_derivative(measures)
         return self
 
     def transform(self, X: Sequence[Any]) -> pd.DataFrame:

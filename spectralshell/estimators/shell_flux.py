@@ -145,10 +145,12 @@ class ShellFluxEstimator(FluxResultsMixin, SnapshotEstimator):
 
     The energy of a soft shell, E_α = ½⟨e, w_α(M) e⟩ with smooth weights Σ_α w_α = 1, changes by
     dissipation and by what it exchanges with other shells: dE_α/dt = −D_α + transfer_α. This
-    holds at all times, for every residual and direction, also while eigenvalues cross edges. For
-    each snapshot the estimator gives the flux through every edge, from above to below
-    (``flux_down``), its parts from moving eigenvalues and from turning modes, and the drift
-    velocity v = −flux_down/ε. Which way energy flows is a result.
+    holds at all times, for every residual and direction, also while eigenvalues cross edges, of a
+    model whose outputs change as its Jacobian says; others (straight-through estimators, parts
+    detached, gradients reversed or scaled) are refused. For each snapshot the estimator gives the
+    flux through every edge, from above to below (``flux_down``), its parts from moving eigenvalues
+    and from turning modes, and the drift velocity v = −flux_down/ε. Which way energy flows is a
+    result.
 
     Parameters
     ----------
@@ -334,7 +336,8 @@ class ShellFluxEstimator(FluxResultsMixin, SnapshotEstimator):
         Raises
         ------
         ValueError, TypeError
-            If a parameter or a snapshot is not usable; the message names it and the remedy.
+            If a parameter or a snapshot is not usable; the message names it and the remedy. So is a
+            model whose outputs do not change as its reverse-mode Jacobian says.
 
         Warns
         -----

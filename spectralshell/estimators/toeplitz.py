@@ -326,7 +326,8 @@ class ToeplitzDiagnostic(SnapshotEstimator):
         Raises
         ------
         ValueError, TypeError
-            If a parameter or a snapshot is not usable; the message names it and the remedy.
+            If a parameter or a snapshot is not usable; the message names it and the remedy. So is a
+            model whose outputs do not change as its reverse-mode Jacobian says.
 
         Warns
         -----

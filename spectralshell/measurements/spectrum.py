@@ -143,6 +143,7 @@ def _measure(
         n_outputs=kernel.n,
         n_rows=kernel.n_rows,
         dynamics_exact=kernel.dynamics_exact,
+        jacobian_defect=kernel.jacobian_defect,
         status=join_statuses([kernel.status, status]),
         **fields,
     )

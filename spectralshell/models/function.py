@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from spectralshell.models.guard import guarded
+from spectralshell.models.guard import continued, guarded, renew
 from spectralshell.models.state import tied_groups, unwrap
 
 _MAX_NAMES = 8
@@ -64,9 +64,7 @@ class ModelFunction:
 
     def in_double(self) -> ModelFunction:
         """Return the same function at the same point, computed in float64."""
-        state = dict(self._constants)
-        state.update(zip(self.names, self.parameters, strict=True))
-        return ModelFunction(self.model, state, self.names, self.device, torch.float64)
+        return ModelFunction(self.model, self.state(), self.names, self.device, torch.float64)
 
     def at(self, parameters: Parameters) -> ModelFunction:
         """Return the same function with other values of the selected parameters."""
@@ -77,6 +75,10 @@ class ModelFunction:
     def guard(self) -> AbstractContextManager[None]:
         """Return the context in which the model may be called."""
         return guarded(self.model, self.device)
+
+    def continued(self) -> AbstractContextManager[None]:
+        """Return the context in which a call finds what the one before has left."""
+        return continued(self.model)
 
     def installed(self, parameters: Parameters | None = None) -> AbstractContextManager[None]:
         """Return the context in which the model carries the frozen state and ``parameters``.
@@ -118,10 +120,24 @@ class ModelFunction:
 
     def outputs(self, parameters: Parameters, inputs: Any) -> Tensor:
         """Return the model's outputs, samples first: a tensor, or what is under ``.logits``."""
+        return self._outputs(self.installed(parameters), inputs)
+
+    def state(self) -> dict[str, Tensor]:
+        """Return all tensors of the frozen state by name."""
+        return dict(zip(self.names, self.parameters, strict=True)) | self._constants
+
+    def outputs_at(self, state: Mapping[str, Tensor], inputs: Any) -> Tensor:
+        """Return the outputs with tensors of another state; those it lacks are the model's own."""
+        return self._outputs(self._carrying(state), inputs)
+
+    def _outputs(self, installed: AbstractContextManager[None], inputs: Any) -> Tensor:
         # A model may write to its inputs: let it write to a copy.
         fresh = map_tensors(torch.clone, inputs)
-        with self.installed(parameters):
-            returned = _call(self.model, fresh)
+        try:
+            with installed:
+                returned = _call(self.model, fresh)
+        finally:
+            renew(self.model)  # no call reads what another has cached
         self.gives_logits = not isinstance(returned, Tensor)
         outputs = getattr(returned, "logits", None) if self.gives_logits else returned
         if not isinstance(outputs, Tensor):

@@ -12,8 +12,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.utils import parametrize
+
+from spectralshell.models.holdings import Holdings
 
 _MODEL_LOCK = threading.RLock()
 """Held while any model is evaluated or read: its tensors and torch's global switches are exchanged,
@@ -21,7 +24,10 @@ and another thread would see, and restore, the wrong ones."""
 
 _BACKWARD_HOOKS = ("_backward_hooks", "_backward_pre_hooks")
 
-_CONTAINERS = ("_parameters", "_buffers", "_modules")
+_ACTIVE: list[tuple[nn.Module, Holdings]] = []
+"""Models guarded now, and what they kept before."""
+
+_CONTINUED: list[nn.Module] = []
 
 
 @contextmanager
@@ -38,11 +44,13 @@ def exclusive() -> Iterator[None]:
 def guarded(model: nn.Module, device: torch.device) -> Iterator[None]:
     """Evaluate a model inside, undisturbed and twice differentiable; put everything back after.
 
-    Not seen: changes in a user's own lists, and in objects of hooks. Cost: linear in modules.
+    Cost: linear in modules and in what they keep. Not seen: what libraries keep outside Python.
     """
     with exclusive(), ExitStack() as stack:
         stack.enter_context(_random_states(device))
-        stack.enter_context(_module_attributes(model))
+        stack.enter_context(_own_parametrizations())
+        stack.enter_context(_evaluating(model))
+        stack.enter_context(_held(model))
         stack.enter_context(_slow_attention_path())
         # Fused attention has no forward-mode derivative and no second derivative.
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
@@ -50,13 +58,6 @@ def guarded(model: nn.Module, device: torch.device) -> Iterator[None]:
         stack.enter_context(quiet_differentiation())
         stack.enter_context(full_precision(device))
         stack.enter_context(_native_recurrence(model, device))
-        for module in model.modules():
-            # model.eval() may be overridden, and merge or move weights.
-            vars(module)["training"] = False
-            # A gradient that hooks would see or change is not the user's.
-            vars(module).update({name: OrderedDict() for name in _BACKWARD_HOOKS})
-            if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
-                vars(module)["sparse"] = False  # sparse gradients cannot be differentiated
         yield
 
 
@@ -78,6 +79,8 @@ def quiet_differentiation() -> Iterator[None]:
         warnings.filterwarnings("ignore", message=".*Attempted to insert a get_attr Node.*")
         warnings.filterwarnings("ignore", message=".*torch.jit.script.* is deprecated.*")
         warnings.filterwarnings("ignore", message=".*performance drop because we have not yet.*")
+        # Of an evaluation that records nothing.
+        warnings.filterwarnings("ignore", message="None of the inputs have requires_grad=True.*")
         yield
 
 
@@ -101,51 +104,68 @@ def _random_states(device: torch.device) -> Iterator[None]:
 
 
 @contextmanager
-def _module_attributes(model: nn.Module) -> Iterator[None]:
+def _held(model: nn.Module) -> Iterator[None]:
     """Put back what a forward pass rebinds (caches, weights of weight_norm) or writes to."""
-    records = [_record(module) for module in model.modules()]
+    holdings = Holdings(model)
+    _ACTIVE.append((model, holdings))
     try:
         yield
     finally:
-        for module, attributes, containers, unsaved, tensors in records:
-            _restore(vars(module), attributes)
-            for name, content in containers.items():
-                _restore(vars(module)[name], content)
-            # In place: the set that the module has is the user's.
-            module._non_persistent_buffers_set.intersection_update(unsaved)
-            module._non_persistent_buffers_set.update(unsaved)
-            for tensor, version, values in tensors:
-                if tensor._version != version:
-                    tensor.detach().copy_(values)
+        _ACTIVE.pop()
+        holdings.put_back()
 
 
-_Record = tuple[
-    nn.Module,
-    dict[str, Any],
-    dict[str, dict[str, Any]],
-    frozenset[str],
-    list[tuple[Tensor, int, Tensor]],
-]
+def renew(model: nn.Module) -> None:
+    """Make a guarded model as it was before it was called: what it has cached is forgotten."""
+    for guarded_model, holdings in reversed(_ACTIVE):
+        if guarded_model is model and not _CONTINUED:
+            holdings.renew()
+            return
 
 
-def _record(module: nn.Module) -> _Record:
-    attributes = dict(vars(module))
-    containers = {name: dict(attributes[name]) for name in _CONTAINERS}
-    tensors = [
-        (value, value._version, value.detach().clone())
-        for value in attributes.values()
-        if isinstance(value, Tensor) and not value.is_inference()
-    ]
-    unsaved = frozenset(module._non_persistent_buffers_set)
-    return module, attributes, containers, unsaved, tensors
+@contextmanager
+def continued(model: nn.Module) -> Iterator[None]:
+    """Let each call inside find what the one before has left, as those of a user do."""
+    _CONTINUED.append(model)
+    try:
+        yield
+    finally:
+        _CONTINUED.pop()
+        renew(model)
 
 
-def _restore(current: dict[str, Any], saved: dict[str, Any]) -> None:
-    # Order counts: it is that of the user's parameters() and state_dict().
-    same = list(current) == list(saved) and all(current[key] is saved[key] for key in saved)
-    if not same:
-        current.clear()
-        current.update(saved)
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Switch modules to evaluation, without hooks on gradients; a user may have overridden eval."""
+    switched = []
+    for module in model.modules():
+        attributes = vars(module)
+        # A gradient that hooks would see or change is not the user's.
+        changes: dict[str, Any] = {name: OrderedDict() for name in _BACKWARD_HOOKS}
+        changes["training"] = False  # model.eval() may be overridden, and merge or move weights
+        if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
+            changes["sparse"] = False  # sparse gradients cannot be differentiated
+        switched.append((attributes, {k: attributes[k] for k in changes if k in attributes}))
+        attributes.update(changes)
+    try:
+        yield
+    finally:
+        for attributes, before in switched:
+            for name in _BACKWARD_HOOKS:
+                if name not in before:
+                    attributes.pop(name, None)
+            attributes.update(before)
+
+
+@contextmanager
+def _own_parametrizations() -> Iterator[None]:
+    """Let parametrized weights be computed anew, whatever ``cached()`` of the caller holds."""
+    cache, enabled = parametrize._cache, parametrize._cache_enabled
+    parametrize._cache, parametrize._cache_enabled = {}, 0
+    try:
+        yield
+    finally:
+        parametrize._cache, parametrize._cache_enabled = cache, enabled
 
 
 def _exact_cudnn(*, enabled: bool) -> AbstractContextManager[Any]:

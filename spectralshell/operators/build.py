@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +12,9 @@ from torch import Tensor
 from spectralshell.operators.costs import ROOM, fits, format_bytes, plan_exact, working_bytes
 from spectralshell.operators.exact_kernel import ExactKernel
 from spectralshell.operators.kernel_operator import KernelOperator
+from spectralshell.operators.problem import KernelProblem
 from spectralshell.operators.survey import survey_kernel
+from spectralshell.warning_categories import DynamicsWarning
 
 if TYPE_CHECKING:
     from spectralshell.snapshots import Snapshot
@@ -51,6 +54,11 @@ def build_kernel(
     -------
     KernelOperator
 
+    Warns
+    -----
+    DynamicsWarning
+        If the outputs of the model do not change as its reverse-mode Jacobian says.
+
     Raises
     ------
     ValueError
@@ -61,8 +69,9 @@ def build_kernel(
 
     Notes
     -----
-    Cost: two evaluations, and about nine products for the tests. See the design's section 5 for the
-    ladder of differentiation.
+    Cost: two evaluations, three more that compare the outputs with the Jacobian (in float64; of
+    large models on some samples), and about nine products for the tests. See the design's section 5
+    for the ladder of differentiation.
 
     Examples
     --------
@@ -85,6 +94,7 @@ def build_kernel(
         dtype=dtype,
         generator=generator,
     )
+    _warn_of_other_derivative(survey.evaluation.problem)
     return survey.build_matrix_free(survey.evaluation.chunk_size)
 
 
@@ -143,6 +153,8 @@ def build_exact_kernel(
     KernelWarning
         If the comparison fails, naming the module where layers and automatic differentiation
         differ; the kernel is then found in a slower way.
+    DynamicsWarning
+        If the outputs of the model do not change as its reverse-mode Jacobian says.
 
     Raises
     ------
@@ -157,7 +169,8 @@ def build_exact_kernel(
 
     Notes
     -----
-    Cost, for B samples of C entries, n = B C: three evaluations, C backward passes, one product,
+    Cost, for B samples of C entries, n = B C: six evaluations (three of them in float64, of large
+    models on some samples, compare the outputs with the Jacobian), C backward passes, one product,
     and the contractions: for each layer the cheapest of the Gram matrix of its inputs times that of
     its output gradients, the same by pairs of samples, and the gradients of all entries with one
     symmetric product. Memory: n² numbers and a copy while they are put in order, the recorded
@@ -198,4 +211,17 @@ def build_exact_kernel(
             f"{format_bytes(plan.peak_bytes / ROOM)}, and {format_bytes(budget)} are allowed; "
             "allow that much, take fewer samples, or use the matrix-free kernel."
         )
+    _warn_of_other_derivative(survey.evaluation.problem)
     return survey.build_exact(plan, layers)
+
+
+def _warn_of_other_derivative(problem: KernelProblem) -> None:
+    if problem.jacobian_defect:
+        warnings.warn(
+            f"The outputs of {type(problem.function.model).__name__} do not change as the Jacobian "
+            f"says (they differ by {problem.jacobian_defect:.1e}): it rounds, detaches, scales or "
+            "reverses gradients inside. M is J Jᵀ as reverse mode gives J, and dynamics_exact is "
+            "False.",
+            DynamicsWarning,
+            stacklevel=3,
+        )

@@ -77,6 +77,8 @@ class ExactKernel(Kernel):
         Products behind the matrix (none by layers), and products spent on checks.
     dynamics_exact : bool
         Whether de/dt = −M e along the parameter velocity of the residual.
+    jacobian_defect : float
+        As for :class:`KernelOperator`.
     status : str
         ``"ok"``, or what to know about the measurement.
     """

@@ -50,7 +50,8 @@ class Kernel(ABC):
         self.n_parameters = function.n_parameters
         self.parameter_names = tuple(function.names)
         self.residual = problem.residual.name
-        self.dynamics_exact = problem.residual.dynamics_exact
+        self.dynamics_exact = problem.dynamics_exact
+        self.jacobian_defect = problem.jacobian_defect
         self.rung = rung
         self.dtype = function.dtype
         self.device = function.device
@@ -118,6 +119,10 @@ class KernelOperator(Kernel):
         0.0 on the meta device.
     dynamics_exact : bool
         Whether de/dt = −M e along :meth:`velocity`.
+    jacobian_defect : float
+        By how much the outputs change otherwise than J says, relative to their change, where
+        reverse mode is not their derivative (straight-through estimators, parts detached); M is
+        then J Jᵀ all the same. 0.0 where no difference is certain.
     chunk_size : int or None
         Samples per chunk, where chunks are in use.
     forward_flops : float

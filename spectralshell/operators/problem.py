@@ -68,12 +68,20 @@ class KernelProblem:
     draw: Callable[[int], Tensor]
     # What the status should say.
     notes: tuple[str, ...] = ()
+    # By how much the outputs change otherwise than J of reverse mode says; 0.0 if they do not.
+    jacobian_defect: float = 0.0
+
+    @property
+    def dynamics_exact(self) -> bool:
+        """Whether ė = −M e along the velocity of the residual."""
+        return self.residual.dynamics_exact and self.jacobian_defect == 0.0
 
     def evaluate(self, size: int | None) -> Evaluation:
         """Evaluate the model in chunks of ``size`` samples, twice, and check what comes back."""
         function, residual = self.function, self.residual
         with function.guard():
-            outputs, flops = _evaluate_twice(function, self.inputs, self.n_samples, size)
+            with function.continued():
+                outputs, flops = _evaluate_twice(function, self.inputs, self.n_samples, size)
             targets = self.read_targets(residual, outputs)
             error, values = _error_and_values(residual, outputs, targets)
             evaluation = Evaluation(self, size, outputs, targets, error, values, flops)

@@ -24,6 +24,7 @@ from spectralshell.operators.exact_kernel import ExactKernel, assemble_exact
 from spectralshell.operators.kernel_operator import KernelOperator
 from spectralshell.operators.layers.units import resolve_layers
 from spectralshell.operators.matrix_free import assemble_matrix_free
+from spectralshell.operators.probes import probed
 from spectralshell.operators.problem import Evaluation, halve_until_it_fits, pose_problem
 from spectralshell.statuses import smaller_chunks
 
@@ -90,7 +91,7 @@ def survey_kernel(
 ) -> KernelSurvey:
     """Evaluate a snapshot, with the parameters of ``build_exact_kernel``, and count its costs.
 
-    Cost: two evaluations of the model on the batch, and a recorded one on two samples.
+    Cost: two evaluations of the batch, a recorded one of two samples, and those of the probes.
     """
     with exclusive():
         problem = pose_problem(
@@ -107,6 +108,7 @@ def survey_kernel(
         if size != problem.chunk_size:
             noted = replace(problem, notes=(*problem.notes, smaller_chunks(size)))
             evaluation = replace(evaluation, problem=noted)
+        evaluation = probed(evaluation)
         with problem.function.guard(), problem.function.installed():
             footprint = measure_footprint(evaluation, label_of)
         return KernelSurvey(evaluation, footprint)

@@ -91,6 +91,7 @@ def mean_measure(measures: Sequence[SpectralMeasure]) -> SpectralMeasure:
         n_outputs=sum(part.n_outputs for part in parts),
         n_rows=sum(part.n_rows for part in parts),
         dynamics_exact=all(part.dynamics_exact for part in parts),
+        jacobian_defect=max(part.jacobian_defect for part in parts),
         status=join_statuses(part.status for part in parts),
     )
 

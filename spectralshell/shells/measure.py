@@ -86,7 +86,10 @@ class SpectralMeasure:
     n_matvecs, n_probes, n_outputs, n_rows : int, default=0
         Products behind the measure, products spent on probes, entries of e, rows N.
     dynamics_exact : bool, default=True
-        Whether ė = −M e holds for this residual.
+        Whether ė = −M e holds for this residual and model.
+    jacobian_defect : float, default=0.0
+        By how much the outputs change otherwise than J of reverse mode says, relative to their
+        change; 0.0 where no difference is certain. Rates are those of M = J J* all the same.
     status : str, default="ok"
         Phrases joined by ``"; "``.
     plan : dict, optional
@@ -133,6 +136,7 @@ class SpectralMeasure:
     n_outputs: int = 0
     n_rows: int = 0
     dynamics_exact: bool = True
+    jacobian_defect: float = 0.0
     status: str = OK
     plan: dict[str, Any] | None = None
 
@@ -283,8 +287,9 @@ class SpectralMeasure:
         """
         if not self.dynamics_exact:
             warnings.warn(
-                "lazy_decay needs ė = −M e, which this residual does not have; measure with "
-                'residual="mse" or "brier" to predict a loss.',
+                "lazy_decay needs ė = −M e, which this residual or model does not have; measure "
+                'with residual="mse" or "brier", and a model whose outputs change as its Jacobian '
+                "says, to predict a loss.",
                 DynamicsWarning,
                 stacklevel=2,
             )

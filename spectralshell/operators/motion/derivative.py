@@ -339,7 +339,7 @@ class DifferenceDerivative(KernelDerivative):
         if self._plan is None:
             raise ValueError(
                 "max_memory: the exact kernels whose layers are compared do not fit; allow more, "
-                "take fewer samples, or use method='exact'."
+                "take fewer samples, or differentiate exactly (derivative='exact' of an estimator)."
             )
         plus, minus = self._exact_kernels(self._plan, layers)
         return {

@@ -39,7 +39,7 @@ from spectralshell.operators.motion.rate import (
     take_reference,
     wrong_forms,
 )
-from spectralshell.operators.problem import halve_until_it_fits
+from spectralshell.operators.problem import KernelProblem, halve_until_it_fits
 from spectralshell.operators.survey import KernelSurvey, survey_kernel
 from spectralshell.parameter_checks import check_option, check_real
 
@@ -79,7 +79,8 @@ def survey_motion(
     Raises
     ------
     ValueError, TypeError
-        As :func:`~spectralshell.operators.build_kernel`.
+        As :func:`~spectralshell.operators.build_kernel`; ValueError, too, if the outputs do not
+        change as the Jacobian of reverse mode says, as with straight-through estimators.
 
     Notes
     -----
@@ -186,13 +187,14 @@ class KernelMotion:
         generator: torch.Generator | None = None,
     ) -> None:
         problem = survey.evaluation.problem
+        _check_derivative(problem)
         self.survey = survey
         self.residual_vector = survey.evaluation.residual_vector
         self.n = int(self.residual_vector.numel())
         self.n_rows = survey.evaluation.targets.n_rows
         self.n_parameters = problem.function.n_parameters
         self.parameter_names = tuple(problem.function.names)
-        self.dynamics_exact = problem.residual.dynamics_exact
+        self.dynamics_exact = problem.dynamics_exact
         self.device = problem.function.device
         self.dtype = problem.function.dtype
         self._snapshot = snapshot
@@ -442,6 +444,19 @@ class KernelMotion:
                 "direction: its tangents have other shapes than the parameters; it belongs to "
                 "another motion."
             )
+
+
+def _check_derivative(problem: KernelProblem) -> None:
+    """Raise ValueError if ė and dM/dt would be those of a derivative that the outputs lack."""
+    if problem.jacobian_defect:
+        raise ValueError(
+            f"model: the outputs of {type(problem.function.model).__name__} do not change as its "
+            f"reverse-mode Jacobian says (they differ by {problem.jacobian_defect:.1e}), so "
+            "neither the rate of its kernel nor a balance of energies can be measured, by no "
+            "derivative or step: it rounds, detaches, scales or reverses gradients inside. "
+            "Differentiate the model without that, or measure energies alone with "
+            "ShellEnergyEstimator."
+        )
 
 
 def _own_generator(given: torch.Generator | None) -> torch.Generator:

@@ -120,8 +120,8 @@ def _choose(
         )
         raise DifferentiationError(
             "model: no way to differentiate it twice is correct, as far as torch provides it; the "
-            f"fault starts in {where}. method='difference' needs first derivatives only. Tried "
-            f"{failure}"
+            f"fault starts in {where}. derivative='difference' of an estimator (method= of a "
+            f"motion) needs first derivatives only. Tried {failure}"
         ) from failure
 
 
