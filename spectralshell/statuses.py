@@ -115,6 +115,11 @@ ZERO_KERNEL = "zero kernel"
 RATE_FROM_BELOW = "rate of the Jacobian from below"
 
 
+def solved_by(solver: str, *, unable: str) -> str:
+    """Say that a solver cannot differentiate the model, and which one could."""
+    return f"{unable} cannot differentiate the model: solved by {solver}"
+
+
 def gates_held(names: Iterable[str]) -> str:
     """Say which functions with kinks are held as they are, ``"ok"`` if none."""
     listed = ", ".join(names)

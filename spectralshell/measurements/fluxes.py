@@ -21,7 +21,7 @@ from spectralshell.measurements.couplings import (
     unit_status,
 )
 from spectralshell.measurements.settings import KernelSettings, MotionSettings
-from spectralshell.measurements.solver import SolverPlan, plan_by_memory, plan_couplings
+from spectralshell.measurements.solver import SolverPlan, carry_out, plan_by_memory, plan_couplings
 from spectralshell.measurements.spectrum import lanczos_measure
 from spectralshell.operators import Direction, KernelMotion
 from spectralshell.operators.survey import KernelSurvey
@@ -331,10 +331,14 @@ def measure_fluxes(
             ),
         )
         plan.announce(snapshot, verbose)
-        if plan.solver == "lanczos":
-            return _from_runs(snapshot, motion, plan, settings)
         coupling = CouplingSettings(kernel, how, block_size=1)
-        return _from_couplings(couple_motion(snapshot, motion, plan, coupling))
+
+        def measure(plan: SolverPlan) -> FluxMeasurement:
+            if plan.solver == "lanczos":
+                return _from_runs(snapshot, motion, plan, settings)
+            return _from_couplings(couple_motion(snapshot, motion, plan, coupling))
+
+        return carry_out(plan, measure)
 
 
 def _from_couplings(modes: ModeCouplings) -> FluxMeasurement:
@@ -375,7 +379,7 @@ def _from_runs(
     measure = replace(
         measure,
         dynamics_exact=measure.dynamics_exact and direction.name == "gradient-flow",
-        status=join_statuses([measure.status, unit_status(unit)]),
+        status=join_statuses([measure.status, unit_status(unit), plan.status]),
         plan=plan.as_row(),
     )
     return FluxMeasurement(

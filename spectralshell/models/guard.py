@@ -78,6 +78,8 @@ def quiet_differentiation() -> Iterator[None]:
         warnings.filterwarnings("ignore", message=".*Attempted to insert a get_attr Node.*")
         warnings.filterwarnings("ignore", message=".*torch.jit.script.* is deprecated.*")
         warnings.filterwarnings("ignore", message=".*performance drop because we have not yet.*")
+        # Of an evaluation that records nothing.
+        warnings.filterwarnings("ignore", message="None of the inputs have requires_grad=True.*")
         yield
 
 
