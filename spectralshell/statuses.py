@@ -113,6 +113,7 @@ STEP_TOO_LONG = "changes with the step of the difference"
 STEP_TOO_SHORT = "the step of the difference is lost in rounding"
 ONE_BLOCK = "one block"
 ZERO_KERNEL = "zero kernel"
+CHANGES_CANCEL = "the changes by blocks cancel"
 RATE_FROM_BELOW = "rate of the Jacobian from below"
 
 

@@ -195,8 +195,9 @@ def _verified_kernels(
             break
         wrong += blamed
         attempts -= 1
+    products = _by_products(evaluation, label_of)
     _warn(wrong or problem.function.names, "every column of the kernel is a product")
-    return _by_products(evaluation, label_of)
+    return products
 
 
 class _Probe:
