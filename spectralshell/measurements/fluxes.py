@@ -115,12 +115,18 @@ class FrozenErrorRuns:
         return flux_by_difference(forward, backward, self.amount / 2**part, shells)
 
     def balance(
-        self, shells: SoftShells, total_rate: float, noise: float = 0.0, n: int = 1
+        self,
+        shells: SoftShells,
+        total_rate: float,
+        *,
+        noise: float = 0.0,
+        n: int = 1,
+        speed: float = 0.0,
     ) -> tuple[EdgeBalance, list[str]]:
         """Return the balance, and what keeps the flux through each edge from being resolved.
 
         That is ``"ok"`` where neither the last third of the steps nor half of h changed it.
-        ``noise`` is the norm of the rounding error of M, of ``n`` rows.
+        ``noise`` is the norm of the rounding error of M, of ``n`` rows, ``speed`` ‖J‖ ‖θ̇‖.
         """
         largest = float(self.eigenvalues.max(initial=0.0))
         # Of the difference of two kernels over 2h; of the n modes a run has those that e excites.
@@ -138,6 +144,7 @@ class FrozenErrorRuns:
             total_rate=total_rate,
             noise=noise / largest if largest > 0.0 else 0.0,
             coupling_noise=coupling_noise,
+            speed=speed,
         )
         if not self.pairs or self.step_fault != OK:
             return balance, [self.step_fault] * flux.size
@@ -297,7 +304,8 @@ class FluxMeasurement:
         return balance, np.where(shells.edges < self.measure.floor, BELOW_FLOOR, found)
 
     def _balance(self, shells: SoftShells) -> tuple[EdgeBalance, list[str]]:
-        modes = self.couplings
+        modes, measure = self.couplings, self.measure
+        speed = measure.lambda_max**0.5 * self.direction_norm
         if modes is not None:
             balance = shell_balance(
                 modes.eigenvalues,
@@ -309,12 +317,14 @@ class FluxMeasurement:
                 total_rate=modes.total_rate,
                 noise=modes.noise / modes.lambda_max if modes.lambda_max > 0.0 else 0.0,
                 coupling_noise=modes.rate_noise,
+                speed=speed,
             )
             return balance, [modes.step_fault] * shells.edges.size
         if self.runs is None:
             raise TypeError("couplings and runs are both None, expected one of them.")
-        measure = self.measure
-        return self.runs.balance(shells, self.total_rate, measure.noise, measure.n_outputs)
+        return self.runs.balance(
+            shells, self.total_rate, noise=measure.noise, n=measure.n_outputs, speed=speed
+        )
 
 
 def measure_fluxes(

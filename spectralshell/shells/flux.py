@@ -209,6 +209,7 @@ def shell_balance(
     total_rate: float | None = None,
     noise: float = NOISE,
     coupling_noise: float = 0.0,
+    speed: float = 0.0,
 ) -> ShellBalance:
     """Return the balance of soft-shell energies from modes and their couplings.
 
@@ -229,6 +230,8 @@ def shell_balance(
         all modes.
     noise, coupling_noise : float, optional
         Norms of the rounding errors of M, relative to ‖M‖, and of dM/dt, in its own units.
+    speed : float, optional
+        ‖J‖ ‖θ̇‖: the rounding of ė is in proportion to it, or to ‖ė‖ if that is larger.
 
     Returns
     -------
@@ -269,7 +272,9 @@ def shell_balance(
         dissipation[0] += -check_real("total_rate", total_rate) - losses.sum()
     terms = PairTerms(rates, 0.5 * np.outer(amplitude, amplitude) * (matrix + matrix.T), shells)
     drift, rotation = terms.edge_fluxes()
-    rounding = _rounding(amplitude, error_rate, rates, weights, shells, noise, coupling_noise)
+    rounding = _rounding(
+        amplitude, error_rate, rates, weights, shells, noise, coupling_noise, speed
+    )
     return ShellBalance(
         shells=shells,
         energy=energy,
@@ -295,11 +300,12 @@ def difference_balance(
     total_rate: float,
     noise: float = NOISE,
     coupling_noise: float = 0.0,
+    speed: float = 0.0,
 ) -> EdgeBalance:
     """Return the balance from the Ritz modes of an error and fluxes known otherwise.
 
     Amplitudes and rates are ⟨e, y⟩ and ⟨ė, y⟩; ``total``, ``total_rate`` are ½‖e‖² and ⟨ė, e⟩, and
-    ``noise``, ``coupling_noise`` as for `shell_balance`.
+    ``noise``, ``coupling_noise`` and ``speed`` as for `shell_balance`.
     """
     rates = finite_vector("eigenvalues", eigenvalues)
     amplitude = finite_vector("amplitudes", amplitudes)
@@ -318,7 +324,9 @@ def difference_balance(
         flux_down=finite_vector("flux_down", flux_down),
         density=shells.density_at_edges(rates, energies),
         n_near=shells.count_near(rates),
-        rounding=_rounding(amplitude, error_rate, rates, weights, shells, noise, coupling_noise),
+        rounding=_rounding(
+            amplitude, error_rate, rates, weights, shells, noise, coupling_noise, speed
+        ),
     )
 
 
@@ -330,9 +338,10 @@ def _rounding(
     shells: SoftShells,
     noise: float,
     coupling_noise: float,
+    speed: float,
 ) -> BalanceRounding:
     """Return the roundings of a balance: M's turns e and ė by its noise, a part for each mode."""
-    size, speed = np.linalg.norm(amplitude), np.linalg.norm(error_rate)
+    size, speed = float(np.linalg.norm(amplitude)), max(float(np.linalg.norm(error_rate)), speed)
     share = _MARGIN * noise / max(rates.size, 1) ** 0.5
     energies = share * size * (np.abs(amplitude) + share * size)
     losses = share * (np.abs(amplitude) * speed + np.abs(error_rate) * size + share * size * speed)

@@ -1,4 +1,4 @@
-"""Where one solver cannot differentiate a model, the other does; and what no solver can is named."""
+"""Where one solver cannot differentiate a model the other does, and what none can is named."""
 
 import copy
 import dataclasses
@@ -283,7 +283,7 @@ def test_declared_parameters_take_their_values_from_the_state():
     found = build_exact_kernel(Snapshot(declared, x, y, state=state)).to_dense()
     assert torch.equal(found.cpu(), expected.cpu())
     assert all(p.is_meta for p in declared.parameters())
-    with pytest.raises(ValueError, match="'a.weight' is on the meta device"):
+    with pytest.raises(ValueError, match=r"'a\.weight' is on the meta device"):
         build_kernel(Snapshot(declared, x, y))
 
 

@@ -1,4 +1,4 @@
-"""Models that differentiate inside their forward pass, against differences of the user's own calls."""
+"""Models that differentiate inside their forward pass, against differences of plain calls."""
 
 import copy
 
@@ -272,5 +272,5 @@ def test_a_freed_graph_is_an_error_that_names_the_remedy():
     torch.manual_seed(0)
     model = Field(forward).double()
     snapshot = place_snapshot(model, torch.ones(N, D).double(), torch.zeros(N, 1 + D))
-    with pytest.raises(ValueError, match="cannot be differentiated by any solver.*create_graph"):
+    with pytest.raises(ValueError, match=r"cannot be differentiated by any solver.*create_graph"):
         build_on_rungs(snapshot)
