@@ -123,11 +123,11 @@ class FrozenErrorRuns:
         n: int = 1,
         speed: float = 0.0,
     ) -> tuple[EdgeBalance, list[str]]:
-        """Return the balance, and what keeps the flux through each edge from being resolved.
+        """Return the balance, and what keeps each flux from being resolved, ``"ok"`` if nothing.
 
-        That is ``"ok"`` where neither the last third of the steps nor half of h changed it.
         ``noise`` is the norm of the rounding error of M, of ``n`` rows, ``speed`` ‖J‖ ‖θ̇‖.
         """
+        # Resolved is what neither the last third of the steps nor half of h changed.
         largest = float(self.eigenvalues.max(initial=0.0))
         # Of the difference of two kernels over 2h; of the n modes a run has those that e excites.
         share = (len(self.eigenvalues) / n) ** 0.5

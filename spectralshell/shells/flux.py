@@ -304,8 +304,7 @@ def difference_balance(
 ) -> EdgeBalance:
     """Return the balance from the Ritz modes of an error and fluxes known otherwise.
 
-    Amplitudes and rates are ⟨e, y⟩ and ⟨ė, y⟩; ``total``, ``total_rate`` are ½‖e‖² and ⟨ė, e⟩, and
-    ``noise``, ``coupling_noise`` and ``speed`` as for `shell_balance`.
+    Amplitudes and rates are ⟨e, y⟩ and ⟨ė, y⟩; the rest is as for `shell_balance`.
     """
     rates = finite_vector("eigenvalues", eigenvalues)
     amplitude = finite_vector("amplitudes", amplitudes)
