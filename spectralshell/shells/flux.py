@@ -25,6 +25,9 @@ _CHUNK = 1 << 15  # close pairs at a time: a few MB for each edge
 NOISE = 4e-15
 """Rounding error of a float64 kernel, relative to its norm."""
 
+_TAIL = 1e-12
+"""Weight of a mode in a shell so far off that it tells nothing about the shell."""
+
 _MARGIN = 3.0
 """Of a mode's rounding error, in its root mean square over modes."""
 
@@ -344,7 +347,9 @@ def _rounding(
     share = _MARGIN * noise / max(rates.size, 1) ** 0.5
     energies = share * size * (np.abs(amplitude) + share * size)
     losses = share * (np.abs(amplitude) * speed + np.abs(error_rate) * size + share * size * speed)
-    energy, dissipation = weights @ energies, weights @ losses
+    tails = np.where(weights < _TAIL, weights, 0.0)
+    energy = weights @ energies + tails @ (0.5 * amplitude**2)
+    dissipation = weights @ losses + tails @ np.abs(amplitude * error_rate)
     # What is left of a total is the difference of two sums over all modes.
     energy[0] += _EPS * rates.size * size**2
     dissipation[0] += _EPS * rates.size * size * speed

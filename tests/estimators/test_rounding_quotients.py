@@ -114,6 +114,18 @@ def test_a_symmetry_has_no_couplings(linear, derivative):
     assert found.statistics_.loc[["toeplitz_residual", "intra_inter_ratio"], "value"].isna().all()
 
 
+def test_tails_of_far_modes_are_no_dissipation():
+    shells = SoftShells(ShellPartition(q=2.0, lambda_0=1.0, first=-20, n_shells=20))
+    rates, g = np.array([1e-6, 0.9]), np.array([1.0, 1.0])
+    balance = shell_balance(rates, g, -rates * g, np.ones((2, 2)), shells)
+    far = np.abs(np.log(shells.edges[:, None] / rates)).min(axis=1) > 3.0 * np.log(2.0)
+    assert far.sum() >= 10
+    assert np.isnan(balance.flux_to_dissipation[far]).all()
+    own = np.searchsorted(shells.edges, rates[0])  # the edge above the slow mode's shell
+    lost = float(shells.weights(rates)[own] @ (rates * g**2))
+    assert balance.flux_to_dissipation[own] == pytest.approx(abs(balance.flux_down[own]) / lost)
+
+
 def test_a_mode_without_error_is_named_in_the_frames():
     generator = torch.Generator().manual_seed(0)
     vectors, _ = torch.linalg.qr(torch.randn(8, 3, generator=generator, dtype=torch.float64))
