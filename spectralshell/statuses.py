@@ -121,11 +121,18 @@ def sign_differs(n_shells: int, n_fitted: int) -> str:
 ZERO_ERROR = "zero error"
 LOST_COUPLINGS = "couplings of some modes are lost in rounding"
 NOT_CONVERGED = "not converged in the steps taken"
+FLUX_IS_ROUNDING = "the flux is rounding"
 STEP_TOO_LONG = "changes with the step of the difference"
 STEP_TOO_SHORT = "the step of the difference is lost in rounding"
 ONE_BLOCK = "one block"
 ZERO_KERNEL = "zero kernel"
+CHANGES_CANCEL = "the changes by blocks cancel"
 RATE_FROM_BELOW = "rate of the Jacobian from below"
+
+
+def solved_by(solver: str, *, unable: str) -> str:
+    """Say that a solver cannot differentiate the model, and which one could."""
+    return f"{unable} cannot differentiate the model: solved by {solver}"
 
 
 def gates_held(names: Iterable[str]) -> str:
@@ -164,6 +171,8 @@ def n_skipped(n_left_out: int, n_snapshots: int) -> str:
 
 NO_MODE_NEAR_EDGE = "no mode near the edge"
 NO_ENERGY_IN_SHELL = "no energy in the shell"
+ENERGY_IS_ROUNDING = "the energy is rounding"
+DISSIPATION_IS_ROUNDING = "the dissipation below is rounding"
 UNRESOLVED_ENDS = "not resolved at both ends"
 EDGE_DECAYS = "the edge decays within the interval"
 OTHER_DIRECTION = "the parameters took another direction"

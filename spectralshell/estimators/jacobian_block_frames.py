@@ -15,6 +15,7 @@ from spectralshell.measurements.blocks import BlockMeasure
 from spectralshell.shells import toeplitz_residual
 from spectralshell.shells.frames import label_index
 from spectralshell.statuses import (
+    CHANGES_CANCEL,
     FROZEN_KERNEL,
     OK,
     ZERO_KERNEL,
@@ -28,6 +29,12 @@ _NULL_INTERVAL = (5.0, 95.0)
 """Percentiles of a null that are reported."""
 
 _LEVEL = 0.05
+
+_CANCELLED = 1e-11
+"""Part of the squares of changes by blocks that rounding may leave of their sum, in float32 too."""
+
+_SCATTER = 1e-12
+"""Deviation of coherences, at most 1, that is rounding."""
 
 FEATURES = (
     "jacobian_norm",
@@ -145,7 +152,9 @@ def profile_frame(measures: Sequence[BlockMeasure]) -> pd.DataFrame:
 
 def _scalars(measure: BlockMeasure, settings: NullSettings) -> dict[str, float]:
     normalized = normalized_coherence(measure.coherence, measure.norms)
-    decay = fit_decay(normalized)
+    # Of blocks that are orthogonal but for rounding there is no logarithm.
+    known = measure.coherence > measure.uncertainty
+    decay = fit_decay(np.where(known, normalized, 0.0))
     row = {**_norms(measure), "decay_rate": decay.rate, "decay_power": decay.power}
     for _, found in _null(measure, settings).iterrows():
         row[found["statistic"]] = found["observed"]
@@ -179,7 +188,8 @@ def _pairs(measure: BlockMeasure) -> pd.DataFrame:
     rows, columns = np.divmod(np.arange(n * n), n)
     parts = np.sqrt(np.maximum(np.einsum("lmm->lm", measure.gram), 0.0))
     change = _changes(measure)[:, None]
-    influence = np.divide(parts, change, out=np.zeros_like(parts), where=change > 0.0)
+    unknown = np.where(parts > 0.0, np.nan, 0.0)
+    influence = np.divide(parts, change, out=unknown, where=change > 0.0)
     names = np.array(measure.blocks, dtype=object)
     return pd.DataFrame(
         {
@@ -200,6 +210,7 @@ def _blocks(measure: BlockMeasure, band: int) -> pd.DataFrame:
     total = measure.traces.sum()
     change = _changes(measure)
     zero, frozen = measure.norms == 0.0, change == 0.0
+    cancelled = frozen & measure.gram.any(axis=(1, 2))
     return pd.DataFrame(
         {
             "block": np.array(measure.blocks, dtype=object),
@@ -210,7 +221,9 @@ def _blocks(measure: BlockMeasure, band: int) -> pd.DataFrame:
             "coherence_sum": measure.coherence.sum(axis=1),
             "change": change,
             "explained": explained_shares(measure.gram, band),
-            "status": np.where(zero, ZERO_KERNEL, np.where(frozen, FROZEN_KERNEL, OK)),
+            "status": np.select(
+                [zero, cancelled, frozen], [ZERO_KERNEL, CHANGES_CANCEL, FROZEN_KERNEL], OK
+            ),
         }
     )
 
@@ -229,8 +242,13 @@ def _windows(measure: BlockMeasure, window_blocks: int) -> pd.DataFrame:
 
 
 def _changes(measure: BlockMeasure) -> Floats:
-    squares = np.maximum(measure.gram.sum(axis=(1, 2)), 0.0)
-    return np.asarray(np.sqrt(squares))
+    return np.asarray(np.sqrt(_whole(measure.gram)))
+
+
+def _whole(gram: Floats) -> Floats:
+    """Return ‖Σ_m D_lm‖² for each block l, 0 where the parts cancel but for rounding."""
+    squares = gram.sum(axis=(1, 2))
+    return np.where(squares > _CANCELLED * np.abs(gram).sum(axis=(1, 2)), squares, 0.0)
 
 
 def _labelled(measures: Sequence[BlockMeasure], frames: list[pd.DataFrame]) -> pd.DataFrame:
@@ -381,19 +399,21 @@ def profile_score(
         first = float(profile[1])
         constant = first + float((profile[1:] - first) @ n_pairs[1:] / known)
     predicted = profile[apart]
-    by_distance = by_constant = 0.0
+    by_distance = by_constant = rounding = 0.0
     for (coherence, norms), weight in zip(snapshots, weights, strict=True):
         found = normalized_coherence(coherence, norms)
         by_distance += weight * float(((found - predicted)[different] ** 2).sum())
         by_constant += weight * float(((found - constant)[different] ** 2).sum())
-    return float(1.0 - by_distance / by_constant) if by_constant > 0.0 else 0.0
+        rounding += weight * float(different.sum()) * _SCATTER**2
+    return float(1.0 - by_distance / by_constant) if by_constant > rounding else 0.0
 
 
 def _parts(gram: Floats, band: int, order: NDArray[np.int64] | None) -> tuple[Floats, Floats]:
     place = np.arange(len(gram)) if order is None else order
     far = (np.abs(place[:, None] - place) > band).astype(float)
     outside = np.einsum("lm,lmk,lk->l", far, gram, far)
-    return np.maximum(outside, 0.0), np.maximum(gram.sum(axis=(1, 2)), 0.0)
+    whole = _whole(gram)
+    return np.where(whole > 0.0, np.maximum(outside, 0.0), 0.0), whole
 
 
 def _slope(x: Floats, y: Floats) -> tuple[float, float]:

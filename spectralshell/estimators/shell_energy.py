@@ -28,6 +28,7 @@ from spectralshell.measurements.settings import (
     kernel_settings,
     probe_seed,
 )
+from spectralshell.measurements.solver import SolverPlan, carry_out
 from spectralshell.measurements.spectrum import exact_measure, measure_spectrum, survey_spectrum
 from spectralshell.operators import ExactKernel
 from spectralshell.operators.noise import spectral_norm
@@ -146,13 +147,17 @@ class KernelQueriesMixin:
         survey, plan = survey_spectrum(
             snapshot, settings, probe_seed(self.random_state), self.verbose
         )
-        if plan.solver == "exact":
-            with survey.build_exact(plan.exact) as exact:
-                return dense_pairs(exact.to_dense(), k, exact.noise)
-        with survey.build_matrix_free(plan.lanczos.chunk_size) as kernel:
-            run = lanczos(kernel.matvec, kernel.residual_vector, settings.n_steps)
-            largest = max([kernel.norm, *map(float, run.alpha)])
-            return ritz_pairs(run, k, kernel.noise * largest)
+
+        def solve(plan: SolverPlan) -> EigenPairs:
+            if plan.solver == "exact":
+                with survey.build_exact(plan.exact) as exact:
+                    return dense_pairs(exact.to_dense(), k, exact.noise)
+            with survey.build_matrix_free(plan.lanczos.chunk_size) as kernel:
+                run = lanczos(kernel.matvec, kernel.residual_vector, settings.n_steps)
+                largest = max([kernel.norm, *map(float, run.alpha)])
+                return ritz_pairs(run, k, kernel.noise * largest)
+
+        return carry_out(plan, solve)
 
     def _layer_measures(
         self: Any, snapshot: Snapshot, settings: KernelSettings, layers: Any

@@ -17,7 +17,9 @@ from spectralshell.measurements.fluxes import FluxMeasurement
 from spectralshell.shells import EdgeBalance, ShellBalance, SoftShells, SpectralMeasure
 from spectralshell.shells.frames import label_index
 from spectralshell.statuses import (
+    DISSIPATION_IS_ROUNDING,
     EDGE_DECAYS,
+    ENERGY_IS_ROUNDING,
     FEW_EDGES_OF_ONE_DIRECTION,
     INTERVAL_FROM_EDGES,
     LONG_INTERVAL,
@@ -212,9 +214,13 @@ def _edge_columns(snapshot: BalancedSnapshot, edges: np.ndarray) -> dict[str, np
 
 def _edge_statuses(snapshot: BalancedSnapshot) -> np.ndarray:
     statuses = []
-    for fault, n_near in zip(snapshot.faults, snapshot.balance.n_near, strict=True):
-        empty = NO_MODE_NEAR_EDGE if n_near == 0 else OK
-        statuses.append(join_statuses([snapshot.measure.status, fault, empty]))
+    balance = snapshot.balance
+    for edge, fault in enumerate(snapshot.faults):
+        empty = NO_MODE_NEAR_EDGE if balance.n_near[edge] == 0 else OK
+        if empty is OK and np.isnan(balance.velocity[edge]):
+            empty = ENERGY_IS_ROUNDING
+        still = OK if balance.dissipates[edge] else DISSIPATION_IS_ROUNDING
+        statuses.append(join_statuses([snapshot.measure.status, fault, empty, still]))
     return np.array(statuses, dtype=object)
 
 
@@ -226,8 +232,9 @@ def _shell_columns(
     middle = np.append(np.nan, partition.midpoints)
     names = list(shells.names)
     status = [snapshot.measure.status] * len(names)
-    for row in np.flatnonzero(balance.energy == 0.0):
-        status[row] = join_statuses([status[row], NO_ENERGY_IN_SHELL])
+    for row in np.flatnonzero(balance.energy <= balance.rounding.energy):
+        phrase = ENERGY_IS_ROUNDING if balance.energy[row] else NO_ENERGY_IN_SHELL
+        status[row] = join_statuses([status[row], phrase])
     return {
         "shell": np.array(names, dtype=object),
         "lambda_lo": np.append(0.0, partition.edges[:-1]),
@@ -388,7 +395,8 @@ def _integral_columns(
 
     flux = integrate(lambda snapshot: snapshot.balance.flux_down)
     lost = integrate(lambda snapshot: snapshot.balance.dissipation[:-1])
-    ratio = np.divide(flux, lost, out=np.full(flux.shape, np.nan), where=lost > 0.0)
+    rounding = integrate(lambda snapshot: snapshot.balance.rounding.dissipation[:-1])
+    ratio = np.divide(flux, lost, out=np.full(flux.shape, np.nan), where=lost > rounding)
     return dict(zip(_INTEGRAL_COLUMNS, (shells.edges, flux, lost, ratio), strict=True))
 
 

@@ -75,6 +75,9 @@ ALTERNATIVES = {
 
 _TIE = 1e-9
 
+_MARGIN = 3.0
+"""Of the rounding error of a coupling between modes, in its root mean square."""
+
 _RESIDUALS = ("toeplitz_residual", "windows")
 
 # Positive and skewed, so their intervals are made in logarithms.
@@ -291,9 +294,19 @@ class SnapshotShells:
     def _summary(self, V: Floats) -> ShellSummary:
         m = self.couplings
         found = couple_shells(V, m.eigenvalues, self.partition, self.rule, m.resolved)
+        coupling = np.where(found.coupling <= self._rounding, 0.0, found.coupling)
+        signed = np.where(np.diagonal(coupling) == 0.0, 0.0, found.signed_mean)
         rows = self._all_modes.modes
         flux = self._flux_sizes(V[np.ix_(rows, rows)])
-        return ShellSummary(found.coupling, found.signed_mean, found.modes.log_lambda, flux)
+        return ShellSummary(coupling, signed, found.modes.log_lambda, flux)
+
+    @cached_property
+    def _rounding(self) -> Floats:
+        """Couplings between shells that rounding explains, which are none."""
+        m = self.couplings
+        entry = _MARGIN * m.rate_noise / max(m.n_outputs, 1) ** 0.5
+        entries = np.full(m.couplings.shape, entry)
+        return couple_shells(entries, m.eigenvalues, self.partition, self.rule, m.resolved).coupling
 
     def _flux_sizes(self, V: Floats) -> Floats:
         """Return Σ |F_αβ| by distance between shells, from V between all resolved modes."""

@@ -23,6 +23,7 @@ from spectralshell.krylov import EigenPairs, block_lanczos, block_ritz_pairs, de
 from spectralshell.measurements.settings import KernelSettings, MotionSettings
 from spectralshell.measurements.solver import (
     SolverPlan,
+    carry_out,
     plan_by_memory,
     plan_couplings,
     survey_snapshot,
@@ -236,7 +237,7 @@ def measure_couplings(
             ),
         )
         plan.announce(snapshot, verbose)
-        return couple_motion(snapshot, motion, plan, settings)
+        return carry_out(plan, lambda plan: couple_motion(snapshot, motion, plan, settings))
 
 
 def couple_motion(
@@ -246,8 +247,8 @@ def couple_motion(
     draws = torch.Generator().manual_seed(settings.motion.random_seed)
     modes = _find_modes(motion, plan, settings, draws)
     found = _couple(snapshot, motion, modes, settings, draws)
-    status = join_statuses([found.status, LOST_COUPLINGS]) if found.lost else found.status
-    return replace(found, plan=plan.as_row(), status=status)
+    phrases = [found.status, LOST_COUPLINGS if found.lost else OK, plan.status]
+    return replace(found, plan=plan.as_row(), status=join_statuses(phrases))
 
 
 @dataclass(frozen=True)

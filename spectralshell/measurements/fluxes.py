@@ -21,7 +21,7 @@ from spectralshell.measurements.couplings import (
     unit_status,
 )
 from spectralshell.measurements.settings import KernelSettings, MotionSettings
-from spectralshell.measurements.solver import SolverPlan, plan_by_memory, plan_couplings
+from spectralshell.measurements.solver import SolverPlan, carry_out, plan_by_memory, plan_couplings
 from spectralshell.measurements.spectrum import lanczos_measure
 from spectralshell.operators import Direction, KernelMotion
 from spectralshell.operators.survey import KernelSurvey
@@ -30,6 +30,7 @@ from spectralshell.shells.flux import ErrorRule, difference_balance, flux_by_dif
 from spectralshell.snapshots import Snapshot
 from spectralshell.statuses import (
     BELOW_FLOOR,
+    FLUX_IS_ROUNDING,
     FROZEN_KERNEL,
     NOT_CONVERGED,
     OK,
@@ -113,11 +114,24 @@ class FrozenErrorRuns:
         forward, backward = (run.rule(n_steps) for run in self.pairs[part])
         return flux_by_difference(forward, backward, self.amount / 2**part, shells)
 
-    def balance(self, shells: SoftShells, total_rate: float) -> tuple[EdgeBalance, list[str]]:
-        """Return the balance, and what keeps the flux through each edge from being resolved.
+    def balance(
+        self,
+        shells: SoftShells,
+        total_rate: float,
+        *,
+        noise: float = 0.0,
+        n: int = 1,
+        speed: float = 0.0,
+    ) -> tuple[EdgeBalance, list[str]]:
+        """Return the balance, and what keeps each flux from being resolved, ``"ok"`` if nothing.
 
-        That is ``"ok"`` where neither the last third of the steps nor half of h changed it.
+        ``noise`` is the norm of the rounding error of M, of ``n`` rows, ``speed`` ‖J‖ ‖θ̇‖.
         """
+        # Resolved is what neither the last third of the steps nor half of h changed.
+        largest = float(self.eigenvalues.max(initial=0.0))
+        # Of the difference of two kernels over 2h; of the n modes a run has those that e excites.
+        share = (len(self.eigenvalues) / n) ** 0.5
+        coupling_noise = share * noise / (2.0**0.5 * self.amount) if self.pairs else 0.0
         steps = len(self.pairs[0][0].alpha) if self.pairs else 0
         flux = self.flux(shells, steps)
         balance = difference_balance(
@@ -128,6 +142,9 @@ class FrozenErrorRuns:
             shells,
             total=self.total,
             total_rate=total_rate,
+            noise=noise / largest if largest > 0.0 else 0.0,
+            coupling_noise=coupling_noise,
+            speed=speed,
         )
         if not self.pairs or self.step_fault != OK:
             return balance, [self.step_fault] * flux.size
@@ -283,11 +300,12 @@ class FluxMeasurement:
         The balance is a `ShellBalance` from the exact solver.
         """
         balance, faults = self._balance(shells)
-        below = shells.edges < self.measure.floor
-        return balance, np.where(below, BELOW_FLOOR, np.array(faults, dtype=object))
+        found = np.where(balance.flows, np.array(faults, dtype=object), FLUX_IS_ROUNDING)
+        return balance, np.where(shells.edges < self.measure.floor, BELOW_FLOOR, found)
 
     def _balance(self, shells: SoftShells) -> tuple[EdgeBalance, list[str]]:
-        modes = self.couplings
+        modes, measure = self.couplings, self.measure
+        speed = measure.lambda_max**0.5 * self.direction_norm
         if modes is not None:
             balance = shell_balance(
                 modes.eigenvalues,
@@ -297,11 +315,16 @@ class FluxMeasurement:
                 shells,
                 total=modes.total,
                 total_rate=modes.total_rate,
+                noise=modes.noise / modes.lambda_max if modes.lambda_max > 0.0 else 0.0,
+                coupling_noise=modes.rate_noise,
+                speed=speed,
             )
             return balance, [modes.step_fault] * shells.edges.size
         if self.runs is None:
             raise TypeError("couplings and runs are both None, expected one of them.")
-        return self.runs.balance(shells, self.total_rate)
+        return self.runs.balance(
+            shells, self.total_rate, noise=measure.noise, n=measure.n_outputs, speed=speed
+        )
 
 
 def measure_fluxes(
@@ -331,10 +354,14 @@ def measure_fluxes(
             ),
         )
         plan.announce(snapshot, verbose)
-        if plan.solver == "lanczos":
-            return _from_runs(snapshot, motion, plan, settings)
         coupling = CouplingSettings(kernel, how, block_size=1)
-        return _from_couplings(couple_motion(snapshot, motion, plan, coupling))
+
+        def measure(plan: SolverPlan) -> FluxMeasurement:
+            if plan.solver == "lanczos":
+                return _from_runs(snapshot, motion, plan, settings)
+            return _from_couplings(couple_motion(snapshot, motion, plan, coupling))
+
+        return carry_out(plan, measure)
 
 
 def _from_couplings(modes: ModeCouplings) -> FluxMeasurement:
@@ -375,7 +402,7 @@ def _from_runs(
     measure = replace(
         measure,
         dynamics_exact=measure.dynamics_exact and direction.name == "gradient-flow",
-        status=join_statuses([measure.status, unit_status(unit)]),
+        status=join_statuses([measure.status, unit_status(unit), plan.status]),
         plan=plan.as_row(),
     )
     return FluxMeasurement(

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
 import torch
 from tqdm.auto import tqdm
@@ -25,8 +25,10 @@ from spectralshell.operators.costs import (
     product_cost,
     resolve_max_memory,
 )
+from spectralshell.operators.jacobian.ladder import DifferentiationError, ReverseModeError
 from spectralshell.operators.survey import KernelSurvey, survey_kernel
 from spectralshell.snapshots import Snapshot
+from spectralshell.statuses import OK, solved_by
 
 PLAN_COLUMNS = (
     "solver",
@@ -36,7 +38,10 @@ PLAN_COLUMNS = (
     "exact_memory",
     "lanczos_memory",
     "chunk_size",
+    "unable",
 )
+
+_Measured = TypeVar("_Measured")
 
 _MATRICES = 4
 """Float64 matrices of the modes beside the couplings kept: the modes, M, dM/dt and a product."""
@@ -53,6 +58,15 @@ class SolverPlan:
     # Of the solvers that the measurement has, with all that it does: reference seconds, bytes.
     costs: Mapping[str, float]
     peaks: Mapping[str, int]
+    # Solvers that are allowed and fit as well.
+    others: tuple[str, ...] = ()
+    # The solver that was chosen first, and cannot differentiate the model.
+    unable: str | None = None
+
+    @property
+    def status(self) -> str:
+        """Return ``"ok"``, or that the solver is not the one planned."""
+        return OK if self.unable is None else solved_by(self.solver, unable=self.unable)
 
     @property
     def chunk_size(self) -> int | None:
@@ -83,8 +97,30 @@ class SolverPlan:
             self.peaks["exact"],
             self.peaks.get("lanczos", unknown),
             self.chunk_size,
+            self.unable,
         )
         return dict(zip(PLAN_COLUMNS, values, strict=True))
+
+
+def carry_out(plan: SolverPlan, measure: Callable[[SolverPlan], _Measured]) -> _Measured:
+    """Return ``measure(plan)``; where its solver cannot differentiate the model, by another's.
+
+    Only one that the user allows, and that fits; any other error is the model's own.
+    """
+    try:
+        return measure(plan)
+    except ReverseModeError:  # which all solvers need
+        raise
+    except DifferentiationError as failure:
+        if not plan.others:
+            raise
+        other = replace(plan, solver=plan.others[0], others=plan.others[1:], unable=plan.solver)
+        try:
+            return measure(other)
+        except DifferentiationError as second:
+            raise DifferentiationError(
+                f"{failure} solver={other.solver!r} was tried as well: {second}"
+            ) from second
 
 
 def survey_snapshot(
@@ -138,8 +174,8 @@ def plan_spectrum(
     costs = {"exact": exact.cost, "lanczos": lanczos.cost}
     peaks = {"exact": exact.peak_bytes, "lanczos": lanczos.peak_bytes}
     load = f"n = {footprint.n_entries} entries"
-    chosen = _choose(solver, costs, peaks, max_bytes, load, "take fewer samples or steps")
-    return SolverPlan(chosen, footprint.n_entries, exact, lanczos, costs, peaks)
+    chosen, *others = _choose(solver, costs, peaks, max_bytes, load, "take fewer samples or steps")
+    return SolverPlan(chosen, footprint.n_entries, exact, lanczos, costs, peaks, tuple(others))
 
 
 def plan_couplings(
@@ -177,8 +213,8 @@ def plan_couplings(
     }
     load = f"n = {n} entries and {n_directions} directions"
     remedy = "take fewer samples, steps or random directions"
-    chosen = _choose(solver, costs, peaks, max_bytes, load, remedy, worth)
-    return SolverPlan(chosen, n, exact, lanczos, costs, peaks)
+    chosen, *others = _choose(solver, costs, peaks, max_bytes, load, remedy, worth)
+    return SolverPlan(chosen, n, exact, lanczos, costs, peaks, tuple(others))
 
 
 def plan_blocks(
@@ -192,8 +228,8 @@ def plan_blocks(
     matrices = max(3 * n_blocks, n_blocks + n_blocks**2 // 2)
     costs, peaks = {"exact": exact.cost}, {"exact": exact.peak_bytes + 8 * matrices * n**2}
     load = f"n = {n} entries and {n_blocks} blocks"
-    chosen = _choose("exact", costs, peaks, max_bytes, load, "take fewer samples or join blocks")
-    return SolverPlan(chosen, n, exact, lanczos, costs, peaks)
+    _choose("exact", costs, peaks, max_bytes, load, "take fewer samples or join blocks")
+    return SolverPlan("exact", n, exact, lanczos, costs, peaks)
 
 
 def _choose(
@@ -204,8 +240,8 @@ def _choose(
     load: str,
     remedy: str,
     worth: float = 1.0,
-) -> str:
-    """Return the cheaper solver that fits, of those allowed; a tie goes to the exact one.
+) -> list[str]:
+    """Return the solvers that fit, of those allowed, cheapest first; a tie goes to the exact.
 
     Raises ValueError where none fits: it says what would be needed, and the remedy.
     """
@@ -223,4 +259,4 @@ def _choose(
             f"max_memory: {format_bytes(max_bytes)} do not hold {what} for {load}: {needs}; allow "
             f"that much, or {remedy}."
         )
-    return min(fitting, key=lambda name: costs[name] / (worth if name == "exact" else 1.0))
+    return sorted(fitting, key=lambda name: costs[name] / (worth if name == "exact" else 1.0))

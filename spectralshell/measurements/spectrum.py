@@ -20,6 +20,7 @@ from spectralshell.krylov import (
 from spectralshell.measurements.settings import KernelSettings
 from spectralshell.measurements.solver import (
     SolverPlan,
+    carry_out,
     plan_by_memory,
     plan_spectrum,
     survey_snapshot,
@@ -39,13 +40,18 @@ def measure_spectrum(
     ``verbose=2`` shows a progress bar over Lanczos steps.
     """
     survey, plan = survey_spectrum(snapshot, settings, probe_seed, verbose)
-    if plan.solver == "exact":
-        with survey.build_exact(plan.exact) as exact:
-            measure = exact_measure(exact, exact.to_dense(), exact.noise)
-    else:
-        with survey.build_matrix_free(plan.lanczos.chunk_size) as kernel:
-            measure = _solve_lanczos(kernel, settings.n_steps, verbose)
-    return replace(measure, plan=plan.as_row())
+
+    def solve(plan: SolverPlan) -> SpectralMeasure:
+        if plan.solver == "exact":
+            with survey.build_exact(plan.exact) as exact:
+                measure = exact_measure(exact, exact.to_dense(), exact.noise)
+        else:
+            with survey.build_matrix_free(plan.lanczos.chunk_size) as kernel:
+                measure = _solve_lanczos(kernel, settings.n_steps, verbose)
+        status = join_statuses([measure.status, plan.status])
+        return replace(measure, plan=plan.as_row(), status=status)
+
+    return carry_out(plan, solve)
 
 
 def survey_spectrum(

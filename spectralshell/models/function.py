@@ -118,6 +118,21 @@ class ModelFunction:
                 vars(module).pop(name, None)  # a forward pass may have put another in front
                 home[name] = own
 
+    def evaluate(self, inputs: Any) -> Tensor:
+        """Return the outputs at the function's own parameters, without a graph.
+
+        Gradients stay enabled, for some models differentiate inside, a few by their parameters.
+        """
+        with torch.enable_grad():
+            try:
+                # Nothing requires gradients, so nothing is recorded.
+                return self.outputs(self.parameters, inputs).detach()
+            except RuntimeError as error:
+                if "does not require grad" not in str(error):
+                    raise
+            leaves = tuple(p.detach().requires_grad_() for p in self.parameters)
+            return self.outputs(leaves, inputs).detach()
+
     def outputs(self, parameters: Parameters, inputs: Any) -> Tensor:
         """Return the model's outputs, samples first: a tensor, or what is under ``.logits``."""
         return self._outputs(self.installed(parameters), inputs)

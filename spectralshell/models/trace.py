@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook
 
@@ -36,9 +35,9 @@ def _trace(function: ModelFunction, parts: list[Any]) -> list[_ModuleCall]:
     def note(name: str, module: nn.Module, inputs: Any, outputs: Any) -> None:
         calls.append(_ModuleCall(name, _fingerprint(inputs), _fingerprint(outputs)))
 
-    with torch.no_grad(), watching(function.model, note):
+    with watching(function.model, note):
         for part in parts:
-            function.outputs(function.parameters, part)
+            function.evaluate(part)
     return calls
 
 

@@ -13,8 +13,15 @@ from typing import Any
 import psutil
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten
 
-from spectralshell.operators.jacobian.ladder import is_out_of_memory
+from spectralshell.operators.jacobian.ladder import (
+    ReverseModeError,
+    first_line,
+    is_out_of_memory,
+)
 from spectralshell.operators.layers.assembly import (
     SLICES,
     LabelOf,
@@ -245,7 +252,7 @@ def measure_footprint(evaluation: Evaluation, label_of: LabelOf) -> Footprint:
         if is_out_of_memory(error):
             raise
         whole = evaluation.take(0, problem.n_samples)
-        recording, held, n_samples = _record_counting(evaluation, whole, label_of)
+        recording, held, n_samples = _record_whole(evaluation, whole, label_of)
     layout = entry_layout(evaluation)
     function = problem.function
     sizes = {n: p.numel() for n, p in zip(function.names, function.parameters, strict=True)}
@@ -267,6 +274,21 @@ def measure_footprint(evaluation: Evaluation, label_of: LabelOf) -> Footprint:
     )
 
 
+def _record_whole(
+    evaluation: Evaluation, whole: Chunk, label_of: LabelOf
+) -> tuple[Recording, int, int]:
+    """Return :func:`_record_counting` of the batch; it has been evaluated, but not recorded."""
+    try:
+        return _record_counting(evaluation, whole, label_of)
+    except RuntimeError as error:
+        if is_out_of_memory(error):
+            raise
+        raise ReverseModeError(
+            f"model: {type(evaluation.problem.function.model).__name__} runs, but not where "
+            f"gradients are recorded: {first_line(error)}"
+        ) from error
+
+
 def _record_counting(
     evaluation: Evaluation, chunk: Chunk, label_of: LabelOf
 ) -> tuple[Recording, int, int]:
@@ -275,15 +297,23 @@ def _record_counting(
     held: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        held[storage._cdata] = storage.nbytes()
+        if tensor.layout is torch.strided:  # others have no storage of their own
+            storage = tensor.untyped_storage()
+            held[storage._cdata] = storage.nbytes()
         return tensor
 
     def unpack(tensor: Tensor) -> Tensor:
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
-        recording = record(evaluation, chunk, names, label_of)
+    try:
+        with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+            recording = record(evaluation, chunk, names, label_of)
+    except RuntimeError as error:  # torch.func, where a model uses it, bears no hooks
+        if is_out_of_memory(error):
+            raise
+        with _TensorsMade() as made:
+            recording = record(evaluation, chunk, names, label_of)
+        held = made.still_held()
     for parameter in evaluation.problem.function.parameters:
         held.pop(parameter.untyped_storage()._cdata, None)
     factors = {
@@ -293,6 +323,34 @@ def _record_counting(
         if isinstance(use.geometry, Affine)
     }
     return recording, sum(held.values()) + sum(factors.values()), chunk.n_samples
+
+
+class _TensorsMade(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """While active, notes the memory of all tensors that operations give, without holding it."""
+
+    supports_higher_order_operators = True
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._sizes: dict[StorageWeakRef, int] = {}
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        returned = func(*args, **(kwargs or {}))
+        for tensor in tree_flatten(returned)[0]:
+            if isinstance(tensor, Tensor) and tensor.layout is torch.strided:
+                storage = tensor.untyped_storage()
+                self._sizes[StorageWeakRef(storage)] = storage.nbytes()  # type: ignore[no-untyped-call]
+        return returned
+
+    def still_held(self) -> dict[int, int]:
+        """Return the bytes of what something still refers to, such as a graph, by its storage."""
+        return {
+            reference.cdata: size
+            for reference, size in self._sizes.items()
+            if not reference.expired()  # type: ignore[no-untyped-call]
+        }
 
 
 def _count_nodes(output: Tensor) -> int:

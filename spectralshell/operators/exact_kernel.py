@@ -21,6 +21,7 @@ from spectralshell.operators.jacobian.linearizations import (
     PullBack,
     added,
     check_finite_gradient,
+    check_range,
     inner,
 )
 from spectralshell.operators.kernel_operator import Kernel, KernelOperator
@@ -182,7 +183,7 @@ def _verified_kernels(
         except StructureError as error:  # each time about other parameters: it comes to an end
             irregular += error.args[1]
             continue
-        except (RuntimeError, ValueError, IndexError, TypeError) as error:
+        except Exception as error:  # what else a model or torch raises: products may still run
             if is_out_of_memory(error):
                 raise
             break
@@ -196,8 +197,9 @@ def _verified_kernels(
             break
         wrong += blamed
         attempts -= 1
+    products = _by_products(evaluation, label_of)
     _warn(wrong or problem.function.names, "every column of the kernel is a product")
-    return _by_products(evaluation, label_of)
+    return products
 
 
 class _Probe:
@@ -235,6 +237,7 @@ class _Probe:
     def _measure_gradient(self) -> None:
         names = self._evaluation.problem.function.names
         check_finite_gradient(names, self.gradient)
+        check_range(self.gradient)
         self._squares = {
             name: 0.0 if part.is_meta else float(widen(part).square().sum())
             for name, part in zip(names, self.gradient, strict=True)

@@ -5,7 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from spectralshell.operators.jacobian.faults import name_offending_module
-from spectralshell.operators.jacobian.ladder import Climb, DifferentiationError, climb
+from spectralshell.operators.jacobian.ladder import (
+    Climb,
+    DifferentiationError,
+    ReverseModeError,
+    climb,
+)
 from spectralshell.operators.kernel_operator import Jacobian, KernelOperator, Part
 from spectralshell.operators.noise import Rounding, backward_reads_model, measure_rounding
 from spectralshell.operators.problem import Evaluation, KernelProblem, halve_until_it_fits
@@ -67,6 +72,14 @@ def _differentiate(
                 # The first chunk chooses for all: they run the same operations.
                 rungs=(steps[0].rung,) if steps else rungs,
             )
+        except ReverseModeError as failure:
+            where = name_offending_module(function, chunk.inputs, problem.draw)
+            raise ReverseModeError(
+                f"model: it cannot be differentiated by any solver; the fault starts in {where}. "
+                "Replace what torch has no derivative for, and call torch.autograd.grad inside a "
+                "forward with create_graph=True, in eval mode too. "
+                f"Tried {failure}"
+            ) from failure
         except DifferentiationError as failure:
             where = name_offending_module(function, chunk.inputs, problem.draw)
             raise DifferentiationError(

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
 from spectralshell.models.function import (
     ModelFunction,
@@ -220,8 +221,9 @@ def pose_problem(
         chunk_size = check_integer("chunk_size", chunk_size, low=1)
     snapshot.check_unchanged()
     names = select_parameters(snapshot.model, parameters, snapshot.state.trainable)
-    where = _resolve_device(device, snapshot.model)
     state = snapshot.load_state()
+    where = _resolve_device(device, snapshot.model, state)
+    _check_values(snapshot, state, without=where.type == "meta" and device != "auto")
     trainable = {name for name, _ in snapshot.model.named_parameters()}
     _check_finite_state(state, trainable)
     _check_finite_inputs(snapshot.inputs)
@@ -229,7 +231,7 @@ def pose_problem(
     if snapshot.state.narrow:
         notes += (checkpoint_in(", ".join(snapshot.state.narrow), _short(working)),)
     function = ModelFunction(snapshot.model, state, names, where, working)
-    inputs = map_tensors(lambda t: cast(t.detach(), where, working), snapshot.inputs)
+    inputs = map_tensors(lambda t: _own_input(t, where, working), snapshot.inputs)
     n_samples = snapshot.n_samples
     if n_samples is None:
         n_samples = _count_outputs(function, inputs)
@@ -247,8 +249,41 @@ def pose_problem(
     )
 
 
-def _resolve_device(device: str | torch.device, model: nn.Module) -> torch.device:
-    """Return the device to compute on; ``"auto"`` is where the model's parameters are."""
+def _own_input(tensor: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Return an input to compute with: the model may differentiate by one that requires it."""
+    return cast(tensor.detach(), device, dtype).requires_grad_(tensor.requires_grad)
+
+
+def _check_values(snapshot: Snapshot, state: Mapping[str, Tensor], *, without: bool) -> None:
+    """Raise ValueError naming what is sparse, or has no values where they are not done without."""
+    empty = next((name for name, tensor in state.items() if tensor.is_meta and not without), None)
+    if empty is not None:
+        raise ValueError(
+            f"model: {empty!r} is on the meta device, which holds no values; load the weights, or "
+            "pass Snapshot(..., state=) with them."
+        )
+    for label, given in (("inputs", snapshot.inputs), ("targets", snapshot.targets)):
+        for tensor in iterate_tensors(given):
+            if tensor.is_meta and not without:
+                raise ValueError(
+                    f"{label}: a tensor of shape {tuple(tensor.shape)} is on the meta device, "
+                    "which holds no values."
+                )
+            if tensor.layout is not torch.strided:
+                raise ValueError(
+                    f"{label}: a tensor of shape {tuple(tensor.shape)} has the layout "
+                    f"{tensor.layout}, of which no samples can be taken; pass .to_dense(), and let "
+                    "the model's forward make it sparse if it must be."
+                )
+
+
+def _resolve_device(
+    device: str | torch.device, model: nn.Module, state: Mapping[str, Tensor]
+) -> torch.device:
+    """Return the device to compute on; ``"auto"`` is where the model's parameters are.
+
+    Where some are but declared (the meta device), it is that of the state.
+    """
     if isinstance(device, torch.device):
         return _available(device)
     if not isinstance(device, str):
@@ -264,6 +299,9 @@ def _resolve_device(device: str | torch.device, model: nn.Module) -> torch.devic
             ) from error
         return _available(named)
     devices = {parameter.device for parameter in model.parameters()}
+    if any(found.type == "meta" for found in devices):
+        devices = {tensor.device for tensor in state.values()}
+        devices = {found for found in devices if found.type != "meta"} or devices
     if len(devices) != 1:
         listed = ", ".join(sorted(str(d) for d in devices)) or "none"
         raise ValueError(
@@ -387,9 +425,9 @@ def _evaluate_twice(
     The second time chunks begin elsewhere, so that every sample has other company.
     """
     bounds = _chunk_bounds(n_samples, size)
-    with FlopCounterMode(display=False) as counter:
+    with _OperationCounter() as counter:
         outputs = _evaluate_chunks(function, inputs, bounds)
-    flops = float(counter.get_total_flops())
+    flops = float(counter.total)
     if not outputs.is_floating_point():
         raise ValueError(
             f"model: the outputs have dtype {outputs.dtype}; a kernel needs floating ones."
@@ -425,6 +463,29 @@ def _evaluate_twice(
     return outputs, flops
 
 
+class _OperationCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """While active, counts the operations of matrix products and convolutions.
+
+    As torch's own counter, which hooks modules and so breaks models that differentiate inside.
+    """
+
+    supports_higher_order_operators = True
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.total = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        returned = func(*args, **kwargs)
+        count = flop_registry.get(getattr(func, "overloadpacket", func))
+        if count is not None:
+            self.total += int(count(*args, **kwargs, out_val=returned))
+        return returned
+
+
 def _check_repeatable(
     function: ModelFunction, inputs: Any, outputs: Tensor, bounds: list[tuple[int, int]]
 ) -> None:
@@ -450,20 +511,19 @@ def _differ(outputs: Tensor, again: Tensor, tolerance: float) -> bool:
 def _evaluate_chunks(function: ModelFunction, inputs: Any, bounds: list[tuple[int, int]]) -> Tensor:
     """Evaluate a model once, by the ranges of :func:`_chunk_bounds`, without a graph."""
     n_samples = bounds[-1][1]
-    with torch.no_grad():
-        return torch.cat(
-            [
-                _evaluate_part(
-                    function, _take_samples(inputs, slice(start, stop), n_samples), stop - start
-                )
-                for start, stop in bounds
-            ]
-        )
+    return torch.cat(
+        [
+            _evaluate_part(
+                function, _take_samples(inputs, slice(start, stop), n_samples), stop - start
+            )
+            for start, stop in bounds
+        ]
+    )
 
 
 def _count_outputs(function: ModelFunction, inputs: Any) -> int:
     """Return the first dimension of the outputs: it counts samples where the inputs disagree."""
-    with function.guard(), torch.no_grad():
+    with function.guard():
         outputs = _call_model(function, inputs)
     lengths = [int(tensor.shape[0]) for tensor in iterate_tensors(inputs) if tensor.ndim]
     if outputs.ndim == 0 or int(outputs.shape[0]) not in lengths:
@@ -488,7 +548,7 @@ def _evaluate_part(function: ModelFunction, inputs: Any, n_samples: int) -> Tens
 
 def _call_model(function: ModelFunction, inputs: Any) -> Tensor:
     try:
-        return function.outputs(function.parameters, inputs)
+        return function.evaluate(inputs)
     except OutputKindError:
         raise
     except (
@@ -503,9 +563,15 @@ def _call_model(function: ModelFunction, inputs: Any) -> Tensor:
         if is_out_of_memory(error):
             raise
         shapes = [tuple(tensor.shape) for tensor in iterate_tensors(inputs)]
+        hint = ""
+        if "dtype" in str(error):
+            hint = (
+                f" Parameters and floating inputs are all {function.dtype} here, see `dtype`: let "
+                "the forward cast to the dtype of its weights instead of to one of its own."
+            )
         raise ValueError(
             f"model: {type(function.model).__name__} failed on the inputs of shape "
-            f"{', '.join(map(str, shapes))}: {error}"
+            f"{', '.join(map(str, shapes))}: {str(error).rstrip('.')}.{hint}"
         ) from error
 
 

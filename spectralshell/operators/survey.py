@@ -21,6 +21,7 @@ from spectralshell.operators.costs import (
     working_bytes,
 )
 from spectralshell.operators.exact_kernel import ExactKernel, assemble_exact
+from spectralshell.operators.jacobian.ladder import DifferentiationError, ReverseModeError
 from spectralshell.operators.kernel_operator import KernelOperator
 from spectralshell.operators.layers.units import resolve_layers
 from spectralshell.operators.matrix_free import assemble_matrix_free
@@ -55,7 +56,15 @@ class KernelSurvey:
         """
         with exclusive():
             problem = self.evaluation.problem
-            kernel = assemble_matrix_free(problem, chunk_size, evaluation=self.evaluation)
+            try:
+                kernel = assemble_matrix_free(problem, chunk_size, evaluation=self.evaluation)
+            except ReverseModeError:
+                raise
+            except DifferentiationError as failure:
+                raise DifferentiationError(
+                    f"{failure}. solver='exact' (build_exact_kernel) needs plain reverse mode "
+                    "alone, which works here, and samples that do not interact."
+                ) from failure
         budget = working_bytes(None, self.device)
         plan = plan_exact(self.footprint, budget, problem.chunk_size)
         if not fits(plan.peak_bytes, budget):

@@ -17,7 +17,29 @@ Floats = NDArray[np.float64]
 
 Places = NDArray[np.intp]
 
+_EPS = float(np.finfo(np.float64).eps)
+
 _CHUNK = 1 << 15  # close pairs at a time: a few MB for each edge
+
+
+NOISE = 4e-15
+"""Rounding error of a float64 kernel, relative to its norm."""
+
+_TAIL = 1e-12
+"""Weight of a mode in a shell so far off that it tells nothing about the shell."""
+
+_MARGIN = 3.0
+"""Of a mode's rounding error, in its root mean square over modes."""
+
+
+@dataclass(frozen=True, eq=False)
+class BalanceRounding:
+    """What rounding may have left of the numbers of a balance: quotients of less say nothing."""
+
+    energy: Floats  # of the null shell and the shells, as the next
+    dissipation: Floats
+    density: Floats  # at the edges, as the next
+    flux_down: Floats
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,6 +61,8 @@ class EdgeBalance:
         Energy per unit λ at the edges, `SoftShells.density_at_edges`.
     n_near : ndarray of int, shape (n_edges,)
         Modes within half a shell of the edge, in ln λ.
+    rounding : BalanceRounding
+        Sizes of ``energy``, ``dissipation``, ``density`` and ``flux_down`` that rounding explains.
     """
 
     shells: SoftShells
@@ -47,6 +71,7 @@ class EdgeBalance:
     flux_down: Floats
     density: Floats
     n_near: NDArray[np.int64]
+    rounding: BalanceRounding
 
     @cached_property
     def transfer(self) -> Floats:
@@ -55,8 +80,11 @@ class EdgeBalance:
 
     @cached_property
     def velocity(self) -> Floats:
-        """Drift velocity v = −flux_down/ε at the edges; NaN where no energy is near. Unit 1/τ²."""
-        known = (self.density > 0.0) & (self.n_near > 0)
+        """Drift velocity v = −flux_down/ε at the edges; NaN where no energy is near. Unit 1/τ².
+
+        Energy that rounding explains is none.
+        """
+        known = (self.density > self.rounding.density) & (self.n_near > 0)
         velocity = np.full(self.density.shape, np.nan)
         velocity[known] = -self.flux_down[known] / self.density[known]
         return velocity
@@ -70,7 +98,7 @@ class EdgeBalance:
         flux = 0.5 * (self.flux_down[:-1] + self.flux_down[1:])
         density = self.energy[1:-1] / self.shells.partition.widths[:-1]
         velocity = np.full(self.energy.size - 1, np.nan)
-        known = np.append(density > 0.0, False)
+        known = np.append(self.energy[1:-1] > self.rounding.energy[1:-1], False)
         velocity[known] = -flux[known[:-1]] / density[known[:-1]]
         return velocity
 
@@ -86,14 +114,25 @@ class EdgeBalance:
 
     @property
     def flux_to_dissipation(self) -> Floats:
-        """|J|/|D| of each edge and the shell below it; NaN where nothing is dissipated there.
+        """|J|/|D| of each edge and the shell below it; NaN where D is nothing but rounding.
 
         The integrands of Definition 4.1 of "Renormalizable spectral-shell dynamics".
         """
-        lost = np.abs(self.dissipation[:-1])
+        lost, known = np.abs(self.dissipation[:-1]), self.dissipates
         ratio = np.full(lost.shape, np.nan)
-        ratio[lost > 0.0] = np.abs(self.flux_down[lost > 0.0]) / lost[lost > 0.0]
+        ratio[known] = np.abs(self.flux_down[known]) / lost[known]
         return ratio
+
+    @property
+    def dissipates(self) -> NDArray[np.bool_]:
+        """Whether the shell below each edge dissipates more than rounding explains."""
+        return np.asarray(np.abs(self.dissipation) > self.rounding.dissipation)[:-1]
+
+    @property
+    def flows(self) -> NDArray[np.bool_]:
+        """Whether the flux through each edge is zero, or more than rounding explains."""
+        flux = np.abs(self.flux_down)
+        return np.asarray((flux == 0.0) | (flux > self.rounding.flux_down))
 
     @property
     def null_exchange(self) -> float:
@@ -107,7 +146,7 @@ class ShellBalance(EdgeBalance):
 
     Parameters
     ----------
-    shells, energy, dissipation, flux_down, density, n_near
+    shells, energy, dissipation, flux_down, density, n_near, rounding
         As for `EdgeBalance`.
     drift, rotation : ndarray of shape (n_edges,)
         Parts of ``flux_down`` from moving eigenvalues (u = v) and from turning modes (u ≠ v).
@@ -123,7 +162,12 @@ class ShellBalance(EdgeBalance):
 
     @cached_property
     def null_share(self) -> float:
-        """Share of all transfer, Σ |F_αβ|, that has the null shell at one end; 0 without any."""
+        """Share of all transfer, Σ |F_αβ|, that has the null shell at one end; 0 without any.
+
+        NaN where all of it is rounding.
+        """
+        if not self.flows.any():
+            return float("nan")
         exchanged = np.abs(self.pair_flux)
         total = float(exchanged.sum())
         return 2.0 * float(exchanged[0].sum()) / total if total > 0.0 else 0.0
@@ -132,11 +176,13 @@ class ShellBalance(EdgeBalance):
     def share_by_distance(self) -> Floats:
         """Share of all transfer between shells at distance d = 1, …, n_shells − 1.
 
-        With `null_share` these add up to 1, or to 0 without any transfer.
+        With `null_share` these add up to 1, or to 0 without any transfer; NaN as that.
         """
         exchanged = np.abs(self.pair_flux)
         total = float(exchanged.sum())
         size = len(exchanged) - 1
+        if not self.flows.any():
+            return np.full(size - 1, np.nan)
         if not total > 0.0:
             return np.zeros(size - 1)
         inner = exchanged[1:, 1:]
@@ -144,7 +190,12 @@ class ShellBalance(EdgeBalance):
 
     @cached_property
     def defect(self) -> float:
-        """Largest |Σ_β F_αβ − transfer_α|, relative to Σ |F|: rounding, if all is well."""
+        """Largest |Σ_β F_αβ − transfer_α|, relative to Σ |F|: rounding, if all is well.
+
+        NaN where Σ |F| is itself rounding.
+        """
+        if not self.flows.any():
+            return float("nan")
         scale = float(np.abs(self.pair_flux).sum())
         mismatch = np.abs(self.pair_flux.sum(axis=1) - self.transfer).max()
         return float(mismatch / scale) if scale > 0.0 else float(mismatch)
@@ -159,6 +210,9 @@ def shell_balance(
     *,
     total: float | None = None,
     total_rate: float | None = None,
+    noise: float = NOISE,
+    coupling_noise: float = 0.0,
+    speed: float = 0.0,
 ) -> ShellBalance:
     """Return the balance of soft-shell energies from modes and their couplings.
 
@@ -177,6 +231,10 @@ def shell_balance(
     total, total_rate : float, optional
         ½‖e‖² and ⟨ė, e⟩ of all modes. What the k modes leave of them is null. By default these are
         all modes.
+    noise, coupling_noise : float, optional
+        Norms of the rounding errors of M, relative to ‖M‖, and of dM/dt, in its own units.
+    speed : float, optional
+        ‖J‖ ‖θ̇‖: the rounding of ė is in proportion to it, or to ‖ė‖ if that is larger.
 
     Returns
     -------
@@ -217,6 +275,9 @@ def shell_balance(
         dissipation[0] += -check_real("total_rate", total_rate) - losses.sum()
     terms = PairTerms(rates, 0.5 * np.outer(amplitude, amplitude) * (matrix + matrix.T), shells)
     drift, rotation = terms.edge_fluxes()
+    rounding = _rounding(
+        amplitude, error_rate, rates, weights, shells, noise, coupling_noise, speed
+    )
     return ShellBalance(
         shells=shells,
         energy=energy,
@@ -224,6 +285,7 @@ def shell_balance(
         flux_down=drift + rotation,
         density=shells.density_at_edges(rates, energies),
         n_near=shells.count_near(rates),
+        rounding=rounding,
         drift=drift,
         rotation=rotation,
         pair_flux=terms.pair_flux(weights),
@@ -239,15 +301,19 @@ def difference_balance(
     *,
     total: float,
     total_rate: float,
+    noise: float = NOISE,
+    coupling_noise: float = 0.0,
+    speed: float = 0.0,
 ) -> EdgeBalance:
     """Return the balance from the Ritz modes of an error and fluxes known otherwise.
 
-    Amplitudes and rates are ⟨e, y⟩ and ⟨ė, y⟩; ``total``, ``total_rate`` are ½‖e‖² and ⟨ė, e⟩.
+    Amplitudes and rates are ⟨e, y⟩ and ⟨ė, y⟩; the rest is as for `shell_balance`.
     """
     rates = finite_vector("eigenvalues", eigenvalues)
     amplitude = finite_vector("amplitudes", amplitudes)
+    error_rate = finite_vector("error_rates", error_rates)
     energies = 0.5 * amplitude**2
-    losses = -amplitude * finite_vector("error_rates", error_rates)
+    losses = -amplitude * error_rate
     weights = shells.weights(rates)
     energy, dissipation = weights @ energies, weights @ losses
     # What no Ritz mode carries has no rate; it is rounding, as e lies in their span.
@@ -260,7 +326,38 @@ def difference_balance(
         flux_down=finite_vector("flux_down", flux_down),
         density=shells.density_at_edges(rates, energies),
         n_near=shells.count_near(rates),
+        rounding=_rounding(
+            amplitude, error_rate, rates, weights, shells, noise, coupling_noise, speed
+        ),
     )
+
+
+def _rounding(
+    amplitude: Floats,
+    error_rate: Floats,
+    rates: Floats,
+    weights: Floats,
+    shells: SoftShells,
+    noise: float,
+    coupling_noise: float,
+    speed: float,
+) -> BalanceRounding:
+    """Return the roundings of a balance: M's turns e and ė by its noise, a part for each mode."""
+    size, speed = float(np.linalg.norm(amplitude)), max(float(np.linalg.norm(error_rate)), speed)
+    share = _MARGIN * noise / max(rates.size, 1) ** 0.5
+    energies = share * size * (np.abs(amplitude) + share * size)
+    losses = share * (np.abs(amplitude) * speed + np.abs(error_rate) * size + share * size * speed)
+    tails = np.where(weights < _TAIL, weights, 0.0)
+    energy = weights @ energies + tails @ (0.5 * amplitude**2)
+    dissipation = weights @ losses + tails @ np.abs(amplitude * error_rate)
+    # What is left of a total is the difference of two sums over all modes.
+    energy[0] += _EPS * rates.size * size**2
+    dissipation[0] += _EPS * rates.size * size * speed
+    flux = np.zeros(len(shells.edges))
+    if coupling_noise > 0.0:
+        entry = coupling_noise / max(rates.size, 1) ** 0.5
+        flux = PairTerms(rates, entry * np.outer(amplitude, amplitude), shells).spread()
+    return BalanceRounding(energy, dissipation, shells.density_at_edges(rates, energies), flux)
 
 
 def flux_by_difference(
@@ -309,6 +406,16 @@ class PairTerms:
         """Return the parts of the flux through each edge with u = v and with u ≠ v."""
         drift = 0.5 * self.shells.slope_below(self.rates) @ np.diagonal(self.products)
         return drift, self._far_fluxes() + self._close_fluxes()
+
+    def spread(self) -> Floats:
+        """Return the root of the sum of squares of the terms of the flux through each edge."""
+        diagonal = 0.5 * self.shells.slope_below(self.rates) * np.diagonal(self.products)
+        squares = (diagonal**2).sum(axis=1)
+        splits = np.count_nonzero(self.below >= 0.5, axis=1)
+        squares += [(self._far[:split, split:] ** 2).sum() for split in splits]
+        for low, high, products in self._close_pairs():
+            squares += self._edge_differences(low, high) ** 2 @ products**2
+        return np.asarray(np.sqrt(squares))
 
     def pair_flux(self, weights: Floats) -> Floats:
         """Return F_αβ, what shell α gains from shell β; ``weights`` has shape (n_shells + 1, k)."""

@@ -29,8 +29,8 @@ def name_offending_module(
     def note(name: str, module: nn.Module, args: Any, outputs: Any) -> None:
         calls.append((name, module, map_tensors(Tensor.detach, args)))
 
-    with torch.no_grad(), watching(function.model, note):
-        function.outputs(function.parameters, inputs)
+    with watching(function.model, note):
+        function.evaluate(inputs)
 
     with function.installed(function.parameters):
         for name, module, args in calls:

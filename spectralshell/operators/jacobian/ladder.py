@@ -18,6 +18,7 @@ from spectralshell.operators.jacobian.linearizations import (
     VectorFunction,
     check_depends,
     check_finite_gradient,
+    check_range,
     inner,
     record,
 )
@@ -31,6 +32,10 @@ _BLOCK_TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4}
 
 class DifferentiationError(ValueError):
     """No rung of the ladder multiplies by the Jacobian correctly."""
+
+
+class ReverseModeError(DifferentiationError):
+    """Not even plain reverse mode runs, which every kernel needs."""
 
 
 @dataclass(frozen=True)
@@ -63,8 +68,14 @@ def climb(
     plain = PullBack(function, parameters)
     check_depends(plain.output)
     u, v = draw(plain.output.numel()), draw(plain.output.numel())
-    pulled_u, pulled_v = plain.pull(u), plain.pull(v)
+    try:
+        pulled_u, pulled_v = plain.pull(u), plain.pull(v)
+    except RuntimeError as error:  # what torch has no derivative for
+        if is_out_of_memory(error):
+            raise
+        raise ReverseModeError(f"reverse mode: {first_line(error)}") from error
     check_finite_gradient(names, pulled_u)
+    check_range(pulled_u)
     del plain
     chosen = rungs if rungs is not None else (STREAMED_RUNGS if streamed else tuple(RUNGS))
     candidates = {

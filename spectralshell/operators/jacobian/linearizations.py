@@ -10,6 +10,7 @@ become a constant: no forward pass, no graph to walk, and nothing that its resul
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -41,6 +42,10 @@ _IN_PLACE = {
     for name in ("add", "sub", "mul", "div")
 }
 """Taken where a tape has no further use for the first operand: new memory costs more than sums."""
+
+
+_RANGE = {torch.float64: (1e-140, 1e140), torch.float32: (1e-36, 1e36)}
+"""Of rates: squares are taken in float64, products of float32 keep their type."""
 
 
 class IndependenceError(ValueError):
@@ -247,7 +252,8 @@ def check_depends(output: Tensor) -> None:
     if not output.requires_grad:
         raise IndependenceError(
             "the residual does not depend on the selected parameters: the model's forward detaches "
-            "its outputs or runs under no_grad, or `parameters=` selects unused ones."
+            "its outputs, runs under no_grad, or differentiates without create_graph=True (some do "
+            "so in eval mode alone), or `parameters=` selects unused ones."
         )
 
 
@@ -260,6 +266,22 @@ def check_finite_gradient(names: list[str], gradient: Parameters) -> None:
                 "outputs are finite, for example from a root or a norm at 0; change the data or "
                 "the model there."
             )
+
+
+def check_range(gradient: Parameters) -> None:
+    """Raise ValueError if rates of the size of ‖Jᵀu‖² cannot be multiplied by each other."""
+    if gradient[0].is_meta:
+        return
+    largest = max(float(widen(part).abs().max()) for part in gradient if part.numel())
+    dtype = gradient[0].dtype
+    low, high = _RANGE[dtype]
+    if largest > 0.0 and not low < inner(gradient, gradient) < high:
+        raise ValueError(
+            f"model: its kernel has rates near 1e{round(2.0 * math.log10(largest)):+d}, and "
+            f"products of rates are right in {str(dtype).removeprefix('torch.')} from {low:.0e} to "
+            f"{high:.0e} alone; scale the outputs and targets by a factor, whose square the rates "
+            "go with, or look whether the outputs saturate."
+        )
 
 
 def added(total: Parameters, more: Parameters) -> Parameters:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -155,12 +157,26 @@ def record(
     function = evaluation.problem.function
     leaves = tuple(parameter.detach().requires_grad_() for parameter in function.parameters)
     by_id = {id(leaf): name for leaf, name in zip(leaves, function.names, strict=True)}
-    with torch.enable_grad(), UseRecorder(by_id, chunk.n_samples) as recorder:
+    with torch.enable_grad(), UseRecorder(by_id, chunk.n_samples) as recorder, _cut_graphs_fail():
         entries = evaluation.vector_function(chunk)(*leaves)
     check_depends(entries)
-    counts = count_graph_uses(entries, by_id)
-    units, others = find_units(recorder.uses, counts, names, label_of, refused)
+    counts, uses = count_graph_uses(entries, by_id, recorder.uses)
+    units, others = find_units(uses, counts, names, label_of, refused)
     return Recording(entries, leaves, units, others)
+
+
+@contextmanager
+def _cut_graphs_fail() -> Iterator[None]:
+    """Refuse a checkpoint that hides its parameters from the graph, where torch only warns."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="None of the inputs have requires_grad=True")
+        try:
+            yield
+        except UserWarning as warning:
+            raise ValueError(
+                "model: torch.utils.checkpoint with use_reentrant=True gives the parameters inside "
+                "no gradients where none of its inputs has one; set use_reentrant=False."
+            ) from warning
 
 
 def plan_unit(unit: Unit, layout: EntryLayout, evaluation: Evaluation) -> UnitPlan:

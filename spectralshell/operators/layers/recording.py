@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Mapping
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Mapping
 from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_functorch_wrapped_tensor
+from torch.autograd.forward_ad import unpack_dual
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
@@ -103,6 +105,9 @@ class UseRecorder(TorchFunctionMode):
         given = [*args, *kwargs.values()]
         if not any(id(value) in self._names for value in given if isinstance(value, Tensor)):
             return
+        tangent = unpack_dual(output).tangent  # type: ignore[no-untyped-call]
+        if is_functorch_wrapped_tensor(output) or tangent is not None:
+            return  # the model differentiates here: its graph is another, or uses them again
         edge = get_gradient_edge(output)  # of this output, whatever is written to it later
         try:
             with torch.no_grad():
@@ -117,22 +122,42 @@ class UseRecorder(TorchFunctionMode):
                 self.uses.append(use)
 
 
-def count_graph_uses(output: Tensor, names: Mapping[int, str]) -> Counter[str]:
-    """Count the places in a recorded graph that lead directly to each leaf, named by ``id``."""
-    counts: Counter[str] = Counter()
+def count_graph_uses(
+    output: Tensor, names: Mapping[int, str], uses: Iterable[ParameterUse]
+) -> tuple[Counter[str], list[ParameterUse]]:
+    """Count the places in a recorded graph that use each leaf, named by ``id``, if through views.
+
+    Returned with the noted uses that are in the graph.
+    """
+    users: dict[Any, list[Any]] = defaultdict(list)
     pending, seen = [output.grad_fn], set()
+    leaves: dict[Any, str] = {}
     while pending:
         node = pending.pop()
         if node is None or node in seen:
             continue
         seen.add(node)
         for following, _ in node.next_functions:
+            if following is None:
+                continue
+            users[following].append(node)
             leaf = getattr(following, "variable", None)
             if leaf is None:
                 pending.append(following)
             elif id(leaf) in names:
-                counts[names[id(leaf)]] += 1
-    return counts
+                leaves[following] = names[id(leaf)]
+    found = [use for use in uses if use.edge.node in seen]
+    noted = {use.edge.node for use in found}
+
+    def count(node: Any) -> int:
+        # One view may serve several: a forward pass, and its derivative inside the model.
+        single = node not in noted and sum(f is not None for f, _ in node.next_functions) == 1
+        return max(sum(map(count, users[node])), 1) if single else 1
+
+    counts: Counter[str] = Counter()
+    for leaf, name in leaves.items():
+        counts[name] += sum(map(count, users[leaf]))
+    return counts, found
 
 
 _Found = list[tuple[Any, Geometry]]
