@@ -193,7 +193,7 @@ def test_one_block_is_a_status():
 
 def test_block_without_kernel_is_a_status():
     measure = measure_blocks(snapshot_of(Muted), settings())
-    assert measure.status == "zero kernel of muted"
+    assert measure.status == "zero Jacobian of muted.weight, muted.bias; zero kernel of muted"
     muted = measure.blocks.index("muted")
     assert not measure.coherence[muted].any()
     assert not normalized_coherence(measure.coherence, measure.norms)[muted].any()
