@@ -42,7 +42,7 @@ def test_fits_and_transforms(X, pipe):
     tail = pipe.fit(X).transform(X)
     assert np.isfinite(pipe[-1].b_)
     assert list(tail.columns) == ["amplitude", "cutoff", "frontier", "tail_energy"]
-    assert list(tail.index.names) == ["tau", "batch"]
+    assert list(tail.index.names) == ["tau", "batch", "lambda_max", "resolution_floor"]
     energies = pipe[0].transform(X)
     assert (tail["tail_energy"] <= energies.sum(axis=1)).all()
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
@@ -18,10 +18,7 @@ from spectralshell.estimators.tail.data import (
     build_problem,
     choose_window,
     collect,
-    is_wide_frame,
-    read_labels,
-    read_layout,
-    refuse_other_input,
+    count_holes,
     usable_points,
 )
 from spectralshell.estimators.tail.evidence import (
@@ -37,6 +34,19 @@ from spectralshell.estimators.tail.models import (
     SMALLEST_POWER,
     TEMPLATE,
     TailModel,
+)
+from spectralshell.estimators.tail.names import NamedSlope, compare_names, slopes_by_name
+from spectralshell.estimators.tail.reading import (
+    RowLabels,
+    ShellLayout,
+    assumptions,
+    check_taus,
+    open_table,
+    read_floors,
+    read_labels,
+    read_layout,
+    read_names,
+    refuse_foreign_names,
 )
 from spectralshell.estimators.tail.rows import (
     fit_rows,
@@ -57,6 +67,7 @@ from spectralshell.parameter_checks import (
     check_sample_weight,
     check_window,
 )
+from spectralshell.shells.carriers import NAME, TAU, ShellTable
 from spectralshell.shells.partition import shell_name
 from spectralshell.statuses import (
     DEGENERATE_SLOPE,
@@ -67,7 +78,9 @@ from spectralshell.statuses import (
     OK,
     ONE_BATCH_OPTIMISTIC,
     TOO_FEW_SHELLS,
+    batches_missing,
     join_statuses,
+    shells_left_empty,
     taus_left_out,
 )
 
@@ -94,7 +107,7 @@ class GRSDTailFitter(TransformerMixin, BaseEstimator):
     """Tail slope b and frontier of shell energies, with their intervals and their rivals.
 
     Fits ln ε = a_j − b ln λ − κ_j λ^(b−1), integrated over each shell, to the mean energies over
-    batches: one amplitude a_j for each tau, one b for all.
+    batches: one amplitude a_j for each tau of each name, one b for all.
 
     Parameters
     ----------
@@ -112,19 +125,25 @@ class GRSDTailFitter(TransformerMixin, BaseEstimator):
     min_shells : int, default=4
         Usable shells that a tau needs to be fitted.
     floor : float, optional
-        Resolution floor, an absolute λ: shells that begin below it are left out. By default the
-        frame's ``attrs["resolution_floor"]``, or none.
+        Resolution floor, an absolute λ: shells that begin below it are left out. By default that
+        of the frame's rows (``resolution_floor``): a tau of a name is fitted where all its rows
+        are resolved. An array has none.
 
     Attributes
     ----------
     b_ : float
-        Tail slope; NaN where ``status_`` says why.
+        Tail slope; NaN where ``status_`` says why. Of several names it is their shared slope, and
+        ``status_`` says whether one slope for all is tenable, with the p-value.
+    b_by_name_ : DataFrame
+        ``name, b, lower, upper, status``: the slope of each name fitted alone, on a window of its
+        own where none is given. One row, of name ``""``, where rows have no name.
     b_interval_ : tuple of float
         Jackknife-t over batches, which are left out at all taus together; NaN where b is NaN or
         degenerate.
     frame_ : DataFrame
-        One row per tau: ``tau, amplitude, cutoff, frontier, frontier_lower, frontier_upper,
-        n_shells, status``. Without a cutoff the frontier is NaN.
+        One row per tau: ``tau, [name], amplitude, cutoff, frontier, frontier_lower,
+        frontier_upper, n_shells, status``, at the slope ``b_``. Without a cutoff the frontier is
+        NaN.
     window_ : tuple of float
         Where the fit was made.
     status_ : str
@@ -139,7 +158,7 @@ class GRSDTailFitter(TransformerMixin, BaseEstimator):
     n_features_in_ : int
         Number of columns.
     feature_names_in_ : ndarray of str
-        Column names, where X was a frame.
+        Names of ``null`` and of the shells, where X was a frame.
 
     Notes
     -----
@@ -151,9 +170,24 @@ class GRSDTailFitter(TransformerMixin, BaseEstimator):
     With one batch the interval is a profile likelihood's; shells are not independent, so it is
     optimistic, and ``status_`` says so.
 
-    X that is poor (an empty tail, fewer than ``min_shells`` shells) gives NaN and a status. A fit
-    takes some 50 ms for 12 batches, 6 taus and 10 shells, and memory for as many replicates as
-    there are batches.
+    A frame is a pandas DataFrame, or anything that Arrow reads, such as one of polars. The labels
+    of its rows (``tau, batch, name, lambda_max, resolution_floor``) are levels of its index or
+    columns, so that it may have passed through a file. A frame that names shells and has no tau,
+    no batch or no floor is refused. An array may lack all of them; the status says what was taken
+    instead.
+
+    A batch label means the same probe data under all names where these have the same labels; then
+    it is left out of all of them together. Else every name has batches of its own. The test of
+    equal slopes divides the scatter of ``b_by_name_`` by its jackknife covariance, an F test with
+    degrees of freedom of Greenhouse and Geisser, or of Satterthwaite where batches are not shared.
+
+    The default window ends at the first empty shell, unless more shells with energy lie beyond it
+    than up to it: a hole near the peak does not end the tail.
+
+    X that is poor (an empty tail, fewer than ``min_shells`` shells, a batch that is missing at
+    some tau) gives a status, and NaN where there is no slope. A fit takes some 50 ms for 12
+    batches, 6 taus and 10 shells, for several names as much again for each of them, and memory for
+    as many replicates as there are batches.
 
     References
     ----------
@@ -198,7 +232,9 @@ class GRSDTailFitter(TransformerMixin, BaseEstimator):
         """Return whether there is a result."""
         return hasattr(self, "_result")
 
-    def fit(self, X: Any, y: None = None, *, tau: Any = None, batch: Any = None) -> GRSDTailFitter:
+    def fit(
+        self, X: Any, y: None = None, *, tau: Any = None, batch: Any = None, name: Any = None
+    ) -> GRSDTailFitter:
         """Fit the tail.
 
         Parameters
@@ -208,11 +244,12 @@ class GRSDTailFitter(TransformerMixin, BaseEstimator):
         y : None
             Ignored.
         tau : array-like of shape (n_rows,), optional
-            Effective time of each row; by default the frame's index level, or 0.
+            Effective time of each row; by default the frame's, or 0 for an array.
         batch : sequence of shape (n_rows,), optional
-            Batch of each row, the independent unit of the jackknife; by default the frame's index
-            level, or the position among the rows of equal tau. Rows of one (tau, batch) under
-            several ``name`` in the frame's index are averaged.
+            Batch of each row, the independent unit of the jackknife; by default the frame's, or
+            for an array the position among the rows of equal tau.
+        name : sequence of shape (n_rows,), optional
+            Run or model of each row; by default the frame's, if it has names.
 
         Returns
         -------
@@ -221,45 +258,61 @@ class GRSDTailFitter(TransformerMixin, BaseEstimator):
         Raises
         ------
         ValueError, TypeError
-            For negative or non-finite energies, foreign or unordered columns, edges that do not
-            fit, repeated (tau, batch) or (tau, batch, name), a missing batch, or parameters out of
-            range. The estimator is then as it was before.
+            For negative or non-finite energies, foreign or unordered columns, a frame that names
+            shells and lacks labels, edges that do not fit, repeated (tau, batch, name), a row
+            whose batch or name is missing, or parameters out of range. The estimator is then as it
+            was before.
         """
         before = vars(self).copy()
         try:
-            return self._fit(X, tau, batch)
+            return self._fit(X, tau, batch, name)
         except BaseException:
             # The names of an X that failed must not stand beside the result of another.
             self.__dict__.clear()
             self.__dict__.update(before)
             raise
 
-    def _fit(self, X: Any, tau: Any, batch: Any) -> GRSDTailFitter:
+    def _fit(self, X: Any, tau: Any, batch: Any, name: Any) -> GRSDTailFitter:
         window = check_window("window", self.window)
         check_option("cutoff", self.cutoff, CUTOFFS)
         confidence = check_real(
             "confidence", self.confidence, low=0.0, high=1.0, low_open=True, high_open=True
         )
         min_shells = check_integer("min_shells", self.min_shells, low=2)
-        refuse_other_input(X)
-        values = validate_data(self, X, dtype=np.float64, ensure_non_negative=True)
-        layout = read_layout(X, values.shape[1], self.edges, self.floor)
-        taus, codes = read_labels(X, len(values), tau, batch)
-        if self.cutoff == "shared" and (taus < 0).any():
+        table = open_table(X)
+        refuse_foreign_names(table, self.edges)
+        values = validate_data(self, table.energies, dtype=np.float64, ensure_non_negative=True)
+        layout = read_layout(table, values.shape[1], self.edges)
+        labels = read_labels(
+            table, len(values), tau=tau, batch=batch, name=name, floor=self.floor
+        )
+        if self.cutoff == "shared" and (labels.taus < 0).any():
             raise ValueError('tau must not be negative with cutoff="shared", where κ_j = K τ_j.')
-        data = collect(values, taus, codes, layout)
-        window = choose_window(window, data, layout)
-        problem = build_problem(data, layout, window, min_shells)
-        if problem is None:
-            n_shells = usable_points(data, layout, window).sum(axis=1)
-            phrases = [TOO_FEW_SHELLS if n_shells.any() else EMPTY_TAIL]
-            n_columns = layout.edges.size - 1
-            result = no_estimate(data.taus, n_shells, n_columns, phrases, empty_comparison())
+        taken = assumptions(
+            table, tau=tau, batch=batch, floor=self.floor, edges=self.edges, window=window
+        )
+
+        def estimate(rows: np.ndarray) -> _Fit:
+            part = labels.take(rows)
+            return _fit_curves(
+                values[rows], part, layout, window, self.cutoff, confidence, min_shells
+            )
+
+        whole = estimate(np.arange(len(values)))
+        result = whole.result
+        phrases = list(result.phrases)
+        if labels.names is None:
+            named = [whole.named("", result.phrases)]
         else:
-            result = estimate_tail(problem, data.taus, self.cutoff, confidence)
-        self._layout, self._result = layout, result
-        self.window_ = window
+            each = {one: np.flatnonzero(labels.names == one) for one in sorted(set(labels.names))}
+            fits = {one: estimate(rows) for one, rows in each.items()}
+            named = [fit.named(one, fit.result.phrases) for one, fit in fits.items()]
+            if len(named) > 1:
+                phrases.append(compare_names(named))
+        self._layout, self._result = layout, replace(result, phrases=[*phrases, taken])
+        self.window_ = whole.window
         self.b_, self.b_interval_ = result.slope, result.interval
+        self.b_by_name_ = slopes_by_name(named)
         self.frame_ = result.frame
         self.comparison_, self.falsifier_ = result.comparison, result.falsifier
         return self
@@ -270,9 +323,11 @@ class GRSDTailFitter(TransformerMixin, BaseEstimator):
         check_is_fitted(self)
         return join_statuses(self._result.phrases)
 
-    def fit_transform(self, X: Any, y: None = None, *, tau: Any = None, batch: Any = None) -> Any:
+    def fit_transform(
+        self, X: Any, y: None = None, *, tau: Any = None, batch: Any = None, name: Any = None
+    ) -> Any:
         """Fit the tail, then each row of the same X; parameters as in `fit`."""
-        return self.fit(X, y, tau=tau, batch=batch).transform(X, tau=tau)
+        return self.fit(X, y, tau=tau, batch=batch, name=name).transform(X, tau=tau)
 
     def transform(self, X: Any, *, tau: Any = None) -> Any:
         """Fit amplitude and cutoff of each row at the fitted b.
@@ -288,17 +343,20 @@ class GRSDTailFitter(TransformerMixin, BaseEstimator):
         -------
         DataFrame or ndarray of shape (n_rows, 4)
             ``amplitude, cutoff, frontier, tail_energy``: the last is the measured energy in the
-            window. A frame for a frame, with its index. NaN where a row has too few shells.
+            window. A frame for a frame, with its index. NaN where a row has too few shells, of
+            which those below its own resolution floor are none.
         """
-        values, energies = self._read(X)
+        table, values, energies = self._read(X)
         layout, result = self._layout, self._result
         out = np.full((len(values), 4), np.nan)
         if not np.isnan(self.b_):
             cutoffs = None
             if result.has_cutoff and self.cutoff == "shared":
-                cutoffs = self._row_cutoffs(X, len(values), tau)
+                cutoffs = self._row_cutoffs(table, len(values), tau, None)
+            floors = read_floors(table, len(values), self.floor)
+            resolved = True if floors is None else layout.resolved_shells(floors)
             intercept, coefficient, log_reference = fit_rows(
-                energies,
+                np.where(resolved, energies, 0.0),
                 values.sum(axis=1),
                 layout,
                 result.shell_weights,
@@ -313,8 +371,9 @@ class GRSDTailFitter(TransformerMixin, BaseEstimator):
             with np.errstate(over="ignore"):
                 out[:, :3] = np.stack([amplitude, np.exp(log_cutoff), np.exp(log_frontier)], 1)
         out[:, 3] = window_energies(energies, layout, self.window_, self.b_, out[:, 1])
-        if isinstance(X, pd.DataFrame):
-            return pd.DataFrame(out, index=X.index, columns=list(OUTPUT_COLUMNS))
+        if isinstance(table.energies, pd.DataFrame):
+            index = table.energies.index
+            return pd.DataFrame(out, index=index, columns=list(OUTPUT_COLUMNS))
         return out
 
     def inverse_transform(self, X: Any) -> Any:
@@ -351,13 +410,14 @@ class GRSDTailFitter(TransformerMixin, BaseEstimator):
             return pd.DataFrame(energies, index=X.index, columns=names)
         return energies
 
-    def score_samples(self, X: Any, *, tau: Any = None) -> np.ndarray:
+    def score_samples(self, X: Any, *, tau: Any = None, name: Any = None) -> np.ndarray:
         """Mean log-likelihood per unit ln λ of each row's energy in the window.
 
-        Σ w_i E_fit[ln f | shell i ∩ window] / Σ w_i, with f the fitted density of the row's tau,
-        which integrates to 1 over ``window_``. A tau between fitted ones gets a κ interpolated
-        in tau; one before the first or after the last gets the κ of that end, without a warning, so
-        far outside the score says little. With ``cutoff="shared"`` κ = K τ everywhere.
+        Σ w_i E_fit[ln f | shell i ∩ window] / Σ w_i, with f the fitted density of the row's tau and
+        name, which integrates to 1 over ``window_``. A tau between fitted ones gets a κ
+        interpolated in tau; one before the first or after the last gets the κ of that end, without
+        a warning, so far outside the score says little. A name that was not fitted, or none, gets
+        the mean κ of all names. With ``cutoff="shared"`` κ = K τ everywhere.
 
         Parameters
         ----------
@@ -365,24 +425,34 @@ class GRSDTailFitter(TransformerMixin, BaseEstimator):
             Same columns as in ``fit``.
         tau : array-like of shape (n_rows,), optional
             Needed for an array where several taus were fitted.
+        name : sequence of shape (n_rows,), optional
+            By default the frame's names.
 
         Returns
         -------
         ndarray of shape (n_rows,)
             NaN for a row without energy in the window, and where b is NaN.
         """
-        values, energies = self._read(X)
+        table, values, energies = self._read(X)
         if np.isnan(self.b_):
             return np.full(len(values), np.nan)
-        cutoffs = self._row_cutoffs(X, len(values), tau)
+        cutoffs = self._row_cutoffs(table, len(values), tau, name)
         return score_rows(energies, self._layout, self.window_, self.b_, cutoffs)
 
-    def score(self, X: Any, y: None = None, sample_weight: Any = None, *, tau: Any = None) -> float:
+    def score(
+        self,
+        X: Any,
+        y: None = None,
+        sample_weight: Any = None,
+        *,
+        tau: Any = None,
+        name: Any = None,
+    ) -> float:
         """Return the mean of `score_samples` over rows that have energy in the window.
 
         Parameters
         ----------
-        X, tau
+        X, tau, name
             As in `score_samples`.
         y : None
             Ignored.
@@ -395,7 +465,7 @@ class GRSDTailFitter(TransformerMixin, BaseEstimator):
             Nearly the same for every shell ratio q on one explicit window: it compares models and
             windows of data, and cannot choose q.
         """
-        scores = self.score_samples(X, tau=tau)
+        scores = self.score_samples(X, tau=tau, name=name)
         weights = check_sample_weight(sample_weight, len(scores))
         known = np.isfinite(scores)
         total = weights[known].sum()
@@ -406,29 +476,87 @@ class GRSDTailFitter(TransformerMixin, BaseEstimator):
         check_is_fitted(self)
         return np.asarray(OUTPUT_COLUMNS, dtype=object)
 
-    def _read(self, X: Any) -> tuple[np.ndarray, np.ndarray]:
+    def _read(self, X: Any) -> tuple[ShellTable, np.ndarray, np.ndarray]:
         check_is_fitted(self)
-        refuse_other_input(X)
-        values = validate_data(self, X, dtype=np.float64, ensure_non_negative=True, reset=False)
-        return values, self._layout.shells_of(values)
+        table = open_table(X)
+        values = validate_data(
+            self, table.energies, dtype=np.float64, ensure_non_negative=True, reset=False
+        )
+        return table, values, self._layout.shells_of(values)
 
-    def _row_cutoffs(self, X: Any, n_rows: int, tau: Any) -> np.ndarray:
-        """κ at the tau of each row, from the fit."""
+    def _row_cutoffs(self, table: ShellTable, n_rows: int, tau: Any, name: Any) -> np.ndarray:
+        """κ at the tau and name of each row, from the fit."""
         result = self._result
         if not result.has_cutoff:
             return np.zeros(n_rows)
         fitted = result.frame.dropna(subset="cutoff")
-        if tau is None and not is_wide_frame(X) and len(fitted) > 1:
+        tau = table.label(TAU) if tau is None else tau
+        if tau is None and fitted[TAU].nunique() > 1:
             raise ValueError(
-                "tau must be passed for an array, since the fit has a cutoff for each of several "
-                "taus; pass one tau per row, or a frame with an index level tau."
+                "tau must be passed for an X without it, since the fit has a cutoff for each of "
+                "several taus; pass one tau per row, or a frame with an index level or column tau."
             )
-        if tau is None and not is_wide_frame(X):
-            return np.full(n_rows, fitted["cutoff"].iloc[0])
-        taus, _ = read_labels(X, n_rows, tau, np.arange(n_rows))
-        if self.cutoff == "shared":
+        taus = np.full(n_rows, fitted[TAU].iloc[0]) if tau is None else check_taus(tau, n_rows)
+        if self.cutoff == "shared" and tau is not None:
             return result.shared_cutoff * np.maximum(taus, 0.0)
-        return np.interp(taus, fitted["tau"], fitted["cutoff"])
+        mean = fitted.groupby(TAU)["cutoff"].mean()
+        cutoffs = np.interp(taus, mean.index, mean)
+        names = read_names(table, n_rows, name) if NAME in fitted else None
+        for one in () if names is None else set(names) & set(fitted[NAME]):
+            own = fitted[fitted[NAME] == one]
+            rows = names == one
+            cutoffs[rows] = np.interp(taus[rows], own[TAU], own["cutoff"])
+        return cutoffs
+
+
+@dataclass(frozen=True)
+class _Fit:
+    """The fit of some rows, and where it was made."""
+
+    result: TailEstimate
+    window: tuple[float, float]
+    units: np.ndarray  # codes of the batches that replicates leave out
+
+    def named(self, name: str, phrases: Sequence[str]) -> NamedSlope:
+        """Return what is compared between names."""
+        result = self.result
+        return NamedSlope(
+            name, result.slopes, self.units, result.interval, join_statuses(phrases)
+        )
+
+
+def _fit_curves(
+    values: np.ndarray,
+    labels: RowLabels,
+    layout: ShellLayout,
+    window: tuple[float, float] | None,
+    cutoff: str,
+    confidence: float,
+    min_shells: int,
+) -> _Fit:
+    """Fit one slope to rows, by default in a window of their own."""
+    data = collect(values, labels, layout)
+    window = choose_window(window, data, layout)
+    usable = usable_points(data, layout, window)
+    problem = build_problem(data, layout, window, min_shells)
+    if problem is None:
+        n_shells = usable.sum(axis=1)
+        phrases = [TOO_FEW_SHELLS if n_shells.any() else EMPTY_TAIL]
+        n_columns = layout.edges.size - 1
+        result = no_estimate(data.taus, n_shells, n_columns, phrases, empty_comparison())
+        units = np.arange(0)
+    else:
+        result = estimate_tail(problem, data.taus, cutoff, confidence)
+        units = np.asarray(problem.data.units)
+    phrases = [*result.phrases]
+    n_missing, n_pairs = data.count_missing()
+    if n_missing:
+        phrases.append(batches_missing(n_missing, n_pairs))
+    if holes := count_holes(usable):
+        phrases.append(shells_left_empty(holes))
+    if data.names is not None:
+        result.frame.insert(1, NAME, data.names)
+    return _Fit(replace(result, phrases=phrases), window, units)
 
 
 def _tail_parameters(X: Any) -> np.ndarray:
@@ -451,6 +579,7 @@ class TailEstimate:
     """Result of a fit."""
 
     slope: float  # b, NaN where the phrases say why
+    slopes: np.ndarray  # b, and b without each batch where there are several; NaN alone for none
     interval: tuple[float, float]
     has_cutoff: bool
     shared_cutoff: float  # K of κ_j = K τ_j, NaN where κ_j is free
@@ -497,6 +626,7 @@ def estimate_tail(
     has_rate = shared and chosen is TEMPLATE and used.any()
     return TailEstimate(
         slope=float(fit.theta[0]),
+        slopes=fit.theta,
         interval=_interval(problem, chosen, fit, ratios, confidence),
         has_cutoff=chosen is TEMPLATE,
         shared_cutoff=float((rate[used] / problem.data.taus[used])[0]) if has_rate else np.nan,
@@ -520,6 +650,7 @@ def no_estimate(
     blank = np.full((len(taus), 5), np.nan)
     return TailEstimate(
         slope=np.nan,
+        slopes=np.array([np.nan]),
         interval=(np.nan, np.nan),
         has_cutoff=False,
         shared_cutoff=np.nan,
