@@ -246,7 +246,8 @@ def batches_missing(n_missing: int, n_rows: int) -> str:
 
 def shells_left_empty(n_shells: int) -> str:
     """Say that shells between those fitted hold nothing."""
-    return f"{n_shells} empty shells inside the window left out"
+    noun = "shell" if n_shells == 1 else "shells"
+    return f"{n_shells} empty {noun} inside the window left out"
 
 
 def names_differ(p_value: float) -> str:

@@ -10,7 +10,6 @@ import pandas as pd
 from spectralshell.displays._axes import (
     DENSITY_LABEL,
     LAMBDA_LABEL,
-    LINE_STYLES,
     MARKER_SIZE,
     TauScale,
     batch_range_handle,
@@ -24,6 +23,7 @@ from spectralshell.displays._axes import (
 )
 from spectralshell.displays._frames import (
     curve_keys,
+    line_styles,
     resolution_floor_of,
     share_outside,
     shell_curves,
@@ -52,7 +52,7 @@ class ShellEnergyDisplay:
         lambda_hi, energy``; λ in 1/τ, energies in units of the loss. Bounds, ``resolved`` and
         ``name`` are used where they are there.
     frontiers : DataFrame or None, default=None
-        ``tau, frontier`` and, where known, ``frontier_lower, frontier_upper`` (1/τ), as in
+        ``tau, [name], frontier`` and, where known, ``frontier_lower, frontier_upper`` (1/τ), as in
         ``GRSDTailFitter.frame_``. NaN frontiers are not drawn.
     resolution_floor : float or None, default=None
         λ below which the measurement cannot tell shells apart; that region is shaded.
@@ -155,12 +155,12 @@ class ShellEnergyDisplay:
         Parameters
         ----------
         frame : DataFrame
-            ``shells_``, ``shell_frame(X)`` or ``transform(X)``; a wide frame has no certified
-            bounds.
+            ``shells_``, ``shell_frame(X)`` or ``transform(X)``, of pandas or of what Arrow reads; a
+            wide frame has no certified bounds.
         fitter : GRSDTailFitter, DataFrame or None, default=None
             Where the frontiers come from: a fitted tail fitter or a frame like its ``frame_``.
         resolution_floor : float or None, default=None
-            Default: the one in ``frame.attrs``, if any.
+            Default: the frame's, if it has one; the highest of its rows.
 
         Returns
         -------
@@ -174,7 +174,7 @@ class ShellEnergyDisplay:
         """
         shells = tidy_energies(frame)
         if resolution_floor is None:
-            resolution_floor = resolution_floor_of(frame)
+            resolution_floor = resolution_floor_of(shells)
         return cls(
             shells=shells, frontiers=_frontiers_of(fitter), resolution_floor=resolution_floor
         )
@@ -192,14 +192,16 @@ class ShellEnergyDisplay:
         DataFrame
             One row per curve and shell: ``tau, [name], lambda_lo, lambda_hi, lambda_mid, value,
             lower, upper, n_batches, resolved`` and, with a fitter, ``frontier, frontier_lower,
-            frontier_upper`` of the row's τ. ``lower`` and ``upper`` are NaN without a band.
+            frontier_upper`` of the row's τ and name. ``lower`` and ``upper`` are NaN without a
+            band.
         """
         curves, band = self._curves(quantity, band)
         if self.frontiers is None:
             return curves
         columns = ["frontier", "frontier_lower", "frontier_upper"]
-        known = self.frontiers.reindex(columns=["tau", *columns]).drop_duplicates("tau")
-        return curves.merge(known, on="tau", how="left")
+        keys = [key for key in curve_keys(curves) if key in self.frontiers]
+        known = self.frontiers.reindex(columns=[*keys, *columns]).drop_duplicates(keys)
+        return curves.merge(known, on=keys, how="left")
 
     def _curves(self, quantity: str, band: str) -> tuple[pd.DataFrame, str]:
         check_option("quantity", quantity, tuple(_LABELS))
@@ -291,7 +293,7 @@ class ShellEnergyDisplay:
 
         self.lines_, self.bands_ = [], []
         handles, any_invisible = [], False
-        dashes = _dashes_of(curves)
+        dashes = line_styles(curves)
         for tau, name, curve in split_curves(curves):
             look: dict[str, Any] = {"color": scale.colour(tau), "linestyle": dashes.get(name, "-")}
             label = scale.label(tau) + (f", {name}" if dashes else "")
@@ -419,14 +421,6 @@ def _draw_band(ax: Any, curve: pd.DataFrame, colour: Any, style: str) -> list[An
 
 def _edges(curve: pd.DataFrame) -> np.ndarray:
     return np.append(curve["lambda_lo"], curve["lambda_hi"].iloc[-1])
-
-
-def _dashes_of(curves: pd.DataFrame) -> dict[Any, Any]:
-    """Return a line style for each name, nothing where τ tells the curves apart."""
-    if "name" not in curve_keys(curves):
-        return {}
-    names = dict.fromkeys(curves["name"])
-    return {name: LINE_STYLES[i % len(LINE_STYLES)] for i, name in enumerate(names)}
 
 
 def _has_frontiers(step: Any) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -32,6 +32,13 @@ class ShellTable:
     def label(self, key: str) -> np.ndarray | None:
         """Return the values of one label, None where the table has none."""
         return self.labels.get(key)
+
+    def by_label(self) -> pd.DataFrame:
+        """Return the energies of a table that has labels, with these as its index."""
+        frame: pd.DataFrame = self.energies.copy(deep=False)
+        kept = {label: self.labels[label] for label in LABELS if label in self.labels}
+        frame.index = pd.MultiIndex.from_arrays(list(kept.values()), names=list(kept))
+        return frame
 
     @property
     def edges(self) -> np.ndarray:
@@ -75,9 +82,9 @@ def open_table(X: Any) -> ShellTable:
     if named:
         _refuse_foreign_columns(energies)
         energies = _as_numbers(energies)
-    if frame is not X and labels:  # only pandas has an index, and readers expect their rows named
-        energies.index = pd.MultiIndex.from_arrays(list(labels.values()), names=list(labels))
-    return ShellTable(energies, labels, named)
+    table = ShellTable(energies, labels, named)
+    # Where X has no index, the labels are what tells rows of a result apart.
+    return replace(table, energies=table.by_label()) if frame is not X and labels else table
 
 
 def as_frame(X: Any) -> Any:
@@ -89,9 +96,7 @@ def as_frame(X: Any) -> Any:
     if isinstance(X, Mapping):
         raise TypeError(f"X is a {type(X).__name__}, expected a table; pass pandas.DataFrame(X).")
     if hasattr(X, "collect") and hasattr(X, "collect_schema"):
-        raise TypeError(
-            f"X is a {type(X).__name__} that has not been computed; pass X.collect()."
-        )
+        raise TypeError(f"X is a {type(X).__name__} that has not been computed; pass X.collect().")
     if hasattr(X, "__arrow_c_stream__") and hasattr(X, "columns"):
         return pa.table(X).to_pandas()
     if hasattr(X, "__dataframe__"):
@@ -147,7 +152,7 @@ def _refuse_foreign_columns(energies: pd.DataFrame) -> None:
 
 
 def _as_numbers(energies: pd.DataFrame) -> pd.DataFrame:
-    """Return energies as float64; text that is no number and NaN are named by their column."""
+    """Return energies as float64; text that is no number is named by its column."""
     numbers = {}
     for position, column in enumerate(energies.columns):
         values = energies.iloc[:, position]
@@ -159,15 +164,8 @@ def _as_numbers(energies: pd.DataFrame) -> pd.DataFrame:
             raise ValueError(
                 f"column {column!r} of X holds what is no number ({error}); energies are numbers."
             ) from error
-        missing = np.flatnonzero(np.isnan(numbers[position]))
-        if missing.size:
-            raise ValueError(
-                f"X holds NaN in column {column!r}, row {missing[0]}: frames with other shells put "
-                "together leave such gaps; transform all snapshots with one fitted "
-                "ShellEnergyEstimator."
-            )
     read = pd.DataFrame(numbers, index=energies.index)
-    read.columns = energies.columns
+    read.columns, read.attrs = energies.columns, dict(energies.attrs)
     return read
 
 

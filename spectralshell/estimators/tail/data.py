@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import special
 
-from spectralshell.estimators.tail.reading import EDGE_TOLERANCE, RowLabels, ShellLayout
+from spectralshell.estimators.tail.reading import RowLabels, ShellLayout
 from spectralshell.estimators.tail.solve import ShellGrid, shell_grid
 
 # Energies below this part of a row's total are what float64 subtraction leaves over.
@@ -137,7 +137,7 @@ def choose_window(
     if window is not None:
         return window
     usable = usable_points(data, layout, (layout.edges[0], layout.lambda_max))
-    shells = usable.any(axis=0)
+    shells = np.asarray(usable.any(axis=0))
     if not shells.any():
         return np.nan, np.nan
     mean = data.replicates()[0][0]
@@ -145,7 +145,8 @@ def choose_window(
     # ln density is averaged, so every tau has the same say.
     level = np.where(usable, log_density, 0.0).sum(axis=0) / np.maximum(usable.sum(axis=0), 1)
     # Shells in which some tau has run out of energy lie beyond the peak, not at it.
-    common = usable.all(axis=0) if usable.all(axis=0).any() else shells
+    everywhere = usable.all(axis=0)
+    common = everywhere if everywhere.any() else shells
     first = int(np.argmax(np.where(common, level, -np.inf)))
     last = first + _end_of_tail(shells[first:])
     return float(layout.edges[first]), float(layout.edges[last])
@@ -157,7 +158,7 @@ def _end_of_tail(shells: np.ndarray) -> int:
     A hole near the peak leaves most of the tail above it, the gap below lone eigenvalues does not.
     """
     end = 0
-    for start in np.flatnonzero(shells & ~np.append(False, shells[:-1])):
+    for start in np.flatnonzero(shells & ~np.append(False, shells[:-1])).tolist():
         if end and shells[start:].sum() <= start:
             break
         rest = np.flatnonzero(~shells[start:])

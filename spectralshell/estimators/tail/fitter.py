@@ -78,6 +78,7 @@ from spectralshell.statuses import (
     OK,
     ONE_BATCH_OPTIMISTIC,
     TOO_FEW_SHELLS,
+    assumed,
     batches_missing,
     join_statuses,
     shells_left_empty,
@@ -283,12 +284,10 @@ class GRSDTailFitter(TransformerMixin, BaseEstimator):
         refuse_foreign_names(table, self.edges)
         values = validate_data(self, table.energies, dtype=np.float64, ensure_non_negative=True)
         layout = read_layout(table, values.shape[1], self.edges)
-        labels = read_labels(
-            table, len(values), tau=tau, batch=batch, name=name, floor=self.floor
-        )
+        labels = read_labels(table, len(values), tau=tau, batch=batch, name=name, floor=self.floor)
         if self.cutoff == "shared" and (labels.taus < 0).any():
             raise ValueError('tau must not be negative with cutoff="shared", where κ_j = K τ_j.')
-        taken = assumptions(
+        assumed_labels = assumptions(
             table, tau=tau, batch=batch, floor=self.floor, edges=self.edges, window=window
         )
 
@@ -300,19 +299,15 @@ class GRSDTailFitter(TransformerMixin, BaseEstimator):
 
         whole = estimate(np.arange(len(values)))
         result = whole.result
-        phrases = list(result.phrases)
-        if labels.names is None:
-            named = [whole.named("", result.phrases)]
+        if labels.names is None or len(set(labels.names)) == 1:
+            named = [whole.named("" if labels.names is None else labels.names[0])]
         else:
             each = {one: np.flatnonzero(labels.names == one) for one in sorted(set(labels.names))}
-            fits = {one: estimate(rows) for one, rows in each.items()}
-            named = [fit.named(one, fit.result.phrases) for one, fit in fits.items()]
-            if len(named) > 1:
-                phrases.append(compare_names(named))
-        self._layout, self._result = layout, replace(result, phrases=[*phrases, taken])
+            named = [estimate(rows).named(one) for one, rows in each.items()]
+        self._layout, self._result = layout, result
+        self._named, self._assumed = named, assumed_labels
         self.window_ = whole.window
         self.b_, self.b_interval_ = result.slope, result.interval
-        self.b_by_name_ = slopes_by_name(named)
         self.frame_ = result.frame
         self.comparison_, self.falsifier_ = result.comparison, result.falsifier
         return self
@@ -321,7 +316,14 @@ class GRSDTailFitter(TransformerMixin, BaseEstimator):
     def status_(self) -> str:
         """``"ok"``, or phrases joined by ``"; "``."""
         check_is_fitted(self)
-        return join_statuses(self._result.phrases)
+        compared = [compare_names(self._named)] if len(self._named) > 1 else []
+        return join_statuses([*self._result.phrases, *compared, assumed(self._assumed)])
+
+    @property
+    def b_by_name_(self) -> pd.DataFrame:
+        """Slope of each name fitted alone: ``name, b, lower, upper, status``."""
+        check_is_fitted(self)
+        return slopes_by_name(self._named)
 
     def fit_transform(
         self, X: Any, y: None = None, *, tau: Any = None, batch: Any = None, name: Any = None
@@ -491,7 +493,7 @@ class GRSDTailFitter(TransformerMixin, BaseEstimator):
             return np.zeros(n_rows)
         fitted = result.frame.dropna(subset="cutoff")
         tau = table.label(TAU) if tau is None else tau
-        if tau is None and fitted[TAU].nunique() > 1:
+        if tau is None and len(set(fitted[TAU])) > 1:
             raise ValueError(
                 "tau must be passed for an X without it, since the fit has a cutoff for each of "
                 "several taus; pass one tau per row, or a frame with an index level or column tau."
@@ -517,12 +519,10 @@ class _Fit:
     window: tuple[float, float]
     units: np.ndarray  # codes of the batches that replicates leave out
 
-    def named(self, name: str, phrases: Sequence[str]) -> NamedSlope:
+    def named(self, name: str) -> NamedSlope:
         """Return what is compared between names."""
         result = self.result
-        return NamedSlope(
-            name, result.slopes, self.units, result.interval, join_statuses(phrases)
-        )
+        return NamedSlope(name, result.slopes, self.units, result.interval, result.phrases)
 
 
 def _fit_curves(

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
 from scipy import stats
 
-from spectralshell.statuses import NAMES_NOT_COMPARED, names_agree, names_differ
+from spectralshell.statuses import NAMES_NOT_COMPARED, join_statuses, names_agree, names_differ
 
 NAME_COLUMNS = ("name", "b", "lower", "upper", "status")
 
@@ -24,12 +25,14 @@ class NamedSlope:
     slopes: np.ndarray  # the full sample first, then each batch left out, if there are several
     units: np.ndarray  # codes of the batches left out
     interval: tuple[float, float]
-    status: str
+    phrases: Sequence[str]  # of its status
 
 
 def slopes_by_name(named: list[NamedSlope]) -> pd.DataFrame:
     """Return one row per name: its slope with its interval and status."""
-    rows = [(one.name, one.slopes[0], *one.interval, one.status) for one in named]
+    rows = [
+        (one.name, float(one.slopes[0]), *one.interval, join_statuses(one.phrases)) for one in named
+    ]
     return pd.DataFrame(rows, columns=list(NAME_COLUMNS))
 
 

@@ -22,7 +22,6 @@ from spectralshell.shells.carriers import (
 )
 from spectralshell.shells.carriers import open_table as open_any_table
 from spectralshell.snapshots import Snapshot
-from spectralshell.statuses import assumed
 
 # Edges that agree to this relative precision are the same edge.
 EDGE_TOLERANCE = 1e-9
@@ -108,7 +107,20 @@ def open_table(X: Any) -> ShellTable:
             "X is a tidy frame with one row per shell, expected one row per snapshot; pass "
             "transform(X) of the ShellEnergyEstimator, not shells_."
         )
-    return open_any_table(X)
+    table = open_any_table(X)
+    if table.named:
+        _refuse_gaps(table.energies)
+    return table
+
+
+def _refuse_gaps(energies: pd.DataFrame) -> None:
+    rows, columns = np.nonzero(energies.isna().to_numpy())
+    if rows.size:
+        raise ValueError(
+            f"X holds NaN in column {energies.columns[columns[0]]!r}, row {rows[0]}: frames with "
+            "other shells put together leave such gaps; transform all snapshots with one fitted "
+            "ShellEnergyEstimator."
+        )
 
 
 def read_layout(table: ShellTable, n_columns: int, edges: Any) -> ShellLayout:
@@ -223,8 +235,7 @@ def independent_units(batches: np.ndarray, names: np.ndarray | None) -> np.ndarr
     """
     if names is None:
         return batches
-    labels = pd.Series(batches).groupby(names).agg(frozenset)
-    if labels.nunique() == 1:
+    if len(set(pd.Series(batches).groupby(names).agg(frozenset))) == 1:
         return batches
     return pd.DataFrame({NAME: names, BATCH: batches}).groupby([NAME, BATCH]).ngroup().to_numpy()
 
@@ -271,8 +282,8 @@ def _levels(table: ShellTable) -> list[Any]:
 
 def assumptions(
     table: ShellTable, *, tau: Any, batch: Any, floor: Any, edges: Any, window: Any
-) -> str:
-    """Say what a fit takes for granted that neither X nor the arguments told."""
+) -> list[str]:
+    """Return what a fit takes for granted that neither X nor the arguments told."""
     told = {
         "tau 0": (tau, table.label(TAU)),
         "each row of a tau a batch": (batch, table.label(BATCH)),
@@ -280,7 +291,7 @@ def assumptions(
         "a full last shell": (window, table.label(LAMBDA_MAX)),
         "shells of ratio 2 from 1": (edges, table.named or None),
     }
-    return assumed(what for what, by in told.items() if all(value is None for value in by))
+    return [what for what, by in told.items() if all(value is None for value in by)]
 
 
 def check_taus(tau: Any, n_rows: int) -> np.ndarray:

@@ -15,6 +15,7 @@ from spectralshell.statuses import (
     ONE_BATCH_OPTIMISTIC,
     TOO_FEW_SHELLS,
     names_agree,
+    shells_left_empty,
 )
 from tests.estimators.tail.energies import SHELLS, WINDOW, exact_energies, frame
 
@@ -108,6 +109,28 @@ def test_default_window_runs_from_the_peak_to_the_largest_eigenvalue():
     fitter = GRSDTailFitter(floor=0.0).fit(X)
     assert fitter.window_[0] == 1e-3
     assert fitter.window_[1] <= X.attrs["lambda_max"]
+
+
+@pytest.mark.parametrize(
+    ("empty", "last"),
+    [((1,), 12), ((2,), 12), ((1, 3), 12), ((1, 2), 12), ((8,), 8), ((4, 5, 6, 7), 4), ((11,), 11)],
+)
+def test_empty_shells_near_the_peak_do_not_end_the_window(empty, last):
+    """Of twelve shells, the others as they were; a gap under a few lone shells ends the tail."""
+    edges = 2.0 ** np.arange(-11, 2)
+    rng = np.random.default_rng(0)
+    X = exact_energies(1.5, 0.0, 1.0, edges) * rng.gamma(400.0, 1 / 400.0, size=(8, 12))
+    X[:, list(empty)] = 0.0
+    options = {"edges": edges, "floor": 0.0}
+    labels = {"tau": np.zeros(8), "batch": np.arange(8)}
+    fitter = GRSDTailFitter(**options).fit(X, **labels)
+    assert fitter.window_ == (edges[0], edges[last])
+    assert fitter.b_ == pytest.approx(1.5, abs=0.05)
+    inside = sum(shell < last for shell in empty)
+    assert fitter.frame_["n_shells"][0] == last - inside
+    assert (shells_left_empty(inside) in fitter.status_) == (inside > 0)
+    explicit = GRSDTailFitter(**options, window=fitter.window_).fit(X, **labels)
+    assert explicit.b_ == fitter.b_
 
 
 def test_floor_leaves_shells_out():
