@@ -15,6 +15,7 @@ from spectralshell.displays._axes import (
     batch_range_handle,
     draw_invisible,
     draw_legend,
+    format_number,
     hollow_handle,
     log_limits,
     require_pyplot,
@@ -37,6 +38,7 @@ _LABELS = {
     "density": DENSITY_LABEL,
 }
 _BANDS = ("auto", "batches", "bounds", "none")
+_FLOOR_ROOM = 10.0  # a floor further below the first shell would leave decades of the axis empty
 _FRONTIER_COLUMNS = ("tau", "frontier")
 
 
@@ -268,8 +270,9 @@ class ShellEnergyDisplay:
         self.ax_, self.figure_ = ax, ax.figure
         used = not own and ax.has_data()
 
-        floor = self.resolution_floor
-        ends = np.concatenate([curves["lambda_lo"], curves["lambda_hi"], [floor or np.nan]])
+        ends = np.concatenate(
+            [curves["lambda_lo"], curves["lambda_hi"], [self._floor_in_view(curves)]]
+        )
         set_log_view(ax, "x", log_limits(ends), keep=used)
         bands = curves[["lower", "upper"]].to_numpy(dtype=float)
         limits = log_limits(curves["value"].to_numpy(), bands=bands)
@@ -286,6 +289,11 @@ class ShellEnergyDisplay:
         place = "inside" if not own else "below" if scale.uses_colorbar else "right"
         self.legend_ = draw_legend(ax, handles, place=place)
         return self
+
+    def _floor_in_view(self, curves: pd.DataFrame) -> float:
+        """Return the resolution floor where it is near the first shell, else NaN."""
+        floor = self.resolution_floor or np.nan
+        return floor if floor * _FLOOR_ROOM >= curves["lambda_lo"].min() else np.nan
 
     def _draw_curves(self, curves: pd.DataFrame, scale: TauScale, style: str) -> list[Any]:
         """Draw every curve with its band; return the legend's handles."""
@@ -361,14 +369,23 @@ class ShellEnergyDisplay:
         return [Line2D([], [], color="0.3", linestyle=(0, (4, 3)), linewidth=1.0, label=label)]
 
     def _draw_floor(self) -> list[Any]:
+        from matplotlib.lines import Line2D
+
         share = share_outside(self.shells)
         label = "below resolution floor"
         if share.size:
             low, high = 100 * share.min(), 100 * share.max()
             span = f"{low:.2g}" if high - low < 0.5 else f"{low:.2g}–{high:.2g}"
             label += f"\n({span} % of energy in no shell)"
-        patch = shade_below_floor(self.ax_, self.resolution_floor, label)
-        return [] if patch is None else [patch]
+        floor = self.resolution_floor
+        patch = shade_below_floor(self.ax_, floor, label)
+        if patch is not None:
+            return [patch]
+        if not floor or not np.isfinite(floor):
+            return []
+        return [
+            Line2D([], [], linestyle="none", label=f"{label},\n{format_number(floor)}, is off view")
+        ]
 
 
 def _draw_line(ax: Any, curve: pd.DataFrame, look: dict[str, Any], marker: str, label: str) -> Any:

@@ -201,7 +201,8 @@ class GRSDTailFitter(TransformerMixin, BaseEstimator):
     >>> edges = 2.0 ** np.arange(9)
     >>> energies = edges[:-1] ** -0.5 - edges[1:] ** -0.5  # ε ∝ λ^−1.5
     >>> X = energies * np.random.default_rng(0).gamma(25.0, 1 / 25.0, size=(8, 8))
-    >>> fitter = GRSDTailFitter(edges=edges).fit(X)
+    >>> fitter = GRSDTailFitter(edges=edges, floor=0.0, window=(1.0, 256.0))
+    >>> fitter = fitter.fit(X, tau=np.zeros(8), batch=range(8))
     >>> bool(abs(fitter.b_ - 1.5) < 0.2), fitter.status_
     (True, 'no cutoff in window')
     """
