@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -76,15 +76,15 @@ def open_table(X: Any) -> ShellTable:
             labels[label] = np.full(len(frame), frame.attrs[label])
     for label in set(labels) & {LAMBDA_MAX, FLOOR}:
         labels[label] = _check_rates(label, labels[label])
+    if BATCH in labels:
+        _refuse_averaged(labels[BATCH])
     energies = frame.drop(columns=[label for label in LABELS if label in columns])
     if named or labels:
         _refuse_foreign_levels(frame)
     if named:
         _refuse_foreign_columns(energies)
         energies = _as_numbers(energies)
-    table = ShellTable(energies, labels, named)
-    # Where X has no index, the labels are what tells rows of a result apart.
-    return replace(table, energies=table.by_label()) if frame is not X and labels else table
+    return ShellTable(energies, labels, named)
 
 
 def as_frame(X: Any) -> Any:
@@ -167,6 +167,16 @@ def _as_numbers(energies: pd.DataFrame) -> pd.DataFrame:
     read = pd.DataFrame(numbers, index=energies.index)
     read.columns, read.attrs = energies.columns, dict(energies.attrs)
     return read
+
+
+def _refuse_averaged(batches: np.ndarray) -> None:
+    """Raise for batches with a decimal point: labels are whole numbers or text, means are not."""
+    if batches.dtype.kind == "f" and not np.isnan(batches).any():
+        raise ValueError(
+            f"X has batch={batches[0]!r}, a number with a decimal point, as averages over batches "
+            "leave it; pass the frame before it was averaged, or X.astype({'batch': int}) if these "
+            "are labels."
+        )
 
 
 def _check_rates(label: str, values: np.ndarray) -> np.ndarray:

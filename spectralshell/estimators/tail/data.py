@@ -136,7 +136,7 @@ def choose_window(
     """
     if window is not None:
         return window
-    usable = usable_points(data, layout, (layout.edges[0], layout.lambda_max))
+    usable = usable_points(data, layout, layout.covered)
     shells = np.asarray(usable.any(axis=0))
     if not shells.any():
         return np.nan, np.nan

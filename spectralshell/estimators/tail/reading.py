@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
@@ -46,6 +46,15 @@ class ShellLayout:
     edges: np.ndarray  # (n_shells + 1,)
     has_null: bool
     lambda_max: float = np.inf  # largest eigenvalue
+
+    @property
+    def covered(self) -> tuple[float, float]:
+        """Rates whose shells hold what they are named after, as far as λ_max is known.
+
+        Its own shell is half empty; one above the last edge makes the last shell overfull.
+        """
+        overfull = self.edges[-1] * (1.0 + EDGE_TOLERANCE) < self.lambda_max < np.inf
+        return float(self.edges[0]), float(self.edges[-2] if overfull else self.lambda_max)
 
     @property
     def widths(self) -> np.ndarray:
@@ -101,16 +110,17 @@ def open_table(X: Any) -> ShellTable:
             "X holds snapshots, expected a frame of shell energies; put a ShellEnergyEstimator "
             "before this step, as in make_pipeline(ShellEnergyEstimator(), GRSDTailFitter())."
         )
-    X = as_frame(X)
-    if isinstance(X, pd.DataFrame) and set(X.columns) >= _TIDY:
+    frame = as_frame(X)
+    if isinstance(frame, pd.DataFrame) and set(frame.columns) >= _TIDY:
         raise ValueError(
             "X is a tidy frame with one row per shell, expected one row per snapshot; pass "
             "transform(X) of the ShellEnergyEstimator, not shells_."
         )
-    table = open_any_table(X)
+    table = open_any_table(frame)
     if table.named:
         _refuse_gaps(table.energies)
-    return table
+    # Where X has no index, the labels are what tells rows of a result apart.
+    return replace(table, energies=table.by_label()) if frame is not X and table.labels else table
 
 
 def _refuse_gaps(energies: pd.DataFrame) -> None:

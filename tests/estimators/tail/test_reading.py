@@ -122,6 +122,10 @@ REFUSED = {
     "polars without index": (polars, "has no tau.*polars output"),
     "polars, not computed": (lambda X: polars(X.reset_index()).lazy(), "pass X.collect"),
     "mean over batches": (lambda X: X.groupby(["tau", "name"]).mean(), "has no batch"),
+    "mean over batches, labels too": (
+        lambda X: X.reset_index().drop(columns="name").groupby("tau").mean(),
+        "batch=.*decimal point.*before it was averaged",
+    ),
     "mean over times": (lambda X: X.groupby("batch").mean(), "has no tau"),
     "index written twice": (lambda X: through_csv(X.reset_index()), "Unnamed: 0.*index_col"),
     "label twice": (lambda X: X.assign(tau=X.index.get_level_values("tau")), "more than once"),
@@ -218,6 +222,19 @@ def test_an_array_says_what_was_assumed(options, labels, assumed):
     said = fitter.status_.partition("not told, so assumed: ")[2]
     assert len(said.split(", ")) == max(len(assumed), 1)
     assert all(text in said for text in assumed)
+
+
+def test_an_overfull_last_shell_is_not_in_the_window(X, expected):
+    """Energy above the last edge is counted in the last shell."""
+    labels = X.index.to_frame(index=False).assign(lambda_max=5.0)
+    higher = GRSDTailFitter().fit(X.set_index(pd.MultiIndex.from_frame(labels)))
+    assert higher.window_ == expected.window_
+    assert higher.b_ == expected.b_
+
+
+def test_rows_of_a_table_without_index_are_named(X, expected):
+    out = expected.transform(pa.table(dict(X.reset_index().items())))
+    pd.testing.assert_frame_equal(out, expected.transform(X))
 
 
 def test_foreign_columns_need_edges():
