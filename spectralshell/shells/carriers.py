@@ -173,9 +173,9 @@ def _refuse_averaged(batches: np.ndarray) -> None:
     """Raise for batches with a decimal point: labels are whole numbers or text, means are not."""
     if batches.dtype.kind == "f" and not np.isnan(batches).any():
         raise ValueError(
-            f"X has batch={batches[0]!r}, a number with a decimal point, as averages over batches "
-            "leave it; pass the frame before it was averaged, or X.astype({'batch': int}) if these "
-            "are labels."
+            f"X has batch={float(batches[0])!r}, a number with a decimal point, as averages over "
+            "batches leave it; pass the frame before it was averaged, or X.astype({'batch': int}) "
+            "if these are labels."
         )
 
 
@@ -188,7 +188,7 @@ def _check_rates(label: str, values: np.ndarray) -> np.ndarray:
     wrong = np.flatnonzero(~(rates >= 0.0) | np.isinf(rates))
     if wrong.size:
         raise ValueError(
-            f"X has {label}={values[wrong[0]]!r} in row {wrong[0]}, expected a number not below 0; "
+            f"X has {label}={values[wrong[0]]} in row {wrong[0]}, expected a number not below 0; "
             "put together only frames that have it."
         )
     return rates

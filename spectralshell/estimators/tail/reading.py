@@ -184,7 +184,10 @@ def check_edges(edges: Any, n_columns: int) -> np.ndarray:
                 "edges with one more entry than columns."
             )
         return 2.0 ** np.arange(n_columns + 1)
-    array = np.asarray(edges, dtype=np.float64)
+    try:
+        array = np.asarray(edges, dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"edges must be numbers, one more than X has columns: {error}.") from error
     if array.ndim != 1 or array.size != n_columns + 1:
         raise ValueError(
             f"edges must have one more entry than X has columns ({n_columns}), got shape "
@@ -224,7 +227,8 @@ def read_labels(
     floors = np.zeros(n_rows) if floors is None else floors
     if batch is None:
         keys = [taus] if names is None else [names, taus]
-        return RowLabels(taus, pd.Series(taus).groupby(keys).cumcount().to_numpy(), names, floors)
+        codes = pd.Series(taus).groupby(keys).cumcount().to_numpy()
+        return RowLabels(taus, independent_units(codes, names), names, floors)
     codes = label_codes("batch", batch, n_rows)
     shown = [""] * n_rows if names is None else names
     repeated = pd.DataFrame({"tau": taus, "batch": codes, "name": shown}).duplicated()
@@ -306,7 +310,10 @@ def assumptions(
 
 def check_taus(tau: Any, n_rows: int) -> np.ndarray:
     """Return effective times as numbers, one per row, or raise."""
-    taus = np.asarray(tau, dtype=np.float64)
+    try:
+        taus = np.asarray(tau, dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"tau must hold numbers, one for each row of X: {error}.") from error
     if taus.shape != (n_rows,):
         raise ValueError(
             f"tau must have one entry per row of X ({n_rows}), got shape {taus.shape}."
@@ -327,7 +334,7 @@ def label_codes(name: str, labels: Any, n_rows: int) -> np.ndarray:
     if (codes < 0).any():
         row = int(np.flatnonzero(codes < 0)[0])
         raise ValueError(
-            f"{name} is missing ({labels[row]!r}) in row {row} of X; label every row, or drop it."
+            f"{name} is missing ({labels[row]}) in row {row} of X; label every row, or drop it."
         )
     return codes
 

@@ -149,7 +149,7 @@ REFUSED = {
     "floor missing": (lambda X: X.droplevel("resolution_floor").pipe(forget), "has no resolution_"),
     "floor of some": (
         lambda X: pd.concat([X.droplevel("resolution_floor").reset_index(), X.reset_index()]),
-        "resolution_floor=.*nan",
+        "resolution_floor=nan in row 0",
     ),
     "complex": (lambda X: X.astype(complex), "complex"),
     "words": (lambda X: X.astype(str).replace("0.0", "none"), "column 'null'"),
