@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -93,8 +92,8 @@ def as_frame(X: Any) -> Any:
         return X
     if isinstance(X, np.ndarray):
         return X if X.dtype.names is None else pd.DataFrame(X)  # records have named columns
-    if isinstance(X, Mapping):
-        raise TypeError(f"X is a {type(X).__name__}, expected a table; pass pandas.DataFrame(X).")
+    if isinstance(X, dict) and not hasattr(X, "shape"):  # as some sparse matrices are
+        raise TypeError("X is a dict, expected a table; pass pandas.DataFrame(X).")
     if hasattr(X, "collect") and hasattr(X, "collect_schema"):
         raise TypeError(f"X is a {type(X).__name__} that has not been computed; pass X.collect().")
     if hasattr(X, "__arrow_c_stream__") and hasattr(X, "columns"):

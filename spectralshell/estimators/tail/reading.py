@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import pandas as pd
+from scipy import sparse
 
 from spectralshell.parameter_checks import check_real
 from spectralshell.shells.carriers import (
@@ -116,11 +118,24 @@ def open_table(X: Any) -> ShellTable:
             "X is a tidy frame with one row per shell, expected one row per snapshot; pass "
             "transform(X) of the ShellEnergyEstimator, not shells_."
         )
+    if not isinstance(frame, pd.DataFrame):
+        _refuse_no_numbers(frame)
     table = open_any_table(frame)
     if table.named:
         _refuse_gaps(table.energies)
     # Where X has no index, the labels are what tells rows of a result apart.
     return replace(table, energies=table.by_label()) if frame is not X and table.labels else table
+
+
+def _refuse_no_numbers(X: Any) -> None:
+    """Raise for text and objects, in words that name X; arrays are left to scikit-learn."""
+    if sparse.issparse(X) or (isinstance(X, np.ndarray) and X.dtype.kind not in "OUS"):
+        return
+    try:
+        np.asarray(X, dtype=np.float64)
+    except (TypeError, ValueError, OverflowError) as error:
+        kind = TypeError if isinstance(error, TypeError) else ValueError
+        raise kind(f"X must hold energies, one row of numbers per snapshot: {error}") from error
 
 
 def _refuse_gaps(energies: pd.DataFrame) -> None:
@@ -186,7 +201,7 @@ def check_edges(edges: Any, n_columns: int) -> np.ndarray:
         return 2.0 ** np.arange(n_columns + 1)
     try:
         array = np.asarray(edges, dtype=np.float64)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise ValueError(f"edges must be numbers, one more than X has columns: {error}.") from error
     if array.ndim != 1 or array.size != n_columns + 1:
         raise ValueError(
@@ -312,7 +327,7 @@ def check_taus(tau: Any, n_rows: int) -> np.ndarray:
     """Return effective times as numbers, one per row, or raise."""
     try:
         taus = np.asarray(tau, dtype=np.float64)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise ValueError(f"tau must hold numbers, one for each row of X: {error}.") from error
     if taus.shape != (n_rows,):
         raise ValueError(
@@ -327,6 +342,10 @@ def label_codes(name: str, labels: Any, n_rows: int) -> np.ndarray:
     """Return an integer code for each hashable label; one that is missing is refused."""
     if getattr(labels, "ndim", 1) != 1:
         raise ValueError(f"{name} must be one-dimensional, got shape {np.shape(labels)}.")
+    if isinstance(labels, str | bytes) or not isinstance(labels, Iterable):
+        raise TypeError(
+            f"{name} must be a sequence of labels, one per row of X, got {type(labels).__name__}."
+        )
     labels = list(labels)
     if len(labels) != n_rows:
         raise ValueError(f"{name} must have one entry per row of X ({n_rows}), got {len(labels)}.")

@@ -75,13 +75,15 @@ def test_wrong_parameter_is_named(options, error, name):
         ({"tau": ["early", "late", "end"]}, "tau must hold numbers"),
         ({"name": ["a", None, "b"]}, "name is missing .* row 1"),
         ({"batch": [1]}, "batch"),
+        ({"batch": 1}, "batch must be a sequence"),
+        ({"batch": "abc"}, "batch must be a sequence"),
         ({"batch": [1, 1, 2]}, "two rows"),
         ({"batch": [0, np.nan, 1]}, "batch is missing .* row 1"),
         ({"batch": ["a", "b", None]}, "batch is missing .* row 2"),
     ],
 )
 def test_wrong_label_is_named(labels, name):
-    with pytest.raises(ValueError, match=name):
+    with pytest.raises((ValueError, TypeError), match=name):
         GRSDTailFitter().fit(np.ones((3, 8)), **labels)
 
 
