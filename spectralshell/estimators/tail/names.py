@@ -46,11 +46,9 @@ def compare_names(named: list[NamedSlope]) -> str:
 
 
 def equality_p_value(named: list[NamedSlope]) -> float:
-    """P-value of equal slopes: squared contrasts over the trace of their covariance.
-
-    Batches that names share are left out together (degrees of freedom of Greenhouse and Geisser);
-    else the variances are independent (those of Satterthwaite, so two names give Welch's test).
-    """
+    """P-value of equal slopes: squared contrasts over the trace of their jackknife covariance."""
+    # Batches that names share are left out together: degrees of freedom of Greenhouse and Geisser
+    # (two names: the paired t test). Else those of Satterthwaite (two names: Welch's test).
     slopes = np.array([one.slopes[0] for one in named])
     k = len(slopes)
     centring = np.eye(k) - 1.0 / k

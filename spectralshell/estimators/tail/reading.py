@@ -225,11 +225,7 @@ def read_labels(
     name: Any = None,
     floor: Any = None,
 ) -> RowLabels:
-    """Return the labels of rows: those given, or else the table's own.
-
-    An array without them has tau 0, and rows of equal tau are batches by their position; a table
-    that names shells has to say what it is.
-    """
+    """Return the labels of rows: those given, else the table's; one of shells must have some."""
     tau = table.label(TAU) if tau is None else tau
     batch = table.label(BATCH) if batch is None else batch
     if table.named:
@@ -257,11 +253,8 @@ def read_labels(
 
 
 def independent_units(batches: np.ndarray, names: np.ndarray | None) -> np.ndarray:
-    """Return codes of what is left out together: a batch at all taus, and of all names it serves.
-
-    A batch label means the same probe data under every name where all names have the same labels;
-    else each name has batches of its own.
-    """
+    """Return codes of what is left out together: a batch at all taus, of all names it serves."""
+    # A label means the same probe data where all names have the same labels, else it is a name's.
     if names is None:
         return batches
     if len(set(pd.Series(batches).groupby(names).agg(frozenset))) == 1:
