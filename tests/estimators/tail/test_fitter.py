@@ -244,7 +244,7 @@ def test_names_are_no_independent_batches():
     plain, twice = (GRSDTailFitter(window=WINDOW, floor=0.0).fit(x) for x in (X, named))
     assert twice.b_ == pytest.approx(plain.b_, rel=1e-9)
     assert twice.b_interval_ == pytest.approx(plain.b_interval_, rel=1e-9)
-    assert twice.status_ == names_agree(1.0)
+    assert names_agree(1.0) in twice.status_
     with pytest.raises(ValueError, match="two rows"):
         GRSDTailFitter().fit(pd.concat([named, named.iloc[:1]]))
 
