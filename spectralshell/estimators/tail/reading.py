@@ -120,6 +120,8 @@ def open_table(X: Any) -> ShellTable:
         )
     if not isinstance(frame, pd.DataFrame):
         _refuse_no_numbers(frame)
+    else:
+        _refuse_skipped(frame)
     table = open_any_table(frame)
     if table.named:
         _refuse_gaps(table.energies)
@@ -136,6 +138,16 @@ def _refuse_no_numbers(X: Any) -> None:
     except (TypeError, ValueError, OverflowError) as error:
         kind = TypeError if isinstance(error, TypeError) else ValueError
         raise kind(f"X must hold energies, one row of numbers per snapshot: {error}") from error
+
+
+def _refuse_skipped(frame: pd.DataFrame) -> None:
+    shells = [column for column in frame.columns if str(column).startswith("shell[")]
+    skipped = frame[shells].isna().all(axis=1).to_numpy() if shells else np.zeros(0, dtype=bool)
+    if skipped.any() and not skipped.all():
+        raise ValueError(
+            f"X holds NaN alone in row {int(skipped.argmax())}, as a snapshot leaves it that could "
+            "not be measured; leave such rows out with X.dropna()."
+        )
 
 
 def _refuse_gaps(energies: pd.DataFrame) -> None:

@@ -146,6 +146,10 @@ REFUSED = {
         lambda X: pd.concat([X.iloc[:5, :-2], X.iloc[5:]]),
         "NaN in column .* one fitted ShellEnergyEstimator",
     ),
+    "snapshot skipped": (
+        lambda X: pd.concat([X, X.iloc[:1] * np.nan]),
+        r"NaN alone in row 12.*X.dropna\(\)",
+    ),
     "floor missing": (lambda X: X.droplevel("resolution_floor").pipe(forget), "has no resolution_"),
     "floor of some": (
         lambda X: pd.concat([X.droplevel("resolution_floor").reset_index(), X.reset_index()]),
