@@ -237,3 +237,33 @@ DEGENERATE_POWER = "degenerate: the free cutoff is itself a power law"
 def taus_left_out(n_taus: int) -> str:
     """Return that so many tau have too few shells."""
     return f"{n_taus} tau with {TOO_FEW_SHELLS} left out"
+
+
+NAMES_NOT_COMPARED = "slopes of names not compared"
+
+
+def assumed(labels: Iterable[str]) -> str:
+    """Say what nobody told and what was taken for it, such as ``"tau 0"``; ``"ok"`` if nothing."""
+    listed = ", ".join(labels)
+    return f"not told, so assumed: {listed}" if listed else OK
+
+
+def batches_missing(n_missing: int, n_rows: int) -> str:
+    """Say that batches differ between tau, in (tau, batch) of one name."""
+    return f"{n_missing} of {n_rows} (tau, batch) missing"
+
+
+def shells_left_empty(n_shells: int) -> str:
+    """Say that shells between those fitted hold nothing."""
+    noun = "shell" if n_shells == 1 else "shells"
+    return f"{n_shells} empty {noun} inside the window left out"
+
+
+def names_differ(p_value: float) -> str:
+    """Say that one slope for all names is not tenable."""
+    return f"slopes of names differ (p = {p_value:.2g})"
+
+
+def names_agree(p_value: float) -> str:
+    """Say that one slope for all names is tenable."""
+    return f"slopes of names do not differ (p = {p_value:.2g})"

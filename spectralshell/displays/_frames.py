@@ -8,6 +8,16 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from spectralshell.displays._axes import LINE_STYLES
+from spectralshell.shells.carriers import (
+    BATCH,
+    FLOOR,
+    NAME,
+    TAU,
+    ShellTable,
+    as_frame,
+    open_table,
+)
 from spectralshell.shells.partition import parse_shell_name
 
 _TIDY = ("tau", "batch", "shell", "lambda_lo", "lambda_hi", "energy")
@@ -16,6 +26,7 @@ _OUTSIDE = ("null", "unresolved")
 
 def tidy_energies(frame: Any, *, name: str = "frame") -> pd.DataFrame:
     """Return the tidy form of a tidy or a wide shell frame, with its ``attrs``; else raise."""
+    frame = as_frame(frame)
     if not isinstance(frame, pd.DataFrame):
         raise TypeError(
             f"{name} must be a pandas DataFrame of shell energies, got type "
@@ -23,8 +34,10 @@ def tidy_energies(frame: Any, *, name: str = "frame") -> pd.DataFrame:
         )
     if set(_TIDY) <= set(frame.columns):
         return frame
-    if "tau" in frame.index.names and any(str(c).startswith("shell[") for c in frame.columns):
-        return _melt(frame)
+    if any(str(column).startswith("shell[") for column in frame.columns):
+        table = open_table(frame)
+        if table.label(TAU) is not None:
+            return _melt(table)
     raise ValueError(
         f"{name} must be a tidy shell frame (columns {', '.join(_TIDY)}) or a wide one (index "
         f"levels tau and batch, columns null and shell[lo,hi)), got columns "
@@ -33,12 +46,14 @@ def tidy_energies(frame: Any, *, name: str = "frame") -> pd.DataFrame:
     )
 
 
-def _melt(wide: pd.DataFrame) -> pd.DataFrame:
+def _melt(table: ShellTable) -> pd.DataFrame:
     """Lay a wide frame out as one row per (snapshot, shell)."""
-    index = wide.index.to_frame(index=False)
-    if "batch" not in index:
-        index["batch"] = 0
-    floor = resolution_floor_of(wide)
+    wide = table.energies
+    known = {TAU: table.label(TAU), BATCH: table.label(BATCH), NAME: table.label(NAME)}
+    index = pd.DataFrame({label: values for label, values in known.items() if values is not None})
+    if BATCH not in index:
+        index[BATCH] = 0
+    floors = table.label(FLOOR)
     parts = []
     for column in wide.columns:
         part = index.copy()
@@ -46,10 +61,12 @@ def _melt(wide: pd.DataFrame) -> pd.DataFrame:
         part["shell"], part["lambda_lo"], part["lambda_hi"] = column, low, high
         part["lambda_mid"] = np.sqrt(low * high)
         part["energy"] = wide[column].to_numpy(dtype=float)
-        part["resolved"] = floor is None or low >= floor
+        part["resolved"] = True if floors is None else low >= floors
         parts.append(part)
     tidy = pd.concat(parts, ignore_index=True)
     tidy.attrs = dict(wide.attrs)
+    if floors is not None:
+        tidy.attrs[FLOOR] = float(floors.max())
     return tidy
 
 
@@ -60,8 +77,8 @@ def resolution_floor_of(frame: pd.DataFrame) -> float | None:
 
 
 def curve_keys(tidy: pd.DataFrame) -> list[str]:
-    """Return what tells curves apart: τ, and the name where one τ has several."""
-    if "name" in tidy and tidy.groupby("tau")["name"].nunique(dropna=False).max() > 1:
+    """Return what tells curves apart: τ, and the name where there are several."""
+    if "name" in tidy and len(tidy["name"].unique()) > 1:
         return ["tau", "name"]
     return ["tau"]
 
@@ -117,3 +134,11 @@ def share_outside(tidy: pd.DataFrame) -> np.ndarray:
     total = tidy["energy"].groupby(keys, dropna=False).sum()
     share = tidy["energy"].where(outside, 0.0).groupby(keys, dropna=False).sum()
     return (share[total > 0] / total[total > 0]).to_numpy()
+
+
+def line_styles(curves: pd.DataFrame) -> dict[Any, Any]:
+    """Return a line style for each name, nothing where τ tells the curves apart."""
+    if "name" not in curve_keys(curves):
+        return {}
+    names = dict.fromkeys(curves["name"])
+    return {name: LINE_STYLES[i % len(LINE_STYLES)] for i, name in enumerate(names)}

@@ -18,12 +18,14 @@ from spectralshell.displays._axes import (
 
 _VALUES = ("b", "b_lower", "b_upper")
 _NOT_LABELS = (*_VALUES, "score", "n_train", "n_test", "n_shells", "status")
+_SHORT_NAMES = {"lower": "b_lower", "upper": "b_upper"}  # as b_by_name_ has them
 _AXIS_LABELS = {
     "fold": "fold (held-out group)",
     "q": "shell ratio $q$",
     "tau": r"effective training time $\tau$",
     "window": r"window of $\lambda$  (1/$\tau$)",
     "n_steps": "Lanczos steps",
+    "name": "name of the run",
 }
 _MAX_TICKS = 24
 _MAX_TICK_LETTERS = 48  # more, over all ticks, are written at a slant
@@ -127,8 +129,8 @@ class ExponentDisplay:
         Parameters
         ----------
         frame : DataFrame
-            What :func:`spectralshell.cross_validate_exponent` gives, or any frame with a label
-            column and ``b, b_lower, b_upper``.
+            What :func:`spectralshell.cross_validate_exponent` gives, ``b_by_name_`` of a fitted
+            GRSDTailFitter, or any frame with a label column and ``b, b_lower, b_upper``.
         label : str or None, default=None
             The label column; None takes the first column that is no result.
         reference : tuple of float, fitted GRSDTailFitter or None, default=None
@@ -151,6 +153,7 @@ class ExponentDisplay:
                 f"frame must be a pandas DataFrame, got type {type(frame).__name__}; pass what "
                 "cross_validate_exponent returns."
             )
+        frame = frame.rename(columns=_SHORT_NAMES)
         if label is None:
             label = next((str(c) for c in frame.columns if c not in _NOT_LABELS), None)
         missing = [column for column in (label, *_VALUES) if column not in frame.columns]

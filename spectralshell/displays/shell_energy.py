@@ -10,12 +10,12 @@ import pandas as pd
 from spectralshell.displays._axes import (
     DENSITY_LABEL,
     LAMBDA_LABEL,
-    LINE_STYLES,
     MARKER_SIZE,
     TauScale,
     batch_range_handle,
     draw_invisible,
     draw_legend,
+    format_number,
     hollow_handle,
     log_limits,
     require_pyplot,
@@ -24,6 +24,7 @@ from spectralshell.displays._axes import (
 )
 from spectralshell.displays._frames import (
     curve_keys,
+    line_styles,
     resolution_floor_of,
     share_outside,
     shell_curves,
@@ -37,6 +38,7 @@ _LABELS = {
     "density": DENSITY_LABEL,
 }
 _BANDS = ("auto", "batches", "bounds", "none")
+_FLOOR_ROOM = 10.0  # a floor further below the first shell would leave decades of the axis empty
 _FRONTIER_COLUMNS = ("tau", "frontier")
 
 
@@ -52,7 +54,7 @@ class ShellEnergyDisplay:
         lambda_hi, energy``; λ in 1/τ, energies in units of the loss. Bounds, ``resolved`` and
         ``name`` are used where they are there.
     frontiers : DataFrame or None, default=None
-        ``tau, frontier`` and, where known, ``frontier_lower, frontier_upper`` (1/τ), as in
+        ``tau, [name], frontier`` and, where known, ``frontier_lower, frontier_upper`` (1/τ), as in
         ``GRSDTailFitter.frame_``. NaN frontiers are not drawn.
     resolution_floor : float or None, default=None
         λ below which the measurement cannot tell shells apart; that region is shaded.
@@ -155,12 +157,12 @@ class ShellEnergyDisplay:
         Parameters
         ----------
         frame : DataFrame
-            ``shells_``, ``shell_frame(X)`` or ``transform(X)``; a wide frame has no certified
-            bounds.
+            ``shells_``, ``shell_frame(X)`` or ``transform(X)``, of pandas or of what Arrow reads; a
+            wide frame has no certified bounds.
         fitter : GRSDTailFitter, DataFrame or None, default=None
             Where the frontiers come from: a fitted tail fitter or a frame like its ``frame_``.
         resolution_floor : float or None, default=None
-            Default: the one in ``frame.attrs``, if any.
+            Default: the frame's, if it has one; the highest of its rows.
 
         Returns
         -------
@@ -174,7 +176,7 @@ class ShellEnergyDisplay:
         """
         shells = tidy_energies(frame)
         if resolution_floor is None:
-            resolution_floor = resolution_floor_of(frame)
+            resolution_floor = resolution_floor_of(shells)
         return cls(
             shells=shells, frontiers=_frontiers_of(fitter), resolution_floor=resolution_floor
         )
@@ -192,14 +194,16 @@ class ShellEnergyDisplay:
         DataFrame
             One row per curve and shell: ``tau, [name], lambda_lo, lambda_hi, lambda_mid, value,
             lower, upper, n_batches, resolved`` and, with a fitter, ``frontier, frontier_lower,
-            frontier_upper`` of the row's τ. ``lower`` and ``upper`` are NaN without a band.
+            frontier_upper`` of the row's τ and name. ``lower`` and ``upper`` are NaN without a
+            band.
         """
         curves, band = self._curves(quantity, band)
         if self.frontiers is None:
             return curves
         columns = ["frontier", "frontier_lower", "frontier_upper"]
-        known = self.frontiers.reindex(columns=["tau", *columns]).drop_duplicates("tau")
-        return curves.merge(known, on="tau", how="left")
+        keys = [key for key in curve_keys(curves) if key in self.frontiers]
+        known = self.frontiers.reindex(columns=[*keys, *columns]).drop_duplicates(keys)
+        return curves.merge(known, on=keys, how="left")
 
     def _curves(self, quantity: str, band: str) -> tuple[pd.DataFrame, str]:
         check_option("quantity", quantity, tuple(_LABELS))
@@ -266,8 +270,9 @@ class ShellEnergyDisplay:
         self.ax_, self.figure_ = ax, ax.figure
         used = not own and ax.has_data()
 
-        floor = self.resolution_floor
-        ends = np.concatenate([curves["lambda_lo"], curves["lambda_hi"], [floor or np.nan]])
+        ends = np.concatenate(
+            [curves["lambda_lo"], curves["lambda_hi"], [self._floor_in_view(curves)]]
+        )
         set_log_view(ax, "x", log_limits(ends), keep=used)
         bands = curves[["lower", "upper"]].to_numpy(dtype=float)
         limits = log_limits(curves["value"].to_numpy(), bands=bands)
@@ -285,13 +290,18 @@ class ShellEnergyDisplay:
         self.legend_ = draw_legend(ax, handles, place=place)
         return self
 
+    def _floor_in_view(self, curves: pd.DataFrame) -> float:
+        """Return the resolution floor where it is near the first shell, else NaN."""
+        floor = self.resolution_floor or np.nan
+        return floor if floor * _FLOOR_ROOM >= curves["lambda_lo"].min() else np.nan
+
     def _draw_curves(self, curves: pd.DataFrame, scale: TauScale, style: str) -> list[Any]:
         """Draw every curve with its band; return the legend's handles."""
         from matplotlib.lines import Line2D
 
         self.lines_, self.bands_ = [], []
         handles, any_invisible = [], False
-        dashes = _dashes_of(curves)
+        dashes = line_styles(curves)
         for tau, name, curve in split_curves(curves):
             look: dict[str, Any] = {"color": scale.colour(tau), "linestyle": dashes.get(name, "-")}
             label = scale.label(tau) + (f", {name}" if dashes else "")
@@ -359,14 +369,23 @@ class ShellEnergyDisplay:
         return [Line2D([], [], color="0.3", linestyle=(0, (4, 3)), linewidth=1.0, label=label)]
 
     def _draw_floor(self) -> list[Any]:
+        from matplotlib.lines import Line2D
+
         share = share_outside(self.shells)
         label = "below resolution floor"
         if share.size:
             low, high = 100 * share.min(), 100 * share.max()
             span = f"{low:.2g}" if high - low < 0.5 else f"{low:.2g}–{high:.2g}"
             label += f"\n({span} % of energy in no shell)"
-        patch = shade_below_floor(self.ax_, self.resolution_floor, label)
-        return [] if patch is None else [patch]
+        floor = self.resolution_floor
+        patch = shade_below_floor(self.ax_, floor, label)
+        if patch is not None:
+            return [patch]
+        if not floor or not np.isfinite(floor):
+            return []
+        return [
+            Line2D([], [], linestyle="none", label=f"{label},\n{format_number(floor)}, is off view")
+        ]
 
 
 def _draw_line(ax: Any, curve: pd.DataFrame, look: dict[str, Any], marker: str, label: str) -> Any:
@@ -419,14 +438,6 @@ def _draw_band(ax: Any, curve: pd.DataFrame, colour: Any, style: str) -> list[An
 
 def _edges(curve: pd.DataFrame) -> np.ndarray:
     return np.append(curve["lambda_lo"], curve["lambda_hi"].iloc[-1])
-
-
-def _dashes_of(curves: pd.DataFrame) -> dict[Any, Any]:
-    """Return a line style for each name, nothing where τ tells the curves apart."""
-    if "name" not in curve_keys(curves):
-        return {}
-    names = dict.fromkeys(curves["name"])
-    return {name: LINE_STYLES[i % len(LINE_STYLES)] for i, name in enumerate(names)}
 
 
 def _has_frontiers(step: Any) -> bool:

@@ -22,8 +22,15 @@ from spectralshell.displays._axes import (
     set_log_view,
     write_counts,
 )
-from spectralshell.displays._frames import curve_keys, shell_curves, split_curves, tidy_energies
+from spectralshell.displays._frames import (
+    curve_keys,
+    line_styles,
+    shell_curves,
+    split_curves,
+    tidy_energies,
+)
 from spectralshell.parameter_checks import check_window
+from spectralshell.shells.carriers import BATCH, FLOOR, LAMBDA_MAX, NAME, TAU, open_table
 
 _VALUES = ["value", "batch_lower", "batch_upper"]
 _DENSITIES = ["density", "density_lower", "density_upper"]
@@ -57,6 +64,9 @@ class TailFitDisplay:
         the smallest AIC stands out.
     status : str, default="ok"
         The fit's status, written over the plot unless it is ``"ok"``.
+    b_by_name : DataFrame or None, default=None
+        ``name, b, lower, upper`` as in ``GRSDTailFitter.b_by_name_``; several are written over the
+        plot.
 
     Attributes
     ----------
@@ -95,6 +105,7 @@ class TailFitDisplay:
         window: tuple[float, float] | None = None,
         comparison: pd.DataFrame | None = None,
         status: str = "ok",
+        b_by_name: pd.DataFrame | None = None,
     ) -> None:
         self.tail = tail
         self.b = b
@@ -103,6 +114,7 @@ class TailFitDisplay:
         self.window = window
         self.comparison = comparison
         self.status = status
+        self.b_by_name = b_by_name
 
     @classmethod
     def from_estimator(cls, estimator: Any, X: Any) -> TailFitDisplay:
@@ -139,18 +151,16 @@ class TailFitDisplay:
         for step in steps[:-1]:
             X = step.transform(X)
         tidy_energies(X, name="X")
-        mean = X.groupby(level=[n for n in X.index.names if n != "batch"], dropna=False).mean()
-        mean = pd.concat({0: mean}, names=["batch"]).reorder_levels([*mean.index.names, "batch"])
-        mean.attrs = dict(X.attrs)
         return cls.from_frame(
             X,
-            fitter.inverse_transform(fitter.transform(mean)),
+            fitter.inverse_transform(fitter.transform(_mean_over_batches(X))),
             b=fitter.b_,
             b_interval=fitter.b_interval_,
             confidence=fitter.confidence,
             window=fitter.window_,
             comparison=fitter.comparison_,
             status=fitter.status_,
+            b_by_name=getattr(fitter, "b_by_name_", None),
         )
 
     @classmethod
@@ -165,6 +175,7 @@ class TailFitDisplay:
         window: tuple[float, float] | None = None,
         comparison: pd.DataFrame | None = None,
         status: str = "ok",
+        b_by_name: pd.DataFrame | None = None,
     ) -> TailFitDisplay:
         """Take data and fit from two shell frames with the same shells and τ.
 
@@ -172,7 +183,7 @@ class TailFitDisplay:
         ----------
         frame, fitted : DataFrame
             Measured and fitted energies, each tidy or wide; both are averaged over batches.
-        b, b_interval, confidence, window, comparison, status
+        b, b_interval, confidence, window, comparison, status, b_by_name
             As for the class; without a window every shell counts.
 
         Returns
@@ -206,6 +217,7 @@ class TailFitDisplay:
             window=None if window is None else ends,
             comparison=comparison,
             status=str(status),
+            b_by_name=b_by_name,
         )
 
     def frame(self) -> pd.DataFrame:
@@ -296,9 +308,34 @@ class TailFitDisplay:
         else:
             percent = format_number(100 * self.confidence)
             text = f"tail slope $b$ = {self.b:.3f}, {percent} % interval [{lower:.3f}, {upper:.3f}]"
+        if self.b_by_name is not None and len(self.b_by_name) > 1:
+            text += "\n" + fill(
+                ", ".join(map(_write_slope, self.b_by_name.itertuples())), _TITLE_WIDTH
+            )
         if self.status != "ok":
             text += "\n" + fill(self.status, _TITLE_WIDTH)
         return text
+
+
+def _mean_over_batches(X: Any) -> pd.DataFrame:
+    """Return the mean of each curve as a frame of one batch, at the highest floor of its rows."""
+    table = open_table(X)
+    frame = table.by_label()
+    keys = [key for key in (TAU, NAME) if key in table.labels]
+    mean = frame.groupby(level=keys, dropna=False).mean()
+    levels = mean.index.to_frame(index=False).assign(**{BATCH: 0})
+    labels = pd.DataFrame(table.labels)
+    for label in {LAMBDA_MAX, FLOOR} & set(labels):
+        levels[label] = labels.groupby(keys, dropna=False)[label].max().to_numpy()
+    mean.index = pd.MultiIndex.from_frame(levels)
+    mean.attrs = dict(table.energies.attrs)
+    return mean
+
+
+def _write_slope(row: Any) -> str:
+    if not np.isfinite(row.b):
+        return f"{row.name}: none"
+    return f"{row.name}: {row.b:.3f} [{row.lower:.3f}, {row.upper:.3f}]"
 
 
 def _window_ends(window: Any) -> tuple[float, float]:
@@ -360,8 +397,13 @@ def _draw_fit(
     limits = log_limits(drawn["density"].to_numpy(), bands=bands)
     set_log_view(ax, "y", limits, keep=False)
     handles = [] if scale.uses_colorbar else _tau_handles(scale)
+    dashes = line_styles(drawn)
+    handles += [
+        Line2D([], [], color="0.3", linestyle=dash, label=str(name))
+        for name, dash in dashes.items()
+    ]
     any_invisible = False
-    for tau, _, curve in split_curves(drawn):
+    for tau, name, curve in split_curves(drawn):
         colour, marker = scale.colour(tau), scale.marker(tau)
         values = curve[["lambda_mid"]].assign(value=curve["density"])
         any_invisible |= draw_invisible(ax, values, colour)
@@ -369,7 +411,8 @@ def _draw_fit(
         fit = curve["fit"].where(curve["fit"] > 0)
         ax.plot(curve["lambda_mid"], fit, color=colour, linestyle=":", linewidth=1.0)
         inside = fit.where(curve["in_window"])
-        ax.plot(curve["lambda_mid"], inside, color=colour, linewidth=1.6)
+        dash = dashes.get(name, "-")
+        ax.plot(curve["lambda_mid"], inside, color=colour, linewidth=1.6, linestyle=dash)
     handles.append(_data_handle(drawn))
     if not drawn["in_window"].all():
         handles.append(hollow_handle("o", "data outside the window"))

@@ -14,8 +14,9 @@ from sklearn.base import clone
 from sklearn.model_selection import GroupKFold, LeaveOneGroupOut, check_cv
 from sklearn.pipeline import Pipeline
 
-from spectralshell.estimators.tail.data import is_wide_frame, label_codes
+from spectralshell.estimators.tail.reading import label_codes, open_table
 from spectralshell.parameter_checks import check_integer
+from spectralshell.shells.carriers import BATCH, as_frame
 
 FOLD_COLUMNS = ("fold", "b", "b_lower", "b_upper", "score", "n_train", "n_test")
 
@@ -40,14 +41,15 @@ def cross_validate_exponent(
     estimator : GRSDTailFitter or Pipeline that ends in one
         Cloned for every fold; never changed.
     X : DataFrame, ndarray or list of Snapshot
-        A wide frame of shell energies, an array, or snapshots for a Pipeline.
+        A wide frame of shell energies (of pandas, or whatever Arrow reads), an array, or snapshots
+        for a Pipeline.
     cv : int, cross-validator or iterable, optional
         By default one group is left out at a time, or five folds over groups where there are more
         than ten. An integer of at least 2 gives so many folds over groups.
     groups : sequence of shape (n_rows,), optional
-        Hashable labels, tuples too. By default the batches of the snapshots or of the frame's
-        index: the batches are the independent units, snapshots of one batch at several taus or
-        under several names are not. Rows of an array are their own groups.
+        Hashable labels, tuples too. By default the batches of the snapshots or of the frame: the
+        batches are the independent units, snapshots of one batch at several taus or under several
+        names are not. Rows of an array are their own groups.
     n_jobs : int, optional
         Folds fitted in parallel.
 
@@ -55,7 +57,8 @@ def cross_validate_exponent(
     -------
     DataFrame
         One row per fold: ``fold, b, b_lower, b_upper, score, n_train, n_test``. The interval is
-        that of the fold's own fit. A fit that could not be made gives NaN.
+        that of the fold's own fit, of several names their shared slope. A fit that could not be
+        made gives NaN.
 
     Raises
     ------
@@ -83,6 +86,7 @@ def cross_validate_exponent(
     (4, True)
     """
     _check_estimator(estimator)
+    X = as_frame(X)
     n_rows = len(X)
     codes = label_codes("groups", _find_groups(X, n_rows) if groups is None else groups, n_rows)
     splitter = _choose_splitter(cv, len(np.unique(codes)))
@@ -115,10 +119,9 @@ def _check_estimator(estimator: Any) -> None:
 
 
 def _find_groups(X: Any, n_rows: int) -> Any:
-    if is_wide_frame(X) and "batch" in X.index.names:
-        return X.index.get_level_values("batch")
     if isinstance(X, pd.DataFrame | np.ndarray):
-        return range(n_rows)
+        batches = open_table(X).label(BATCH)
+        return range(n_rows) if batches is None else batches
     # Tuples (model, inputs, targets) have their position for a batch.
     return [getattr(item, "batch", position) for position, item in enumerate(X)]
 

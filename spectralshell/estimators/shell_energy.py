@@ -40,6 +40,7 @@ from spectralshell.parameter_checks import (
     check_window,
 )
 from spectralshell.shells import ShellPartition, SpectralMeasure, energy_frame, shell_frame
+from spectralshell.shells.carriers import FLOOR
 from spectralshell.shells.partition import NULL
 from spectralshell.snapshots import Snapshot, as_snapshots
 
@@ -401,7 +402,8 @@ class ShellEnergyEstimator(KernelQueriesMixin, SnapshotEstimator):
         Returns
         -------
         DataFrame of shape (n_snapshots, 1 + n_shells)
-            Index levels ``tau`` and ``batch`` (and ``name`` where set). Column ``null`` holds the
+            Index levels ``tau``, ``batch`` (and ``name`` where set), ``lambda_max`` and
+            ``resolution_floor``: each row's own, or the given floor. Column ``null`` holds the
             energy below the first edge, the others E_α; a row sums to ½‖e‖². Energy above the
             last edge is in the last shell. ``attrs`` carry ``resolution_floor`` (the fitted
             one, or a higher one of these snapshots if ``floor="auto"``) and ``lambda_max``.
@@ -410,8 +412,12 @@ class ShellEnergyEstimator(KernelQueriesMixin, SnapshotEstimator):
         measured = self._measure_new(X)
         frame = energy_frame(measured.measures, partition)
         fitted = self.resolution_floor_
-        new = frame.attrs["resolution_floor"]
-        frame.attrs["resolution_floor"] = max(fitted, new) if self._floor == "auto" else fitted
+        if self._floor == "auto":
+            frame.attrs[FLOOR] = max(fitted, frame.attrs[FLOOR])
+        else:
+            labels = frame.index.to_frame(index=False).assign(**{FLOOR: fitted})
+            frame.index = pd.MultiIndex.from_frame(labels)
+            frame.attrs[FLOOR] = fitted
         return measured.with_rows(frame)
 
     def shell_frame(self, X: Sequence[Any]) -> pd.DataFrame:

@@ -11,6 +11,7 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 import pandas as pd
 
+from spectralshell.shells.carriers import FLOOR, LAMBDA_MAX
 from spectralshell.shells.measure import SMALLEST_RATE, Floats, SpectralMeasure
 from spectralshell.shells.partition import NULL, ShellPartition
 from spectralshell.statuses import (
@@ -114,9 +115,11 @@ def energy_frame(measures: Sequence[SpectralMeasure], partition: ShellPartition)
     Returns
     -------
     DataFrame of float64
-        Index levels ``tau``, ``batch`` and, where some measure has one, ``name`` (``""`` for those
-        without). Columns ``null`` and the names of the shells. Every row sums to ½‖e‖². ``attrs``
-        hold ``resolution_floor`` and ``lambda_max``, the largest among the measures.
+        Index levels ``tau``, ``batch``, where some measure has one ``name`` (``""`` for those
+        without), and each measure's own ``lambda_max`` and ``resolution_floor``, which so survive
+        every file and every way to put frames together. Columns ``null`` and the names of the
+        shells. Every row sums to ½‖e‖². ``attrs`` hold the largest ``resolution_floor`` and
+        ``lambda_max`` among the measures.
 
     Raises
     ------
@@ -133,7 +136,10 @@ def energy_frame(measures: Sequence[SpectralMeasure], partition: ShellPartition)
     listed = _check_measures(measures)
     energies = np.stack([measure.energies(partition.edges) for measure in listed])
     columns = pd.Index([NULL, *partition.names])
-    frame = pd.DataFrame(energies, index=label_index(listed), columns=columns)
+    levels = label_index(listed).to_frame(index=False)
+    levels[LAMBDA_MAX] = [float(measure.lambda_max) for measure in listed]
+    levels[FLOOR] = [float(measure.floor) for measure in listed]
+    frame = pd.DataFrame(energies, index=pd.MultiIndex.from_frame(levels), columns=columns)
     frame.attrs = _attributes(listed)
     return frame
 
@@ -155,8 +161,8 @@ def average_over_batches(frame: pd.DataFrame) -> pd.DataFrame:
     Returns
     -------
     DataFrame
-        The same columns and ``attrs``; the index is ``tau``, or ``tau`` and ``name``, in the order
-        of first appearance.
+        The same columns; the index is ``tau``, or ``tau`` and ``name``, in the order of first
+        appearance. ``attrs`` hold the largest ``lambda_max`` and ``resolution_floor`` of the rows.
 
     Raises
     ------
@@ -171,14 +177,16 @@ def average_over_batches(frame: pd.DataFrame) -> pd.DataFrame:
     {1.0: 2.0}
     """
     levels = list(frame.index.names)
-    kept = [level for level in levels if level != "batch"]
+    known = [level for level in (LAMBDA_MAX, FLOOR) if level in levels]
+    kept = [level for level in levels if level not in ("batch", *known)]
     if "batch" not in levels or not kept:
         raise ValueError(
             f"frame must have the index levels tau and batch, got {levels!r}; pass the frame that "
             "energy_frame or ShellEnergyEstimator.transform gives."
         )
     averaged = frame.groupby(level=kept, sort=False, dropna=False).mean()
-    averaged.attrs = dict(frame.attrs)
+    largest = {level: float(frame.index.get_level_values(level).max()) for level in known}
+    averaged.attrs = dict(frame.attrs) | largest
     return averaged
 
 

@@ -17,12 +17,17 @@ NULL = "null"
 MAX_SHELLS = 100_000
 _LARGEST_RATE = 1e300  # so that the edge above it is finite for ratios up to 1e8
 
+# How far an edge may lie from λ0 q^α, in parts of a shell's width in ln λ.
+EDGE_SLACK = 1e-4
+
+_MOST_DIGITS = 17  # these tell all floats apart
+
 _NAME = re.compile(r"shell\[([^,\[\]()]+),([^,\[\]()]+)\)")
 
 
 @dataclass(frozen=True)
 class ShellPartition:
-    """Shells S_α = [λ0 q^α, λ0 q^(α+1)) for α = first, …, first + n_shells − 1.
+    """Shells S_α = [λ0 q^α, λ0 q^(α+1)) for α = first, …, first + n_shells − 1, edges rounded.
 
     Parameters
     ----------
@@ -42,9 +47,11 @@ class ShellPartition:
 
     Notes
     -----
-    Each edge is computed on its own as ``lambda_0 * q**alpha``, so an edge is the same float in
-    every partition that contains it. Shells are those of Section 3.2 of "Renormalizable
-    spectral-shell dynamics".
+    Each edge is ``lambda_0 * q**alpha`` in the fewest significant digits that keep it within
+    1e-4·ln q of it (difference of logarithms), so that names of columns are short. The rounded
+    number is the edge, everywhere. It is computed on its own, so it is the same float in every
+    partition that contains it. Shells are those of Section 3.2 of "Renormalizable spectral-shell
+    dynamics".
 
     Examples
     --------
@@ -80,7 +87,7 @@ class ShellPartition:
 
     @cached_property
     def edges(self) -> NDArray[np.float64]:
-        """Edges λ0 q^α, increasing, shape (n_shells + 1,), read-only."""
+        """Edges λ0 q^α in few digits, increasing, shape (n_shells + 1,), read-only."""
         powers = range(self.first, self.first + self.n_shells + 1)
         edges = np.array([_edge(self.q, self.lambda_0, alpha) for alpha in powers])
         edges.flags.writeable = False
@@ -248,9 +255,20 @@ def edges_from_names(names: Iterable[str]) -> NDArray[np.float64]:
 def _edge(q: float, lambda_0: float, alpha: int) -> float:
     # Scalar pow, since vectorised pow may round differently from one lane to another.
     try:
-        return float(lambda_0 * q ** float(alpha))
+        return _in_few_digits(float(lambda_0 * q ** float(alpha)), EDGE_SLACK * math.log(q))
     except OverflowError:
         return math.inf
+
+
+def _in_few_digits(value: float, slack: float) -> float:
+    """Return the number of fewest significant digits within ``slack`` of a value, in logarithms."""
+    if not 0.0 < value < math.inf:
+        return value
+    for digits in range(1, _MOST_DIGITS):
+        short = float(f"{value:.{digits - 1}e}")
+        if abs(math.log(short / value)) <= slack:
+            return short
+    return value
 
 
 def _first_edge_at_or_above(lam: float, q: float, lambda_0: float) -> int:

@@ -250,3 +250,16 @@ def test_errors_name_the_remedy(call, error, text):
     with pytest.raises(error, match=text):
         call()
     assert plt.get_fignums() == []
+
+
+@pytest.mark.parametrize(("share", "in_view"), [(0.5, True), (1e-9, False)])
+def test_a_floor_far_below_the_shells_leaves_no_empty_decades(share, in_view):
+    frame = tidy_frame()
+    first = frame["lambda_lo"][frame["lambda_lo"] > 1e-4].min()
+    display = ShellEnergyDisplay.from_frame(frame, resolution_floor=share * first).plot()
+    left = display.ax_.get_xlim()[0]
+    assert (left < share * first) == in_view
+    assert left > 0.1 * first
+    texts = [text.get_text() for text in display.legend_.get_texts()]
+    (floor,) = (text for text in texts if text.startswith("below resolution floor"))
+    assert ("is off view" in floor) != in_view

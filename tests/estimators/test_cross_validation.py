@@ -27,7 +27,9 @@ class Rows(TransformerMixin, BaseEstimator):
 
 
 def snapshots(X):
-    return [SimpleNamespace(batch=batch, row=X.iloc[[k]]) for k, (_, batch) in enumerate(X.index)]
+    return [
+        SimpleNamespace(batch=batch, row=X.iloc[[k]]) for k, (_, batch, *_) in enumerate(X.index)
+    ]
 
 
 @pytest.fixture(scope="module")

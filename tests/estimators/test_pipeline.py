@@ -4,6 +4,7 @@ import pickle
 import warnings
 from pathlib import Path
 
+import joblib
 import numpy as np
 import pandas as pd
 import pytest
@@ -42,7 +43,7 @@ def test_fits_and_transforms(X, pipe):
     tail = pipe.fit(X).transform(X)
     assert np.isfinite(pipe[-1].b_)
     assert list(tail.columns) == ["amplitude", "cutoff", "frontier", "tail_energy"]
-    assert list(tail.index.names) == ["tau", "batch"]
+    assert list(tail.index.names) == ["tau", "batch", "lambda_max", "resolution_floor"]
     energies = pipe[0].transform(X)
     assert (tail["tail_energy"] <= energies.sum(axis=1)).all()
 
@@ -55,10 +56,49 @@ def test_clone_and_pickle(X, pipe):
     assert clone(fitted).fit(X)[-1].b_ == fitted[-1].b_
 
 
-def test_pandas_output(X, pipe):
+@pytest.mark.parametrize("container", ["default", "pandas"])
+def test_output_is_a_frame_with_its_labels(X, pipe, container):
     plain = pipe.fit(X).transform(X)
-    wrapped = clone(pipe).set_output(transform="pandas").fit(X).transform(X)
-    pd.testing.assert_frame_equal(plain, wrapped)
+    wrapped = clone(pipe).set_output(transform=container).fit(X)
+    pd.testing.assert_frame_equal(plain, wrapped.transform(X))
+    assert wrapped[-1].b_ == pipe[-1].b_
+
+
+def test_polars_output_between_steps_is_refused(X, pipe):
+    pytest.importorskip("polars", reason="polars is not installed")
+    with pytest.raises(ValueError, match=r"has no tau.*polars output"):
+        pipe.set_output(transform="polars").fit(X)
+
+
+def test_pickled_pipeline_fits_a_carried_table_alike(X, pipe, tmp_path):
+    copy = pickle.loads(pickle.dumps(pipe.fit(X)))
+    copy[0].transform(X).to_csv(tmp_path / "energies.csv")
+    again = copy[-1].fit(pd.read_csv(tmp_path / "energies.csv"))
+    assert again.b_ == pytest.approx(pipe[-1].b_, abs=1e-12)  # digits that a reader may drop
+    assert again.status_ == pipe[-1].status_
+
+
+def test_a_given_floor_is_that_of_every_row(X):
+    frame = ShellEnergyEstimator(floor=0.02).fit_transform(X)
+    assert set(frame.index.get_level_values("resolution_floor")) == {0.02}
+    measured = ShellEnergyEstimator().fit_transform(X)
+    floors = [m.floor for m in ShellEnergyEstimator().spectral_measures(X)]
+    assert measured.index.get_level_values("resolution_floor").tolist() == floors
+
+
+def test_pipeline_memory_knows_the_same_list_again(X, tmp_path):
+    """Whatever its snapshots remember, which travels with pickles as before."""
+    snapshots = pickle.loads(pickle.dumps(X))
+    before = joblib.hash(snapshots)
+    pipe = make_pipeline(ShellEnergyEstimator(), GRSDTailFitter(), memory=str(tmp_path))
+    for _ in range(2):
+        pipe.fit(snapshots)
+        assert len(list(tmp_path.rglob("output.pkl"))) == 1
+    snapshots[0].measures["more"] = 1.0
+    assert joblib.hash(snapshots) == before
+    assert pickle.loads(pickle.dumps(snapshots[0])).measures["more"] == 1.0
+    snapshots[0].tau += 1.0
+    assert joblib.hash(snapshots) != before
 
 
 @pytest.mark.parametrize(("routing", "n_jobs"), [(False, 1), (True, 1), (False, 2)])

@@ -69,7 +69,12 @@ def test_tidy_columns_units_and_rows():
 def test_wide_frame_contract():
     measures = [random_measure(k, tau=float(k // 2), batch=k % 2, floor=0.1 * k) for k in range(4)]
     wide = energy_frame(measures, SHELLS)
-    assert wide.index.names == ["tau", "batch"]
+    assert wide.index.names == ["tau", "batch", "lambda_max", "resolution_floor"]
+    for level, values in (
+        ("lambda_max", [measure.lambda_max for measure in measures]),
+        ("resolution_floor", [measure.floor for measure in measures]),
+    ):
+        assert wide.index.get_level_values(level).tolist() == values
     assert wide.columns.tolist() == ["null", *SHELLS.names]
     assert wide.attrs["resolution_floor"] == measures[3].floor
     assert wide.attrs["lambda_max"] == max(measure.lambda_max for measure in measures)

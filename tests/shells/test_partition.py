@@ -2,6 +2,7 @@
 
 import math
 import pickle
+from decimal import Decimal
 
 import numpy as np
 import pytest
@@ -9,6 +10,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from spectralshell.shells import ShellPartition, edges_from_names, parse_shell_name, shell_name
+
+# Of λ0 q^α in float64, and of its logarithm, in parts of the slack 1e-4·ln q.
+ROUNDING = Decimal("1e-6")
 
 ratios = st.floats(1.01, 50.0)
 origins = st.floats(1e-6, 1e6)
@@ -38,6 +42,25 @@ def test_index_is_exact_at_edges(shells):
 def test_names_read_back_exactly(shells):
     assert edges_from_names(["null", *shells.names]).tolist() == shells.edges.tolist()
     assert edges_from_names(shells.names).tolist() == shells.edges.tolist()
+
+
+@given(partitions)
+@settings(deadline=None, max_examples=60)
+def test_edges_are_the_fewest_digits_near_the_power(shells):
+    slack = Decimal("1e-4") * Decimal(shells.q).ln()
+    for position, edge in enumerate(shells.edges.tolist()):
+        exact = Decimal(shells.lambda_0) * Decimal(shells.q) ** (shells.first + position)
+        digits = len(Decimal(repr(edge)).normalize().as_tuple().digits)
+        assert abs((Decimal(edge) / exact).ln()) <= slack * (1 + ROUNDING)
+        if digits > 1:
+            shorter = Decimal(f"{exact:.{digits - 2}e}")
+            assert abs((shorter / exact).ln()) >= slack * (1 - ROUNDING)
+
+
+@pytest.mark.parametrize(("q", "longest"), [(1.2, 30), (1.5, 29), (2.0, 29), (10.0, 27)])
+def test_names_are_short(q, longest):
+    shells = ShellPartition.covering(1e-8, 1e5, q=q)
+    assert max(map(len, shells.names)) <= longest
 
 
 @given(st.floats(5e-324, 1e300), st.floats(1.0001, 1e6))

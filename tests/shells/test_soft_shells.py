@@ -115,8 +115,8 @@ def test_density_is_how_the_energy_below_an_edge_grows():
     rates, energies = np.exp(rng.uniform(-3, 2, 30)), rng.random(30)
     shells = SoftShells(PARTITION)
     h = 1e-6
-    moved = [SoftShells(ShellPartition(2.0, 1.0 + s, -4, 8)) for s in (h, -h)]
-    up, down = (shifted.below(rates) @ energies for shifted in moved)
+    # Weights depend on ln(λ/edge), so rates that move down are edges that move up.
+    up, down = (shells.below(rates / (1.0 + shift)) @ energies for shift in (h, -h))
     expected = (up - down) / (2 * h * shells.edges)
     np.testing.assert_allclose(shells.density_at_edges(rates, energies), expected, rtol=1e-7)
 

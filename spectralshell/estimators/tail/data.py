@@ -1,23 +1,14 @@
-"""Data of a tail fit: from a wide frame or an array to rows, shells, replicates and weights."""
+"""Data of a tail fit: from labelled rows to curves, shells, replicates and weights."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-import pandas as pd
 from scipy import special
 
+from spectralshell.estimators.tail.reading import RowLabels, ShellLayout
 from spectralshell.estimators.tail.solve import ShellGrid, shell_grid
-from spectralshell.parameter_checks import check_real
-from spectralshell.shells.partition import NULL, edges_from_names
-from spectralshell.snapshots import Snapshot
-
-# Edges that agree to this relative precision are the same edge.
-EDGE_TOLERANCE = 1e-9
-
-MAX_DEFAULT_SHELLS = 1000
 
 # Energies below this part of a row's total are what float64 subtraction leaves over.
 ROUNDING = 1e-13
@@ -28,50 +19,34 @@ TINY = float(np.finfo(float).tiny)
 # Variances below this part of the median are zero by accident: identical or single batches.
 SMALLEST_VARIANCE = 1e-6
 
-_TIDY = {"tau", "shell", "lambda_lo", "lambda_hi", "energy"}
-
-
-@dataclass(frozen=True)
-class ShellLayout:
-    """What the columns of X are: shells between increasing positive edges, ``null`` before them."""
-
-    edges: np.ndarray  # (n_shells + 1,)
-    has_null: bool
-    floor: float = 0.0  # resolution floor, an absolute λ; 0 where none is known
-    lambda_max: float = np.inf  # largest eigenvalue
-
-    @property
-    def widths(self) -> np.ndarray:
-        """Shell widths."""
-        return np.diff(self.edges)
-
-    def shells_of(self, values: np.ndarray) -> np.ndarray:
-        """Return the columns of ``values`` that are shells."""
-        return values[:, 1:] if self.has_null else values
-
-    def whole_shells(self, window: tuple[float, float]) -> np.ndarray:
-        """Return which shells lie in the window and above the floor, as booleans."""
-        lower, upper = self.edges[:-1], self.edges[1:]
-        return (
-            (lower >= window[0] * (1.0 - EDGE_TOLERANCE))
-            & (upper <= window[1] * (1.0 + EDGE_TOLERANCE))
-            & (lower >= self.floor * (1.0 - EDGE_TOLERANCE))
-        )
-
 
 @dataclass(frozen=True)
 class BatchedEnergies:
-    """Energies by increasing tau, batch and shell."""
+    """Energies of curves (increasing tau, of each name in turn) by batch and shell."""
 
-    taus: np.ndarray  # (n_taus,)
+    taus: np.ndarray  # (n_taus,), one for each curve
     energies: np.ndarray  # (n_taus, n_batches, n_shells), zero where a batch is missing
     present: np.ndarray  # (n_taus, n_batches), which batches there are
     totals: np.ndarray  # (n_taus,), mean row total with ``null``
+    floors: np.ndarray | float = 0.0  # (n_taus,), highest resolution floor among a curve's rows
+    names: np.ndarray | None = None  # (n_taus,), None where rows have no name
+    units: np.ndarray | None = None  # (n_batches,), codes of the batches
 
     @property
     def n_batches(self) -> int:
         """Number of distinct batches."""
         return self.energies.shape[1]
+
+    def count_missing(self) -> tuple[int, int]:
+        """Return how many (tau, batch) are missing, and of how many; a name has its own batches."""
+        names = np.zeros(len(self.taus)) if self.names is None else self.names
+        n_missing = n_pairs = 0
+        for name in set(names):
+            present = self.present[names == name]
+            n_units = int(present.any(axis=0).sum())
+            n_pairs += len(present) * n_units
+            n_missing += len(present) * n_units - int(present.sum())
+        return n_missing, n_pairs
 
     def replicates(self) -> tuple[np.ndarray, np.ndarray]:
         """Mean energies (1 + n_batches, n_taus, n_shells), and how many batches each is made of.
@@ -120,166 +95,36 @@ class TailProblem:
         return self.data.n_batches
 
 
-def refuse_other_input(X: Any) -> None:
-    """Raise if X is what an earlier step takes, or has one row per shell as ``shells_`` has."""
-    if isinstance(X, (list, tuple)) and any(isinstance(item, Snapshot) for item in X):
-        raise TypeError(
-            "X holds snapshots, expected a frame of shell energies; put a ShellEnergyEstimator "
-            "before this step, as in make_pipeline(ShellEnergyEstimator(), GRSDTailFitter())."
-        )
-    if isinstance(X, pd.DataFrame) and set(X.columns) >= _TIDY:
-        raise ValueError(
-            "X is a tidy frame with one row per shell, expected one row per snapshot; pass "
-            "transform(X) of the ShellEnergyEstimator, not shells_."
-        )
-
-
-def is_wide_frame(X: Any) -> bool:
-    """Return whether X is meant as a frame of shell energies rather than as a plain table."""
-    if not isinstance(X, pd.DataFrame):
-        return False
-    named = any(
-        isinstance(column, str) and (column == NULL or column.startswith("shell["))
-        for column in X.columns
-    )
-    return named or "tau" in X.index.names
-
-
-def read_layout(X: Any, n_columns: int, edges: Any, floor: Any) -> ShellLayout:
-    """Read shells from a frame's columns, or from ``edges``, or take ratio 2 for an array.
-
-    Edges must agree with a frame's columns; floor None takes the frame's.
-    """
-    if is_wide_frame(X):
-        found = edges_from_names(list(X.columns))
-        _check_agreement(edges, found)
-        default_floor = X.attrs.get("resolution_floor", 0.0)
-        lambda_max = float(X.attrs.get("lambda_max", np.inf))
-        has_null = X.columns[0] == NULL
-    else:
-        found = check_edges(edges, n_columns)
-        default_floor, lambda_max, has_null = 0.0, np.inf, False
-    floor = check_real("floor", default_floor if floor is None else floor, low=0.0)
-    return ShellLayout(found, bool(has_null), floor, lambda_max)
-
-
-def _check_agreement(edges: Any, found: np.ndarray) -> None:
-    if edges is None:
-        return
-    given = check_edges(edges, found.size - 1)
-    if not np.allclose(given, found, rtol=EDGE_TOLERANCE, atol=0.0):
-        raise ValueError(
-            f"edges contradict the columns of X, whose shells run from {found[0]!r} to "
-            f"{found[-1]!r}; leave edges out, since a frame's columns name its shells."
-        )
-
-
-def check_edges(edges: Any, n_columns: int) -> np.ndarray:
-    """Return the edges of consecutive shells, or raise if they are not one more than columns."""
-    if edges is None:
-        if n_columns > MAX_DEFAULT_SHELLS:
-            raise ValueError(
-                f"X has {n_columns} columns, too many for consecutive shells of ratio 2; pass "
-                "edges with one more entry than columns."
-            )
-        return 2.0 ** np.arange(n_columns + 1)
-    array = np.asarray(edges, dtype=np.float64)
-    if array.ndim != 1 or array.size != n_columns + 1:
-        raise ValueError(
-            f"edges must have one more entry than X has columns ({n_columns}), got shape "
-            f"{array.shape}; pass the lower edge of every shell and the last upper edge."
-        )
-    if not np.isfinite(array).all() or array[0] <= 0 or (np.diff(array) <= 0).any():
-        raise ValueError(
-            "edges must be finite, positive and strictly increasing; sort the shells by their "
-            "lower edge, columns of X alike."
-        )
-    return array
-
-
-def read_labels(
-    X: Any, n_rows: int, tau: Any = None, batch: Any = None
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return tau and the code of the batch for each row, by default from a frame's index.
-
-    Without any, tau is 0, and rows of equal tau are batches by their position.
-    """
-    levels = list(X.index.names) if isinstance(X, pd.DataFrame) else []
-    if tau is None and "tau" in levels:
-        tau = X.index.get_level_values("tau")
-    if batch is None and "batch" in levels:
-        batch = X.index.get_level_values("batch")
-    taus = np.zeros(n_rows) if tau is None else _check_taus(tau, n_rows)
-    if batch is None:
-        return taus, pd.Series(taus).groupby(taus).cumcount().to_numpy()
-    codes = label_codes("batch", batch, n_rows)
-    names = X.index.get_level_values("name") if "name" in levels else [None] * n_rows
-    # Rows of one (tau, batch) are averaged; their names tell them from a row given twice.
-    repeated = pd.DataFrame({"tau": taus, "batch": codes, "name": list(names)}).duplicated()
-    if repeated.any():
-        row = int(np.flatnonzero(repeated)[0])
-        raise ValueError(
-            f"X has two rows with tau={taus[row]!r}, batch={list(batch)[row]!r} and "
-            f"name={names[row]!r}; give every row its own, or average repeated measurements first."
-        )
-    return taus, codes
-
-
-def _check_taus(tau: Any, n_rows: int) -> np.ndarray:
-    taus = np.asarray(tau, dtype=np.float64)
-    if taus.shape != (n_rows,):
-        raise ValueError(
-            f"tau must have one entry per row of X ({n_rows}), got shape {taus.shape}."
-        )
-    if not np.isfinite(taus).all():
-        raise ValueError("tau holds NaN or infinity, expected finite effective times.")
-    return taus
-
-
-def label_codes(name: str, labels: Any, n_rows: int) -> np.ndarray:
-    """Return an integer code for each hashable label; one that is missing is refused."""
-    if getattr(labels, "ndim", 1) != 1:
-        raise ValueError(f"{name} must be one-dimensional, got shape {np.shape(labels)}.")
-    labels = list(labels)
-    if len(labels) != n_rows:
-        raise ValueError(f"{name} must have one entry per row of X ({n_rows}), got {len(labels)}.")
-    codes = pd.factorize(_as_objects(labels))[0]
-    if (codes < 0).any():
-        row = int(np.flatnonzero(codes < 0)[0])
-        raise ValueError(
-            f"{name} is missing ({labels[row]!r}) in row {row} of X; label every row, or drop it."
-        )
-    return codes
-
-
-def _as_objects(labels: list[Any]) -> np.ndarray:
-    # A list of tuples would become a two-dimensional array.
-    objects = np.empty(len(labels), dtype=object)
-    for position, label in enumerate(labels):
-        objects[position] = label
-    return objects
-
-
-def collect(
-    values: np.ndarray, taus: np.ndarray, codes: np.ndarray, layout: ShellLayout
-) -> BatchedEnergies:
-    """Sort rows into (tau, batch, shell); rows of one (tau, batch) are averaged."""
+def collect(values: np.ndarray, labels: RowLabels, layout: ShellLayout) -> BatchedEnergies:
+    """Sort rows into (name and tau, batch, shell); rows of one curve and batch are averaged."""
     # Sums round by the order of their terms, so rows and batches are taken in the order of what
     # they hold: that of the rows in X, and names of batches, do not change a bit.
     values = np.ascontiguousarray(values)
     by_value = np.lexsort(values.T)
-    values, taus, codes = values[by_value], taus[by_value], codes[by_value]
-    levels, which = np.unique(taus, return_inverse=True)
-    shape = (len(levels), int(codes.max()) + 1)
+    values, labels = values[by_value], labels.take(by_value)
+    curves, which = labels.curves()
+    shape = (len(curves), int(labels.batches.max()) + 1)
     shells = layout.shells_of(values)
     energies = np.zeros((*shape, shells.shape[1]))
     counts = np.zeros(shape)
-    np.add.at(energies, (which, codes), shells)
-    np.add.at(counts, (which, codes), 1.0)
+    np.add.at(energies, (which, labels.batches), shells)
+    np.add.at(counts, (which, labels.batches), 1.0)
     energies /= np.maximum(counts, 1.0)[..., None]
     totals = np.bincount(which, weights=values.sum(axis=1)) / np.bincount(which)
+    floors = np.zeros(len(curves))
+    np.maximum.at(floors, which, labels.floors)
     by_energy = np.lexsort([*counts, *energies.transpose(0, 2, 1).reshape(-1, shape[1])])
-    return BatchedEnergies(levels, energies[:, by_energy], counts[:, by_energy] > 0, totals)
+    by_energy = by_energy[counts[:, by_energy].any(axis=0)]
+    first = labels.take(curves)
+    return BatchedEnergies(
+        taus=first.taus,
+        energies=energies[:, by_energy],
+        present=counts[:, by_energy] > 0,
+        totals=totals,
+        floors=floors,
+        names=first.names,
+        units=by_energy,
+    )
 
 
 def choose_window(
@@ -291,20 +136,34 @@ def choose_window(
     """
     if window is not None:
         return window
-    mean = data.replicates()[0][0]
-    usable = mean > ROUNDING * data.totals[:, None]
-    shells = layout.whole_shells((layout.edges[0], layout.lambda_max)) & usable.any(axis=0)
+    usable = usable_points(data, layout, layout.covered)
+    shells = np.asarray(usable.any(axis=0))
     if not shells.any():
         return np.nan, np.nan
+    mean = data.replicates()[0][0]
     log_density = np.log(np.where(usable, mean, 1.0) / layout.widths)
     # ln density is averaged, so every tau has the same say.
     level = np.where(usable, log_density, 0.0).sum(axis=0) / np.maximum(usable.sum(axis=0), 1)
     # Shells in which some tau has run out of energy lie beyond the peak, not at it.
-    common = shells & usable.all(axis=0) if (shells & usable.all(axis=0)).any() else shells
+    everywhere = usable.all(axis=0)
+    common = everywhere if everywhere.any() else shells
     first = int(np.argmax(np.where(common, level, -np.inf)))
-    gaps = np.flatnonzero(~shells[first:])
-    last = first + int(gaps[0]) if gaps.size else len(shells)
+    last = first + _end_of_tail(shells[first:])
     return float(layout.edges[first]), float(layout.edges[last])
+
+
+def _end_of_tail(shells: np.ndarray) -> int:
+    """Return how many shells the tail has: up to an empty one, unless more lie beyond it.
+
+    A hole near the peak leaves most of the tail above it, the gap below lone eigenvalues does not.
+    """
+    end = 0
+    for start in np.flatnonzero(shells & ~np.append(False, shells[:-1])).tolist():
+        if end and shells[start:].sum() <= start:
+            break
+        rest = np.flatnonzero(~shells[start:])
+        end = start + int(rest[0]) if rest.size else len(shells)
+    return end
 
 
 def build_problem(
@@ -325,6 +184,7 @@ def build_problem(
         data.energies[np.ix_(used, batches, shells)],
         data.present[np.ix_(used, batches)],
         data.totals[used],
+        units=None if data.units is None else data.units[batches],
     )
     kept = usable[np.ix_(used, shells)]
     means, counts = part.replicates()
@@ -353,7 +213,14 @@ def usable_points(
     means = data.replicates()[0][0]
     if np.isnan(window[0]):
         return np.zeros(means.shape, dtype=bool)
-    return layout.whole_shells(window) & (means > ROUNDING * data.totals[:, None])
+    resolved = layout.resolved_shells(np.broadcast_to(data.floors, len(means)))
+    return layout.whole_shells(window) & resolved & (means > ROUNDING * data.totals[:, None])
+
+
+def count_holes(usable: np.ndarray) -> int:
+    """Return how many shells are empty at all taus between shells that are not."""
+    shells = np.flatnonzero(usable.any(axis=0))
+    return int(shells[-1] - shells[0] + 1 - len(shells)) if shells.size else 0
 
 
 def moderated_weights(data: BatchedEnergies, means: np.ndarray, usable: np.ndarray) -> np.ndarray:

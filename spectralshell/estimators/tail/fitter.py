@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
@@ -12,43 +11,40 @@ import pandas as pd
 from sklearn.base import BaseEstimator, TransformerMixin
 from sklearn.utils.validation import check_is_fitted, validate_data
 
-from spectralshell.estimators.intervals import jackknife_t
 from spectralshell.estimators.tail.data import (
-    TailProblem,
     build_problem,
     choose_window,
     collect,
-    is_wide_frame,
-    read_labels,
-    read_layout,
-    refuse_other_input,
+    count_holes,
     usable_points,
 )
-from spectralshell.estimators.tail.evidence import (
-    compare,
-    empty_comparison,
-    empty_falsifier,
-    falsify,
-    no_cutoff_p_value,
+from spectralshell.estimators.tail.estimate import (
+    TailEstimate,
+    estimate_tail,
+    natural_parameters,
+    no_estimate,
 )
-from spectralshell.estimators.tail.models import (
-    COMPARED,
-    POWER_LAW,
-    SMALLEST_POWER,
-    TEMPLATE,
-    TailModel,
+from spectralshell.estimators.tail.evidence import (
+    empty_comparison,
+)
+from spectralshell.estimators.tail.names import NamedSlope, compare_names, slopes_by_name
+from spectralshell.estimators.tail.reading import (
+    RowLabels,
+    ShellLayout,
+    assumptions,
+    check_taus,
+    open_table,
+    read_floors,
+    read_labels,
+    read_layout,
+    read_names,
+    refuse_foreign_names,
 )
 from spectralshell.estimators.tail.rows import (
     fit_rows,
     log_shell_energies,
     score_rows,
     window_energies,
-)
-from spectralshell.estimators.tail.solve import (
-    TailParameters,
-    is_determined,
-    likelihood_interval,
-    profile_fit,
 )
 from spectralshell.parameter_checks import (
     check_integer,
@@ -57,44 +53,27 @@ from spectralshell.parameter_checks import (
     check_sample_weight,
     check_window,
 )
+from spectralshell.shells.carriers import NAME, TAU, ShellTable
 from spectralshell.shells.partition import shell_name
 from spectralshell.statuses import (
-    DEGENERATE_SLOPE,
     EMPTY_TAIL,
-    FLAT_SLOPE,
-    NO_CUTOFF,
-    NO_FRONTIER_INTERVAL,
-    OK,
-    ONE_BATCH_OPTIMISTIC,
     TOO_FEW_SHELLS,
+    assumed,
+    batches_missing,
     join_statuses,
-    taus_left_out,
+    shells_left_empty,
 )
 
 CUTOFFS = ("free", "shared", "none")
 
 OUTPUT_COLUMNS = ("amplitude", "cutoff", "frontier", "tail_energy")
 
-FRAME_COLUMNS = (
-    "tau",
-    "amplitude",
-    "cutoff",
-    "frontier",
-    "frontier_lower",
-    "frontier_upper",
-    "n_shells",
-    "status",
-)
-
-# Level of the test of κ = 0; it decides the model, so it does not follow ``confidence``.
-CUTOFF_LEVEL = 0.05
-
 
 class GRSDTailFitter(TransformerMixin, BaseEstimator):
     """Tail slope b and frontier of shell energies, with their intervals and their rivals.
 
     Fits ln ε = a_j − b ln λ − κ_j λ^(b−1), integrated over each shell, to the mean energies over
-    batches: one amplitude a_j for each tau, one b for all.
+    batches: one amplitude a_j for each tau of each name, one b for all.
 
     Parameters
     ----------
@@ -112,19 +91,25 @@ class GRSDTailFitter(TransformerMixin, BaseEstimator):
     min_shells : int, default=4
         Usable shells that a tau needs to be fitted.
     floor : float, optional
-        Resolution floor, an absolute λ: shells that begin below it are left out. By default the
-        frame's ``attrs["resolution_floor"]``, or none.
+        Resolution floor, an absolute λ: shells that begin below it are left out. By default that
+        of the frame's rows (``resolution_floor``): a tau of a name is fitted where all its rows
+        are resolved. An array has none.
 
     Attributes
     ----------
     b_ : float
-        Tail slope; NaN where ``status_`` says why.
+        Tail slope; NaN where ``status_`` says why. Of several names it is their shared slope, and
+        ``status_`` says whether one slope for all is tenable, with the p-value.
+    b_by_name_ : DataFrame
+        ``name, b, lower, upper, status``: the slope of each name fitted alone, on a window of its
+        own where none is given. One row, of name ``""``, where rows have no name.
     b_interval_ : tuple of float
         Jackknife-t over batches, which are left out at all taus together; NaN where b is NaN or
         degenerate.
     frame_ : DataFrame
-        One row per tau: ``tau, amplitude, cutoff, frontier, frontier_lower, frontier_upper,
-        n_shells, status``. Without a cutoff the frontier is NaN.
+        One row per tau: ``tau, [name], amplitude, cutoff, frontier, frontier_lower,
+        frontier_upper, n_shells, status``, at the slope ``b_``. Without a cutoff the frontier is
+        NaN.
     window_ : tuple of float
         Where the fit was made.
     status_ : str
@@ -139,7 +124,7 @@ class GRSDTailFitter(TransformerMixin, BaseEstimator):
     n_features_in_ : int
         Number of columns.
     feature_names_in_ : ndarray of str
-        Column names, where X was a frame.
+        Names of ``null`` and of the shells, where X was a frame.
 
     Notes
     -----
@@ -151,9 +136,24 @@ class GRSDTailFitter(TransformerMixin, BaseEstimator):
     With one batch the interval is a profile likelihood's; shells are not independent, so it is
     optimistic, and ``status_`` says so.
 
-    X that is poor (an empty tail, fewer than ``min_shells`` shells) gives NaN and a status. A fit
-    takes some 50 ms for 12 batches, 6 taus and 10 shells, and memory for as many replicates as
-    there are batches.
+    A frame is a pandas DataFrame, or anything that Arrow reads, such as one of polars. The labels
+    of its rows (``tau, batch, name, lambda_max, resolution_floor``) are levels of its index or
+    columns, so that it may have passed through a file. A frame that names shells and has no tau,
+    no batch or no floor is refused. An array may lack all of them; the status says what was taken
+    instead.
+
+    A batch label means the same probe data under all names where these have the same labels; then
+    it is left out of all of them together. Else every name has batches of its own. The test of
+    equal slopes divides the scatter of ``b_by_name_`` by its jackknife covariance, an F test with
+    degrees of freedom of Greenhouse and Geisser, or of Satterthwaite where batches are not shared.
+
+    The default window ends at the first empty shell, unless more shells with energy lie beyond it
+    than up to it: a hole near the peak does not end the tail.
+
+    X that is poor (an empty tail, fewer than ``min_shells`` shells, a batch that is missing at
+    some tau) gives a status, and NaN where there is no slope. A fit takes some 50 ms for 12
+    batches, 6 taus and 10 shells, for several names as much again for each of them, and memory for
+    as many replicates as there are batches.
 
     References
     ----------
@@ -166,7 +166,8 @@ class GRSDTailFitter(TransformerMixin, BaseEstimator):
     >>> edges = 2.0 ** np.arange(9)
     >>> energies = edges[:-1] ** -0.5 - edges[1:] ** -0.5  # ε ∝ λ^−1.5
     >>> X = energies * np.random.default_rng(0).gamma(25.0, 1 / 25.0, size=(8, 8))
-    >>> fitter = GRSDTailFitter(edges=edges).fit(X)
+    >>> fitter = GRSDTailFitter(edges=edges, floor=0.0, window=(1.0, 256.0))
+    >>> fitter = fitter.fit(X, tau=np.zeros(8), batch=range(8))
     >>> bool(abs(fitter.b_ - 1.5) < 0.2), fitter.status_
     (True, 'no cutoff in window')
     """
@@ -198,7 +199,9 @@ class GRSDTailFitter(TransformerMixin, BaseEstimator):
         """Return whether there is a result."""
         return hasattr(self, "_result")
 
-    def fit(self, X: Any, y: None = None, *, tau: Any = None, batch: Any = None) -> GRSDTailFitter:
+    def fit(
+        self, X: Any, y: None = None, *, tau: Any = None, batch: Any = None, name: Any = None
+    ) -> GRSDTailFitter:
         """Fit the tail.
 
         Parameters
@@ -208,11 +211,12 @@ class GRSDTailFitter(TransformerMixin, BaseEstimator):
         y : None
             Ignored.
         tau : array-like of shape (n_rows,), optional
-            Effective time of each row; by default the frame's index level, or 0.
+            Effective time of each row; by default the frame's, or 0 for an array.
         batch : sequence of shape (n_rows,), optional
-            Batch of each row, the independent unit of the jackknife; by default the frame's index
-            level, or the position among the rows of equal tau. Rows of one (tau, batch) under
-            several ``name`` in the frame's index are averaged.
+            Batch of each row, the independent unit of the jackknife; by default the frame's, or
+            for an array the position among the rows of equal tau.
+        name : sequence of shape (n_rows,), optional
+            Run or model of each row; by default the frame's, if it has names.
 
         Returns
         -------
@@ -221,44 +225,54 @@ class GRSDTailFitter(TransformerMixin, BaseEstimator):
         Raises
         ------
         ValueError, TypeError
-            For negative or non-finite energies, foreign or unordered columns, edges that do not
-            fit, repeated (tau, batch) or (tau, batch, name), a missing batch, or parameters out of
-            range. The estimator is then as it was before.
+            For negative or non-finite energies, foreign or unordered columns, a frame that names
+            shells and lacks labels, edges that do not fit, repeated (tau, batch, name), a row
+            whose batch or name is missing, or parameters out of range. The estimator is then as it
+            was before.
         """
         before = vars(self).copy()
         try:
-            return self._fit(X, tau, batch)
+            return self._fit(X, tau, batch, name)
         except BaseException:
             # The names of an X that failed must not stand beside the result of another.
             self.__dict__.clear()
             self.__dict__.update(before)
             raise
 
-    def _fit(self, X: Any, tau: Any, batch: Any) -> GRSDTailFitter:
+    def _fit(self, X: Any, tau: Any, batch: Any, name: Any) -> GRSDTailFitter:
         window = check_window("window", self.window)
         check_option("cutoff", self.cutoff, CUTOFFS)
         confidence = check_real(
             "confidence", self.confidence, low=0.0, high=1.0, low_open=True, high_open=True
         )
         min_shells = check_integer("min_shells", self.min_shells, low=2)
-        refuse_other_input(X)
-        values = validate_data(self, X, dtype=np.float64, ensure_non_negative=True)
-        layout = read_layout(X, values.shape[1], self.edges, self.floor)
-        taus, codes = read_labels(X, len(values), tau, batch)
-        if self.cutoff == "shared" and (taus < 0).any():
+        table = open_table(X)
+        refuse_foreign_names(table, self.edges)
+        values = validate_data(self, table.energies, dtype=np.float64, ensure_non_negative=True)
+        layout = read_layout(table, values.shape[1], self.edges)
+        labels = read_labels(table, len(values), tau=tau, batch=batch, name=name, floor=self.floor)
+        if self.cutoff == "shared" and (labels.taus < 0).any():
             raise ValueError('tau must not be negative with cutoff="shared", where κ_j = K τ_j.')
-        data = collect(values, taus, codes, layout)
-        window = choose_window(window, data, layout)
-        problem = build_problem(data, layout, window, min_shells)
-        if problem is None:
-            n_shells = usable_points(data, layout, window).sum(axis=1)
-            phrases = [TOO_FEW_SHELLS if n_shells.any() else EMPTY_TAIL]
-            n_columns = layout.edges.size - 1
-            result = no_estimate(data.taus, n_shells, n_columns, phrases, empty_comparison())
+        assumed_labels = assumptions(
+            table, tau=tau, batch=batch, floor=self.floor, edges=self.edges, window=window
+        )
+
+        def estimate(rows: np.ndarray) -> _Fit:
+            part = labels.take(rows)
+            return _fit_curves(
+                values[rows], part, layout, window, self.cutoff, confidence, min_shells
+            )
+
+        whole = estimate(np.arange(len(values)))
+        result = whole.result
+        if labels.names is None or len(set(labels.names)) == 1:
+            named = [whole.named("" if labels.names is None else labels.names[0])]
         else:
-            result = estimate_tail(problem, data.taus, self.cutoff, confidence)
+            each = {one: np.flatnonzero(labels.names == one) for one in sorted(set(labels.names))}
+            named = [estimate(rows).named(one) for one, rows in each.items()]
         self._layout, self._result = layout, result
-        self.window_ = window
+        self._named, self._assumed = named, assumed_labels
+        self.window_ = whole.window
         self.b_, self.b_interval_ = result.slope, result.interval
         self.frame_ = result.frame
         self.comparison_, self.falsifier_ = result.comparison, result.falsifier
@@ -268,11 +282,20 @@ class GRSDTailFitter(TransformerMixin, BaseEstimator):
     def status_(self) -> str:
         """``"ok"``, or phrases joined by ``"; "``."""
         check_is_fitted(self)
-        return join_statuses(self._result.phrases)
+        compared = [compare_names(self._named)] if len(self._named) > 1 else []
+        return join_statuses([*self._result.phrases, *compared, assumed(self._assumed)])
 
-    def fit_transform(self, X: Any, y: None = None, *, tau: Any = None, batch: Any = None) -> Any:
+    @property
+    def b_by_name_(self) -> pd.DataFrame:
+        """Slope of each name fitted alone: ``name, b, lower, upper, status``."""
+        check_is_fitted(self)
+        return slopes_by_name(self._named)
+
+    def fit_transform(
+        self, X: Any, y: None = None, *, tau: Any = None, batch: Any = None, name: Any = None
+    ) -> Any:
         """Fit the tail, then each row of the same X; parameters as in `fit`."""
-        return self.fit(X, y, tau=tau, batch=batch).transform(X, tau=tau)
+        return self.fit(X, y, tau=tau, batch=batch, name=name).transform(X, tau=tau)
 
     def transform(self, X: Any, *, tau: Any = None) -> Any:
         """Fit amplitude and cutoff of each row at the fitted b.
@@ -288,17 +311,20 @@ class GRSDTailFitter(TransformerMixin, BaseEstimator):
         -------
         DataFrame or ndarray of shape (n_rows, 4)
             ``amplitude, cutoff, frontier, tail_energy``: the last is the measured energy in the
-            window. A frame for a frame, with its index. NaN where a row has too few shells.
+            window. A frame for a frame, with its index. NaN where a row has too few shells, of
+            which those below its own resolution floor are none.
         """
-        values, energies = self._read(X)
+        table, values, energies = self._read(X)
         layout, result = self._layout, self._result
         out = np.full((len(values), 4), np.nan)
         if not np.isnan(self.b_):
             cutoffs = None
             if result.has_cutoff and self.cutoff == "shared":
-                cutoffs = self._row_cutoffs(X, len(values), tau)
+                cutoffs = self._row_cutoffs(table, len(values), tau, None)
+            floors = read_floors(table, len(values), self.floor)
+            resolved = True if floors is None else layout.resolved_shells(floors)
             intercept, coefficient, log_reference = fit_rows(
-                energies,
+                np.where(resolved, energies, 0.0),
                 values.sum(axis=1),
                 layout,
                 result.shell_weights,
@@ -313,8 +339,9 @@ class GRSDTailFitter(TransformerMixin, BaseEstimator):
             with np.errstate(over="ignore"):
                 out[:, :3] = np.stack([amplitude, np.exp(log_cutoff), np.exp(log_frontier)], 1)
         out[:, 3] = window_energies(energies, layout, self.window_, self.b_, out[:, 1])
-        if isinstance(X, pd.DataFrame):
-            return pd.DataFrame(out, index=X.index, columns=list(OUTPUT_COLUMNS))
+        if isinstance(table.energies, pd.DataFrame):
+            index = table.energies.index
+            return pd.DataFrame(out, index=index, columns=list(OUTPUT_COLUMNS))
         return out
 
     def inverse_transform(self, X: Any) -> Any:
@@ -351,13 +378,14 @@ class GRSDTailFitter(TransformerMixin, BaseEstimator):
             return pd.DataFrame(energies, index=X.index, columns=names)
         return energies
 
-    def score_samples(self, X: Any, *, tau: Any = None) -> np.ndarray:
+    def score_samples(self, X: Any, *, tau: Any = None, name: Any = None) -> np.ndarray:
         """Mean log-likelihood per unit ln λ of each row's energy in the window.
 
-        Σ w_i E_fit[ln f | shell i ∩ window] / Σ w_i, with f the fitted density of the row's tau,
-        which integrates to 1 over ``window_``. A tau between fitted ones gets a κ interpolated
-        in tau; one before the first or after the last gets the κ of that end, without a warning, so
-        far outside the score says little. With ``cutoff="shared"`` κ = K τ everywhere.
+        Σ w_i E_fit[ln f | shell i ∩ window] / Σ w_i, with f the fitted density of the row's tau and
+        name, which integrates to 1 over ``window_``. A tau between fitted ones gets a κ
+        interpolated in tau; one before the first or after the last gets the κ of that end, without
+        a warning, so far outside the score says little. A name that was not fitted, or none, gets
+        the mean κ of all names. With ``cutoff="shared"`` κ = K τ everywhere.
 
         Parameters
         ----------
@@ -365,24 +393,34 @@ class GRSDTailFitter(TransformerMixin, BaseEstimator):
             Same columns as in ``fit``.
         tau : array-like of shape (n_rows,), optional
             Needed for an array where several taus were fitted.
+        name : sequence of shape (n_rows,), optional
+            By default the frame's names.
 
         Returns
         -------
         ndarray of shape (n_rows,)
             NaN for a row without energy in the window, and where b is NaN.
         """
-        values, energies = self._read(X)
+        table, values, energies = self._read(X)
         if np.isnan(self.b_):
             return np.full(len(values), np.nan)
-        cutoffs = self._row_cutoffs(X, len(values), tau)
+        cutoffs = self._row_cutoffs(table, len(values), tau, name)
         return score_rows(energies, self._layout, self.window_, self.b_, cutoffs)
 
-    def score(self, X: Any, y: None = None, sample_weight: Any = None, *, tau: Any = None) -> float:
+    def score(
+        self,
+        X: Any,
+        y: None = None,
+        sample_weight: Any = None,
+        *,
+        tau: Any = None,
+        name: Any = None,
+    ) -> float:
         """Return the mean of `score_samples` over rows that have energy in the window.
 
         Parameters
         ----------
-        X, tau
+        X, tau, name
             As in `score_samples`.
         y : None
             Ignored.
@@ -395,7 +433,7 @@ class GRSDTailFitter(TransformerMixin, BaseEstimator):
             Nearly the same for every shell ratio q on one explicit window: it compares models and
             windows of data, and cannot choose q.
         """
-        scores = self.score_samples(X, tau=tau)
+        scores = self.score_samples(X, tau=tau, name=name)
         weights = check_sample_weight(sample_weight, len(scores))
         known = np.isfinite(scores)
         total = weights[known].sum()
@@ -406,29 +444,85 @@ class GRSDTailFitter(TransformerMixin, BaseEstimator):
         check_is_fitted(self)
         return np.asarray(OUTPUT_COLUMNS, dtype=object)
 
-    def _read(self, X: Any) -> tuple[np.ndarray, np.ndarray]:
+    def _read(self, X: Any) -> tuple[ShellTable, np.ndarray, np.ndarray]:
         check_is_fitted(self)
-        refuse_other_input(X)
-        values = validate_data(self, X, dtype=np.float64, ensure_non_negative=True, reset=False)
-        return values, self._layout.shells_of(values)
+        table = open_table(X)
+        values = validate_data(
+            self, table.energies, dtype=np.float64, ensure_non_negative=True, reset=False
+        )
+        return table, values, self._layout.shells_of(values)
 
-    def _row_cutoffs(self, X: Any, n_rows: int, tau: Any) -> np.ndarray:
-        """κ at the tau of each row, from the fit."""
+    def _row_cutoffs(self, table: ShellTable, n_rows: int, tau: Any, name: Any) -> np.ndarray:
+        """κ at the tau and name of each row, from the fit."""
         result = self._result
         if not result.has_cutoff:
             return np.zeros(n_rows)
         fitted = result.frame.dropna(subset="cutoff")
-        if tau is None and not is_wide_frame(X) and len(fitted) > 1:
+        tau = table.label(TAU) if tau is None else tau
+        if tau is None and len(set(fitted[TAU])) > 1:
             raise ValueError(
-                "tau must be passed for an array, since the fit has a cutoff for each of several "
-                "taus; pass one tau per row, or a frame with an index level tau."
+                "tau must be passed for an X without it, since the fit has a cutoff for each of "
+                "several taus; pass one tau per row, or a frame with an index level or column tau."
             )
-        if tau is None and not is_wide_frame(X):
-            return np.full(n_rows, fitted["cutoff"].iloc[0])
-        taus, _ = read_labels(X, n_rows, tau, np.arange(n_rows))
-        if self.cutoff == "shared":
+        taus = np.full(n_rows, fitted[TAU].iloc[0]) if tau is None else check_taus(tau, n_rows)
+        if self.cutoff == "shared" and tau is not None:
             return result.shared_cutoff * np.maximum(taus, 0.0)
-        return np.interp(taus, fitted["tau"], fitted["cutoff"])
+        mean = fitted.groupby(TAU)["cutoff"].mean()
+        cutoffs = np.interp(taus, mean.index, mean)
+        names = read_names(table, n_rows, name) if NAME in fitted else None
+        for one in () if names is None else set(names) & set(fitted[NAME]):
+            own = fitted[fitted[NAME] == one]
+            rows = names == one
+            cutoffs[rows] = np.interp(taus[rows], own[TAU], own["cutoff"])
+        return cutoffs
+
+
+@dataclass(frozen=True)
+class _Fit:
+    """The fit of some rows, and where it was made."""
+
+    result: TailEstimate
+    window: tuple[float, float]
+    units: np.ndarray  # codes of the batches that replicates leave out
+
+    def named(self, name: str) -> NamedSlope:
+        """Return what is compared between names."""
+        result = self.result
+        return NamedSlope(name, result.slopes, self.units, result.interval, result.phrases)
+
+
+def _fit_curves(
+    values: np.ndarray,
+    labels: RowLabels,
+    layout: ShellLayout,
+    window: tuple[float, float] | None,
+    cutoff: str,
+    confidence: float,
+    min_shells: int,
+) -> _Fit:
+    """Fit one slope to rows, by default in a window of their own."""
+    data = collect(values, labels, layout)
+    window = choose_window(window, data, layout)
+    usable = usable_points(data, layout, window)
+    problem = build_problem(data, layout, window, min_shells)
+    if problem is None:
+        n_shells = usable.sum(axis=1)
+        phrases = [TOO_FEW_SHELLS if n_shells.any() else EMPTY_TAIL]
+        n_columns = layout.edges.size - 1
+        result = no_estimate(data.taus, n_shells, n_columns, phrases, empty_comparison())
+        units = np.arange(0)
+    else:
+        result = estimate_tail(problem, data.taus, cutoff, confidence)
+        units = np.asarray(problem.data.units)
+    phrases = [*result.phrases]
+    n_missing, n_pairs = data.count_missing()
+    if n_missing:
+        phrases.append(batches_missing(n_missing, n_pairs))
+    if holes := count_holes(usable):
+        phrases.append(shells_left_empty(holes))
+    if data.names is not None:
+        result.frame.insert(1, NAME, data.names)
+    return _Fit(replace(result, phrases=phrases), window, units)
 
 
 def _tail_parameters(X: Any) -> np.ndarray:
@@ -444,209 +538,3 @@ def _tail_parameters(X: Any) -> np.ndarray:
             f"X must have the columns {OUTPUT_COLUMNS} of transform, got shape {table.shape}."
         )
     return table
-
-
-@dataclass(frozen=True)
-class TailEstimate:
-    """Result of a fit."""
-
-    slope: float  # b, NaN where the phrases say why
-    interval: tuple[float, float]
-    has_cutoff: bool
-    shared_cutoff: float  # K of κ_j = K τ_j, NaN where κ_j is free
-    frame: pd.DataFrame  # one row per tau
-    shell_weights: np.ndarray  # mean weight of each shell over the taus, 0 outside the fit
-    phrases: Sequence[str]  # what is to be said of b
-    comparison: pd.DataFrame
-    falsifier: pd.Series
-
-
-def estimate_tail(
-    problem: TailProblem, taus: np.ndarray, cutoff: str, confidence: float
-) -> TailEstimate:
-    """Fit all models, test κ = 0, and report b with its interval.
-
-    ``taus`` are all of the input, also those with too few shells.
-    """
-    shared = cutoff == "shared"
-    ratios = problem.data.taus if shared else None
-    fits = {
-        model: profile_fit(
-            model,
-            problem.log_density,
-            problem.weights,
-            problem.grid,
-            None if model.kind == "lognormal" else ratios,
-        )
-        for model in COMPARED
-    }
-    found = _has_cutoff(problem, fits)
-    chosen = TEMPLATE if found and cutoff != "none" else POWER_LAW
-    fit = fits[chosen]
-    phrases = _phrases(problem, chosen, fit, cutoff)
-    comparison = compare(problem, fits, shared, confidence)
-    if not is_determined(chosen, fit):
-        return no_estimate(taus, problem.n_shells, len(problem.shells), phrases, comparison)
-    weights = np.zeros(len(problem.shells))
-    weights[problem.shells] = problem.weights[0].mean(axis=0)
-    amplitude, log_cutoff, log_frontier = natural_parameters(
-        fit.theta[:, None], fit.intercept, fit.coefficient, problem.grid.log_reference
-    )
-    rate = np.exp(log_cutoff[0])
-    used = problem.data.taus > 0
-    has_rate = shared and chosen is TEMPLATE and used.any()
-    return TailEstimate(
-        slope=float(fit.theta[0]),
-        interval=_interval(problem, chosen, fit, ratios, confidence),
-        has_cutoff=chosen is TEMPLATE,
-        shared_cutoff=float((rate[used] / problem.data.taus[used])[0]) if has_rate else np.nan,
-        frame=_tau_frame(problem, taus, amplitude[0], rate, log_frontier, cutoff, confidence),
-        shell_weights=weights,
-        phrases=phrases,
-        comparison=comparison,
-        falsifier=falsify(problem, ratios, confidence) if found else empty_falsifier(NO_CUTOFF),
-    )
-
-
-def no_estimate(
-    taus: np.ndarray,
-    n_shells: np.ndarray,
-    n_columns: int,
-    phrases: Sequence[str],
-    comparison: pd.DataFrame,
-) -> TailEstimate:
-    """Return NaN with a status, for input that is legal but too poor to fit."""
-    status = join_statuses(phrases)
-    blank = np.full((len(taus), 5), np.nan)
-    return TailEstimate(
-        slope=np.nan,
-        interval=(np.nan, np.nan),
-        has_cutoff=False,
-        shared_cutoff=np.nan,
-        frame=_frame(taus, blank, n_shells, [status] * len(taus)),
-        shell_weights=np.zeros(n_columns),
-        phrases=phrases,
-        comparison=comparison,
-        falsifier=empty_falsifier(status),
-    )
-
-
-def _has_cutoff(problem: TailProblem, fits: dict[TailModel, TailParameters]) -> bool:
-    without, with_cutoff = fits[POWER_LAW].sse[0], fits[TEMPLATE].sse[0]
-    if not (fits[TEMPLATE].coefficient[0] != 0).any():
-        return False
-    p_value = no_cutoff_p_value(
-        problem.data,
-        problem.means,
-        problem.weights[0],
-        problem.log_lambda,
-        max(without - with_cutoff, 0.0),
-        with_cutoff,
-    )
-    return p_value < CUTOFF_LEVEL
-
-
-def _phrases(
-    problem: TailProblem, chosen: TailModel, fit: TailParameters, cutoff: str
-) -> list[str]:
-    phrases = []
-    if not is_determined(chosen, fit):
-        phrases.append(FLAT_SLOPE)
-    if chosen is POWER_LAW and cutoff != "none":
-        phrases.append(NO_CUTOFF)
-    if _is_degenerate(chosen, float(fit.theta[0])):
-        phrases.append(DEGENERATE_SLOPE)
-    if problem.n_batches == 1:
-        phrases.append(ONE_BATCH_OPTIMISTIC)
-    if not problem.used.all():
-        phrases.append(taus_left_out(int((~problem.used).sum())))
-    return phrases
-
-
-def _interval(
-    problem: TailProblem,
-    chosen: TailModel,
-    fit: TailParameters,
-    ratios: np.ndarray | None,
-    confidence: float,
-) -> tuple[float, float]:
-    best = float(fit.theta[0])
-    if _is_degenerate(chosen, best):
-        # Cutoff and slope imitate each other: replicates agree on a b that nothing determines.
-        return np.nan, np.nan
-    if problem.n_batches > 1:
-        gap = np.abs(fit.theta - 1.0)
-        if chosen is TEMPLATE and gap.min() >= SMALLEST_POWER:
-            # A cutoff says the less about b the nearer b is to 1: ln|b − 1| has even spread.
-            half = float(jackknife_t(np.log(gap), confidence)[0])
-            ends = 1.0 + np.sign(best - 1.0) * gap[0] * np.exp([-half, half])
-            return float(ends.min()), float(ends.max())
-        half = float(jackknife_t(fit.theta, confidence)[0])
-        return best - half, best + half
-    extra = 0 if chosen is POWER_LAW else (1 if ratios is not None else problem.n_taus)
-    return likelihood_interval(
-        chosen,
-        fit,
-        problem.log_density,
-        problem.weights,
-        problem.grid,
-        ratios,
-        problem.n_taus + 1 + extra,
-        confidence,
-    )
-
-
-def _is_degenerate(chosen: TailModel, slope: float) -> bool:
-    return chosen is TEMPLATE and abs(slope - 1.0) < SMALLEST_POWER
-
-
-def natural_parameters(
-    slope: np.ndarray, intercept: np.ndarray, coefficient: np.ndarray, log_reference: float
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return A, ln κ and ln λ* of A λ^−b exp(−κ λ^(b−1)); without a cutoff ln κ is −∞, ln λ* NaN.
-
-    A overflows to infinity near b = 1, where cutoff and amplitude together imitate a power law.
-    """
-    power = np.where(slope == 1.0, 1.0, slope - 1.0)
-    scaled = coefficient / power  # κ λ_ref^(b−1), not negative
-    with np.errstate(divide="ignore", over="ignore"):
-        log_cutoff = np.log(scaled) - power * log_reference
-        amplitude = np.exp(intercept + slope * log_reference + scaled)
-        log_frontier = np.where(scaled > 0, -log_cutoff / power, np.nan)
-    return amplitude, log_cutoff, log_frontier
-
-
-def _tau_frame(
-    problem: TailProblem,
-    taus: np.ndarray,
-    amplitude: np.ndarray,
-    cutoff: np.ndarray,
-    log_frontier: np.ndarray,
-    kind: str,
-    confidence: float,
-) -> pd.DataFrame:
-    """One row per tau; the frontier's interval is a jackknife-t of ln λ*."""
-    values = np.full((len(taus), 5), np.nan)
-    statuses = [TOO_FEW_SHELLS] * len(taus)
-    for position, row in enumerate(np.flatnonzero(problem.used)):
-        logs = log_frontier[:, position]
-        has_interval = problem.n_batches > 1 and bool(np.isfinite(logs).all())
-        with np.errstate(over="ignore"):
-            values[row, :3] = amplitude[position], cutoff[position], np.exp(logs[0])
-            if has_interval:
-                half = float(jackknife_t(logs, confidence)[0])
-                values[row, 3:] = np.exp(logs[0] + np.array([-half, half]))
-        if cutoff[position] == 0 and kind != "none":
-            statuses[row] = NO_CUTOFF
-        elif cutoff[position] > 0 and not has_interval:
-            statuses[row] = NO_FRONTIER_INTERVAL
-        else:
-            statuses[row] = OK
-    return _frame(taus, values, problem.n_shells, statuses)
-
-
-def _frame(
-    taus: np.ndarray, values: np.ndarray, n_shells: np.ndarray, statuses: list[str]
-) -> pd.DataFrame:
-    columns = [taus, *values.T, n_shells, statuses]
-    return pd.DataFrame(dict(zip(FRAME_COLUMNS, columns, strict=True)))

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from spectralshell.estimators.tail.data import ROUNDING, TINY, ShellLayout
+from spectralshell.estimators.tail.data import ROUNDING, TINY
 from spectralshell.estimators.tail.models import POWER_LAW, TEMPLATE
+from spectralshell.estimators.tail.reading import ShellLayout
 from spectralshell.estimators.tail.solve import shell_grid, solve
 
 N_ROW_STEPS = 8

@@ -52,6 +52,7 @@ def test_wrong_frame_is_named(change, message):
     ("options", "error", "name"),
     [
         ({"edges": [1, 2, 3]}, ValueError, "edges"),
+        ({"edges": ["a"] * 9}, ValueError, "edges must be numbers"),
         ({"edges": [1, 2, 4, 3, 5, 6, 7, 8, 9]}, ValueError, "edges"),
         ({"window": (2, 1)}, ValueError, "window"),
         ({"window": 3}, TypeError, "window"),
@@ -71,14 +72,18 @@ def test_wrong_parameter_is_named(options, error, name):
     [
         ({"tau": [1.0, np.nan, 2.0]}, "tau"),
         ({"tau": [1.0]}, "tau"),
+        ({"tau": ["early", "late", "end"]}, "tau must hold numbers"),
+        ({"name": ["a", None, "b"]}, "name is missing .* row 1"),
         ({"batch": [1]}, "batch"),
+        ({"batch": 1}, "batch must be a sequence"),
+        ({"batch": "abc"}, "batch must be a sequence"),
         ({"batch": [1, 1, 2]}, "two rows"),
         ({"batch": [0, np.nan, 1]}, "batch is missing .* row 1"),
         ({"batch": ["a", "b", None]}, "batch is missing .* row 2"),
     ],
 )
 def test_wrong_label_is_named(labels, name):
-    with pytest.raises(ValueError, match=name):
+    with pytest.raises((ValueError, TypeError), match=name):
         GRSDTailFitter().fit(np.ones((3, 8)), **labels)
 
 

@@ -9,11 +9,10 @@ from spectralshell.estimators.tail.data import (
     build_problem,
     collect,
     moderated_weights,
-    read_labels,
-    read_layout,
 )
 from spectralshell.estimators.tail.evidence import compare, no_cutoff_p_value
 from spectralshell.estimators.tail.models import COMPARED
+from spectralshell.estimators.tail.reading import open_table, read_labels, read_layout
 from spectralshell.estimators.tail.solve import profile_fit
 from tests.estimators.tail.energies import MIDS, WINDOW, batched_energies, frame
 
@@ -52,8 +51,9 @@ def test_identical_batches_are_tested_without_dividing_by_zero():
 
 def test_model_without_likelihood_has_no_rank():
     X = frame("pure", 1.5)
-    layout = read_layout(X, X.shape[1], None, None)
-    data = collect(X.to_numpy(), *read_labels(X, len(X)), layout)
+    table = open_table(X)
+    layout = read_layout(table, X.shape[1], None)
+    data = collect(X.to_numpy(), read_labels(table, len(X)), layout)
     problem = build_problem(data, layout, WINDOW, 4)
     fits = {
         model: profile_fit(model, problem.log_density, problem.weights, problem.grid)
