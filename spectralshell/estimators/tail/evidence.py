@@ -67,7 +67,7 @@ QUADRATURE = 1e-6
 # Models whose AIC differ by less are never told apart (Burnham and Anderson 2002, section 2.6).
 AIC_TIE = 2.0
 
-# A model that trails by more has essentially no support (ibid.).
+# A model that trails by more has essentially no support (ibid.), and that is said even of a tie.
 AIC_FAR = 10.0
 
 # Batches whose spectra differ by less in shape move b by less than the fit resolves.
@@ -168,9 +168,9 @@ def evidence_phrases(
     phrases = []
     table = comparison.set_index("model")
     distance = table["delta_aic"][chosen.name]
-    if distance > AIC_FAR:
-        best = str(table["aic"].idxmin())
-        phrases.append(better_model(best, distance, tied=table["rank"][chosen.name] == 1))
+    tied = bool(table["rank"][chosen.name] == 1)
+    if distance > AIC_FAR or (distance > 0 and not tied):
+        phrases.append(better_model(str(table["aic"].idxmin()), distance, tied=tied))
     if chosen.kind == "template" and falsifier["contains_template"] is False:
         frozen = falsifier["contains_frozen"]
         phrases.append(POWER_EXCLUDES_TEMPLATE if frozen else POWER_EXCLUDES_BOTH)

@@ -126,7 +126,7 @@ class GRSDTailFitter(TransformerMixin, BaseEstimator):
         Tail slope; NaN where ``status_`` says why.
     b_interval_ : tuple of float
         Jackknife-t over batches, which are left out at all taus together; NaN where b is NaN or
-        degenerate.
+        degenerate, and where batches do not differ.
     frame_ : DataFrame
         One row per tau: ``tau, amplitude, cutoff, frontier, frontier_lower, frontier_upper,
         n_shells, status``. Without a cutoff the frontier is NaN.
@@ -153,11 +153,18 @@ class GRSDTailFitter(TransformerMixin, BaseEstimator):
     Where it falls and |b − 1| < 0.05 the status says ``degenerate`` and there is no interval, since
     nothing determines b. b ≤ 1 is reported as it is.
 
+    b is the global minimum of the weighted squares of ln ε over −3 ≤ b ≤ 8, outside 1 ± 1e-6 where
+    the cutoff would be constant, to 1e-9; so is that of every batch left out. ``status_`` says
+    where a fit has not converged and where minima compete: another one 0.05 or more away has an
+    AIC within 2, or a batch left out moves the fit to another. It also says what the falsifier
+    excludes, and which model of the comparison fits better: where the two do not tie, or their AIC
+    are 10 apart.
+
     With one batch the interval is a profile likelihood's; shells are not independent, so it is
     optimistic, and ``status_`` says so.
 
     X that is poor (an empty tail, fewer than ``min_shells`` shells) gives NaN and a status. A fit
-    takes some 50 ms for 12 batches, 6 taus and 10 shells, and memory for as many replicates as
+    takes some 100 ms for 12 batches, 6 taus and 10 shells, and memory for as many replicates as
     there are batches.
 
     References
