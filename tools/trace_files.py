@@ -23,7 +23,7 @@ from spectralshell.operators import build_exact_kernel
 PACKAGE = Path(spectralshell.__file__).parent
 MOST_FILES = {
     "ShellEnergyEstimator.fit": 35,
-    "GRSDTailFitter.fit": 7,
+    "GRSDTailFitter.fit": 9,
     "ToeplitzDiagnostic.fit": 47,
     "build_exact_kernel": 20,
 }

@@ -16,6 +16,12 @@ from spectralshell.estimators.intervals import profile_interval, profile_thresho
 from spectralshell.estimators.tail.models import TailModel
 from spectralshell.estimators.tail.solve import LAST_STEP, ShellGrid, TailParameters, solve
 
+# A model whose cutoff is constant at a θ is fitted on both sides of it, up to this distance.
+BRANCH_GAP = 1e-6
+
+# Where the steps of the grid begin to grow with the distance from a pole.
+POLE_SCALE = 0.3
+
 # Local minima of one profile that are refined, by what a cubic through their neighbours promises.
 N_MINIMA = 3
 
@@ -135,6 +141,27 @@ def is_determined(model: TailModel, fit: TailParameters) -> bool:
     return bool(low + END_GAP < fit.theta[0] < high - END_GAP)
 
 
+def _grid(model: TailModel) -> tuple[np.ndarray, np.ndarray]:
+    """Return the θ at which the profile is taken first, and the branch of each.
+
+    The ends of the range, and those of both branches beside a pole, are among them.
+    """
+    low, high = model.bounds
+    if model.pole is None:
+        return np.linspace(low, high, model.n_grid), np.zeros(model.n_grid, dtype=int)
+    half = model.n_grid // 2
+    below, above = _outwards(model.pole - low, half), _outwards(high - model.pole, half)
+    return np.append(model.pole - below[::-1], model.pole + above), np.repeat([0, 1], half)
+
+
+def _outwards(reach: float, n: int) -> np.ndarray:
+    """Distances from a pole, from the gap to the end, in steps that grow with them."""
+    share = np.linspace(0.0, 1.0, n)
+    distances = POLE_SCALE * np.expm1(share * np.log1p(reach / POLE_SCALE))
+    distances[0], distances[-1] = BRANCH_GAP, reach
+    return distances
+
+
 @dataclass(frozen=True)
 class _Profiles:
     """Points of all profiles, sorted by replicate, branch and θ."""
@@ -191,7 +218,7 @@ def _profiles(
     ratios: np.ndarray | None,
 ) -> _Profiles:
     """Take all profiles on the model's grid; replicates start where the full sample ends."""
-    theta, branch = model.grid()
+    theta, branch = _grid(model)
     n, n_theta, n_taus = len(log_density), len(theta), log_density.shape[1]
     full = profile_at(model, theta, log_density[:1], weights[:1], grid, ratios, GRID_STEP)
     size = max(1, BLOCK // (n_taus * grid.x.size))
