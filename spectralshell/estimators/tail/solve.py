@@ -396,11 +396,9 @@ def _slope_move(
     bends: tuple[np.ndarray, np.ndarray, np.ndarray],
     free: np.ndarray,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Step of the slope with the free coefficients eliminated; what is then left for them.
-
-    Second derivatives are those of the slope, of both, and of the coefficients: without curvature,
-    and their curvature, which is left out where the whole would not be positive.
-    """
+    """Step of the slope with the free coefficients eliminated; what is then left for them."""
+    # Second derivatives are those of the slope, of both, and of the coefficients: without their
+    # curvature, and the curvature, which is left out where the whole would not be positive.
 
     def eliminated(
         slope: np.ndarray, both: np.ndarray, own: np.ndarray
