@@ -234,6 +234,38 @@ FLAT_POWER = "flat profile: the power of the cutoff is not determined"
 DEGENERATE_POWER = "degenerate: the free cutoff is itself a power law"
 
 
+EQUAL_BATCHES = "batches do not differ: no interval"
+POWER_EXCLUDES_TEMPLATE = "the cutoff's free power excludes b − 1"
+POWER_EXCLUDES_BOTH = "the cutoff's free power excludes b − 1 and a frozen kernel's 1"
+
+
+def better_model(name: str, distance: float, *, tied: bool) -> str:
+    """Say which model the data prefer, by how much, and whether batches agree on that."""
+    spread = ", within the spread over batches" if tied else ""
+    return f"{name} fits better: AIC lower by {distance:.0f}{spread}"
+
+
+def fits_not_converged(names: Iterable[str]) -> str:
+    """Say which fits are not known to be at their minimum, ``"ok"`` if none."""
+    listed = " and ".join(names)
+    return f"fit not converged: {listed}" if listed else OK
+
+
+def rival_minimum(symbol: str, value: float) -> str:
+    """Say where the profile has another minimum that is as good."""
+    return f"another minimum at {symbol} = {value:.3g} fits as well"
+
+
+def competing_minima(n_replicates: int, n_all: int) -> str:
+    """Say how many batches, left out, decide between minima that are far apart."""
+    return f"minima compete in {n_replicates} of {n_all} jackknife replicates"
+
+
+def repeated_batches(n_repeated: int, n_batches: int) -> str:
+    """Say how many batches are copies of another one and no independent unit."""
+    return f"{n_repeated} of {n_batches} batches repeat another"
+
+
 def taus_left_out(n_taus: int) -> str:
     """Return that so many tau have too few shells."""
     return f"{n_taus} tau with {TOO_FEW_SHELLS} left out"

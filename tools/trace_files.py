@@ -23,7 +23,7 @@ from spectralshell.operators import build_exact_kernel
 PACKAGE = Path(spectralshell.__file__).parent
 MOST_FILES = {
     "ShellEnergyEstimator.fit": 35,
-    "GRSDTailFitter.fit": 10,
+    "GRSDTailFitter.fit": 13,
     "ToeplitzDiagnostic.fit": 47,
     "build_exact_kernel": 20,
 }

@@ -11,10 +11,15 @@ import pandas as pd
 from spectralshell.estimators.intervals import jackknife_t
 from spectralshell.estimators.tail.data import TailProblem
 from spectralshell.estimators.tail.evidence import (
+    batch_phrases,
+    batches_differ,
     compare,
     empty_falsifier,
+    evidence_phrases,
     falsify,
+    minima_phrases,
     no_cutoff_p_value,
+    not_converged_phrase,
 )
 from spectralshell.estimators.tail.models import (
     COMPARED,
@@ -23,8 +28,8 @@ from spectralshell.estimators.tail.models import (
     TEMPLATE,
     TailModel,
 )
-from spectralshell.estimators.tail.solve import (
-    TailParameters,
+from spectralshell.estimators.tail.profile import (
+    TailFit,
     is_determined,
     likelihood_interval,
     profile_fit,
@@ -94,8 +99,15 @@ def estimate_tail(
     found = _has_cutoff(problem, fits)
     chosen = TEMPLATE if found and cutoff != "none" else POWER_LAW
     fit = fits[chosen]
-    phrases = _phrases(problem, chosen, fit, cutoff)
     comparison = compare(problem, fits, shared, confidence)
+    falsifier = empty_falsifier(NO_CUTOFF)
+    if found and is_determined(chosen, fit):
+        falsifier = falsify(problem, ratios, confidence)
+    phrases = [
+        *_phrases(problem, chosen, fit, cutoff),
+        not_converged_phrase(fits),
+        *evidence_phrases(chosen, comparison, falsifier),
+    ]
     if not is_determined(chosen, fit):
         return no_estimate(taus, problem.n_shells, len(problem.shells), phrases, comparison)
     weights = np.zeros(len(problem.shells))
@@ -116,7 +128,7 @@ def estimate_tail(
         shell_weights=weights,
         phrases=phrases,
         comparison=comparison,
-        falsifier=falsify(problem, ratios, confidence) if found else empty_falsifier(NO_CUTOFF),
+        falsifier=falsifier,
     )
 
 
@@ -144,7 +156,7 @@ def no_estimate(
     )
 
 
-def _has_cutoff(problem: TailProblem, fits: dict[TailModel, TailParameters]) -> bool:
+def _has_cutoff(problem: TailProblem, fits: dict[TailModel, TailFit]) -> bool:
     without, with_cutoff = fits[POWER_LAW].sse[0], fits[TEMPLATE].sse[0]
     if not (fits[TEMPLATE].coefficient[0] != 0).any():
         return False
@@ -159,9 +171,7 @@ def _has_cutoff(problem: TailProblem, fits: dict[TailModel, TailParameters]) -> 
     return p_value < CUTOFF_LEVEL
 
 
-def _phrases(
-    problem: TailProblem, chosen: TailModel, fit: TailParameters, cutoff: str
-) -> list[str]:
+def _phrases(problem: TailProblem, chosen: TailModel, fit: TailFit, cutoff: str) -> list[str]:
     phrases = []
     if not is_determined(chosen, fit):
         phrases.append(FLAT_SLOPE)
@@ -169,8 +179,11 @@ def _phrases(
         phrases.append(NO_CUTOFF)
     if _is_degenerate(chosen, float(fit.theta[0])):
         phrases.append(DEGENERATE_SLOPE)
+    if chosen is TEMPLATE:
+        phrases += minima_phrases(problem, chosen, fit, "b")
     if problem.n_batches == 1:
         phrases.append(ONE_BATCH_OPTIMISTIC)
+    phrases += batch_phrases(problem)
     if not problem.used.all():
         phrases.append(taus_left_out(int((~problem.used).sum())))
     return phrases
@@ -179,7 +192,7 @@ def _phrases(
 def _interval(
     problem: TailProblem,
     chosen: TailModel,
-    fit: TailParameters,
+    fit: TailFit,
     ratios: np.ndarray | None,
     confidence: float,
 ) -> tuple[float, float]:
@@ -188,8 +201,11 @@ def _interval(
         # Cutoff and slope imitate each other: replicates agree on a b that nothing determines.
         return np.nan, np.nan
     if problem.n_batches > 1:
+        if not batches_differ(problem):
+            return np.nan, np.nan
         gap = np.abs(fit.theta - 1.0)
-        if chosen is TEMPLATE and gap.min() >= SMALLEST_POWER:
+        one_branch = np.ptp(np.sign(fit.theta - 1.0)) == 0
+        if chosen is TEMPLATE and one_branch and gap.min() >= SMALLEST_POWER:
             # A cutoff says the less about b the nearer b is to 1: ln|b − 1| has even spread.
             half = float(jackknife_t(np.log(gap), confidence)[0])
             ends = 1.0 + np.sign(best - 1.0) * gap[0] * np.exp([-half, half])
@@ -241,9 +257,10 @@ def _tau_frame(
     """One row per tau; the frontier's interval is a jackknife-t of ln λ*."""
     values = np.full((len(taus), 5), np.nan)
     statuses = [TOO_FEW_SHELLS] * len(taus)
+    resampled = problem.n_batches > 1 and batches_differ(problem)
     for position, row in enumerate(np.flatnonzero(problem.used)):
         logs = log_frontier[:, position]
-        has_interval = problem.n_batches > 1 and bool(np.isfinite(logs).all())
+        has_interval = resampled and bool(np.isfinite(logs).all())
         with np.errstate(over="ignore"):
             values[row, :3] = amplitude[position], cutoff[position], np.exp(logs[0])
             if has_interval:

@@ -16,13 +16,25 @@ from spectralshell.estimators.tail.data import (
     relative_deviations,
 )
 from spectralshell.estimators.tail.models import COMPARED, FREE_POWER, SMALLEST_POWER, TailModel
-from spectralshell.estimators.tail.solve import (
-    TailParameters,
+from spectralshell.estimators.tail.profile import (
+    TailFit,
     is_determined,
     likelihood_interval,
     profile_fit,
 )
-from spectralshell.statuses import DEGENERATE_POWER, FLAT_POWER, OK
+from spectralshell.statuses import (
+    DEGENERATE_POWER,
+    EQUAL_BATCHES,
+    FLAT_POWER,
+    POWER_EXCLUDES_BOTH,
+    POWER_EXCLUDES_TEMPLATE,
+    better_model,
+    competing_minima,
+    fits_not_converged,
+    join_statuses,
+    repeated_batches,
+    rival_minimum,
+)
 
 COMPARISON_COLUMNS = (
     "model",
@@ -54,6 +66,12 @@ QUADRATURE = 1e-6
 
 # Models whose AIC differ by less are never told apart (Burnham and Anderson 2002, section 2.6).
 AIC_TIE = 2.0
+
+# A model that trails by more has essentially no support (ibid.), and that is said even of a tie.
+AIC_FAR = 10.0
+
+# Batches whose spectra differ by less in shape move b by less than the fit resolves.
+SMALLEST_DEVIATION = 1e-9
 
 # Residuals this small are rounding; ln of their square would rank rounding.
 SMALLEST_SQUARE = 1e-20
@@ -110,9 +128,63 @@ def _cutoff_contrasts(root_weights: np.ndarray, log_lambda: np.ndarray) -> np.nd
     return left[:, values > 1e-9 * values.max(initial=1e-300)]
 
 
+def batches_differ(problem: TailProblem) -> bool:
+    """Return whether any batch has a spectrum of another shape than the mean."""
+    deviations = relative_deviations(problem.data, problem.means)
+    usable = np.broadcast_to(problem.weights[0][:, None] > 0, deviations.shape)
+    most = np.where(usable, deviations, -np.inf).max(axis=-1)
+    least = np.where(usable, deviations, np.inf).min(axis=-1)
+    return bool((most - least > SMALLEST_DEVIATION).any())
+
+
+def batch_phrases(problem: TailProblem) -> list[str]:
+    """Say where batches are not the independent units that the jackknife takes them for."""
+    n = problem.n_batches
+    if n > 1 and not batches_differ(problem):
+        return [EQUAL_BATCHES]
+    rows = problem.data.energies.transpose(1, 0, 2).reshape(n, -1)
+    n_repeated = n - len(np.unique(rows, axis=0))
+    return [repeated_batches(n_repeated, n)] if n_repeated else []
+
+
+def minima_phrases(problem: TailProblem, model: TailModel, fit: TailFit, symbol: str) -> list[str]:
+    """Say where another minimum of the profile is as good, for the sample or a batch left out."""
+    n = problem.n_points
+    squares = np.maximum(fit.sse / n, SMALLEST_SQUARE)
+    tied = n * np.log(np.maximum(fit.rival_sse / n, SMALLEST_SQUARE) / squares) < AIC_TIE
+    tied &= np.abs(fit.rival - fit.theta) >= SMALLEST_POWER
+    elsewhere = np.abs(fit.theta - fit.rival[0]) < np.abs(fit.theta - fit.theta[0])
+    if model.pole is not None:
+        elsewhere |= (fit.theta < model.pole) != (fit.theta[0] < model.pole)
+    phrases = [rival_minimum(symbol, float(fit.rival[0]))] if tied[0] else []
+    n_unsteady = int((tied | elsewhere)[1:].sum())
+    return phrases + ([competing_minima(n_unsteady, len(tied) - 1)] if n_unsteady else [])
+
+
+def evidence_phrases(
+    chosen: TailModel, comparison: pd.DataFrame, falsifier: pd.Series
+) -> list[str]:
+    """Say the worst that comparison and falsifier know of the chosen model."""
+    phrases = []
+    table = comparison.set_index("model")
+    distance = table["delta_aic"][chosen.name]
+    tied = bool(table["rank"][chosen.name] == 1)
+    if distance > AIC_FAR or (distance > 0 and not tied):
+        phrases.append(better_model(str(table["aic"].idxmin()), distance, tied=tied))
+    if chosen.kind == "template" and falsifier["contains_template"] is False:
+        frozen = falsifier["contains_frozen"]
+        phrases.append(POWER_EXCLUDES_TEMPLATE if frozen else POWER_EXCLUDES_BOTH)
+    return phrases
+
+
+def not_converged_phrase(fits: dict[TailModel, TailFit]) -> str:
+    """Name the models whose fit, of the sample or a batch left out, is not at its minimum."""
+    return fits_not_converged(m.name for m, fit in fits.items() if not fit.converged.all())
+
+
 def compare(
     problem: TailProblem,
-    fits: dict[TailModel, TailParameters],
+    fits: dict[TailModel, TailFit],
     shared: bool,
     confidence: float,
 ) -> pd.DataFrame:
@@ -151,7 +223,7 @@ def _tie_margins(problem: TailProblem, squares: list[np.ndarray], confidence: fl
     return np.maximum(half, AIC_TIE)
 
 
-def _held_out(problem: TailProblem, fit: TailParameters) -> float:
+def _held_out(problem: TailProblem, fit: TailFit) -> float:
     """Mean Gaussian log-likelihood of ln ε of each batch under the fit to the others."""
     if problem.n_batches == 1:
         return np.nan
@@ -184,10 +256,19 @@ def falsify(problem: TailProblem, ratios: np.ndarray | None, confidence: float) 
     """
     fit = profile_fit(FREE_POWER, problem.log_density, problem.weights, problem.grid, ratios)
     power, slope = float(fit.theta[0]), float(fit.slope[0])
+    status = join_statuses(
+        [
+            not_converged_phrase({FREE_POWER: fit}),
+            *minima_phrases(problem, FREE_POWER, fit, "p"),
+        ]
+    )
     if not is_determined(FREE_POWER, fit) or not (fit.coefficient[0] != 0).any():
         return empty_falsifier(FLAT_POWER)
     if abs(power) < SMALLEST_POWER:
         return empty_falsifier(DEGENERATE_POWER)
+    if problem.n_batches > 1 and not batches_differ(problem):
+        none = (np.nan, np.nan, slope, slope - 1.0, FROZEN_POWER, None, None)
+        return _falsifier(power, *none, join_statuses([EQUAL_BATCHES, status]))
     if problem.n_batches > 1:
         half = float(jackknife_t(fit.theta, confidence)[0])
         lower, upper = power - half, power + half
@@ -212,11 +293,11 @@ def falsify(problem: TailProblem, ratios: np.ndarray | None, confidence: float) 
         FROZEN_POWER,
         _contains_template(fit, lower, upper, confidence),
         bool(lower <= FROZEN_POWER <= upper),
-        OK,
+        status,
     )
 
 
-def _contains_template(fit: TailParameters, lower: float, upper: float, confidence: float) -> bool:
+def _contains_template(fit: TailFit, lower: float, upper: float, confidence: float) -> bool:
     """Return whether p = b − 1 is tenable: the slope is uncertain too, and correlated with p."""
     gap = fit.theta - (fit.slope - 1.0)
     if len(gap) > 1:

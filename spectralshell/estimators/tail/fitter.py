@@ -105,7 +105,7 @@ class GRSDTailFitter(TransformerMixin, BaseEstimator):
         own where none is given. One row, of name ``""``, where rows have no name.
     b_interval_ : tuple of float
         Jackknife-t over batches, which are left out at all taus together; NaN where b is NaN or
-        degenerate.
+        degenerate, and where batches do not differ.
     frame_ : DataFrame
         One row per tau: ``tau, [name], amplitude, cutoff, frontier, frontier_lower,
         frontier_upper, n_shells, status``, at the slope ``b_``. Without a cutoff the frontier is
@@ -133,6 +133,13 @@ class GRSDTailFitter(TransformerMixin, BaseEstimator):
     Where it falls and |b − 1| < 0.05 the status says ``degenerate`` and there is no interval, since
     nothing determines b. b ≤ 1 is reported as it is.
 
+    b is the global minimum of the weighted squares of ln ε over −3 ≤ b ≤ 8, outside 1 ± 1e-6 where
+    the cutoff would be constant, to 1e-9; so is that of every batch left out. ``status_`` says
+    where a fit has not converged and where minima compete: another one 0.05 or more away has an
+    AIC within 2, or a batch left out moves the fit to another. It also says what the falsifier
+    excludes, and which model of the comparison fits better: where the two do not tie, or their AIC
+    are 10 apart.
+
     With one batch the interval is a profile likelihood's; shells are not independent, so it is
     optimistic, and ``status_`` says so.
 
@@ -151,7 +158,7 @@ class GRSDTailFitter(TransformerMixin, BaseEstimator):
     than up to it: a hole near the peak does not end the tail.
 
     X that is poor (an empty tail, fewer than ``min_shells`` shells, a batch that is missing at
-    some tau) gives a status, and NaN where there is no slope. A fit takes some 50 ms for 12
+    some tau) gives a status, and NaN where there is no slope. A fit takes some 100 ms for 12
     batches, 6 taus and 10 shells, for several names as much again for each of them, and memory for
     as many replicates as there are batches.
 

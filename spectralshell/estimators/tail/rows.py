@@ -7,9 +7,7 @@ import numpy as np
 from spectralshell.estimators.tail.data import ROUNDING, TINY
 from spectralshell.estimators.tail.models import POWER_LAW, TEMPLATE
 from spectralshell.estimators.tail.reading import ShellLayout
-from spectralshell.estimators.tail.solve import shell_grid, solve
-
-N_ROW_STEPS = 8
+from spectralshell.estimators.tail.solve import MAX_STEPS, shell_grid, solve
 
 
 def fit_rows(
@@ -47,8 +45,7 @@ def fit_rows(
         (usable * shell_weights[kept])[:, None],
         grid,
         ratios=None,
-        move_theta=False,
-        n_steps=N_ROW_STEPS if has_cutoff and cutoffs is None else 0,
+        max_steps=MAX_STEPS if has_cutoff and cutoffs is None else 0,
     )
     enough = usable.sum(axis=1) >= min_shells
     intercept = np.where(enough, fit.intercept[:, 0], np.nan)

@@ -1,53 +1,44 @@
-"""Tail models solved: Gauss-Newton steps vectorised over replicates, profiled over b.
-
-The mean of a density over a shell is linearised at the shell's own fitted means of the regressors.
-At these effective abscissae amplitudes and cutoffs are a non-negative least-squares problem that
-decouples over tau and has a closed form; the shared exponents move along what those leave over.
+"""Tail models at a fixed shared exponent: amplitudes and cutoffs to convergence, vectorised.
 
 A model of the density is ln ε(λ) = a_j + base(θ; x) − c_j h(θ; x) with x = ln(λ / λ_ref), one
-shared non-linear parameter θ and, per tau, an amplitude a_j and a coefficient c_j. The full sample
-is profiled over a grid of θ, which finds the right basin; Gauss-Newton then refines it, and the
-jackknife replicates start from there.
+shared exponent θ and, per tau, an amplitude a_j and a coefficient c_j of one sign; the model with a
+free power has a slope beside. Its mean over a shell is a quadrature in ln λ.
+
+At fixed θ the amplitudes have a closed form. The weighted squares are then a function of one
+coefficient for each tau (or of one for all, and of the slope), which Newton's method minimises
+under the bound c_j = 0, with second derivatives of its own and steps that never go up.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from spectralshell.estimators.intervals import profile_interval, profile_threshold
 from spectralshell.estimators.tail.models import TailModel
 
-# Quadrature nodes per unit of ln λ: shells of ratio 2 get 6 nodes, of ratio 4 get 12.
-NODES_PER_LOG = 8.5
+# Quadrature nodes per unit of ln λ: shells of ratio 2 get 7 nodes, of ratio 4 get 14.
+NODES_PER_LOG = 10.0
 MIN_NODES = 4
 
-# Basins of the profile that are refined; the template has one on each side of b = 1.
-N_BASINS = 3
+# Newton's method takes 3 to 8 steps; one that has taken so many is said not to converge.
+MAX_STEPS = 60
 
-N_GRID_STEPS = 5
-N_REFINE_STEPS = 12
-N_REPLICATE_STEPS = 6
+# A step that moves ln of the fitted means by less is the last: what is left is its square.
+LAST_STEP = 1e-6
 
-# Relative change of the sum of squares below which a step ends the search.
-CONVERGED = 1e-10
+# A step that went up is tried again at this length.
+SHORTER = 0.25
 
-# Largest move of a shared exponent in one step.
-MAX_MOVE = 0.5
+# Second derivatives below this part of those without curvature are not trusted.
+LEAST_CURVATURE = 0.1
 
-# The two branches of the template, b < 1 and b > 1, have cutoffs at opposite ends.
-BRANCH_GAP = 1e-6
-
-# A θ this near an end of its range was stopped by the range.
-END_GAP = 1e-6
+# Squares agree to this part of their size with what rounding lets be known.
+ROUNDING_OF_SQUARES = 1e-12
 
 # Squared norms below this fraction of the data's own weight are rounding, not information.
 SINGULAR = 1e-12
-
-# theta, slope, coefficient
-_Point = tuple[np.ndarray, np.ndarray, np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -70,81 +61,20 @@ class TailParameters:
     intercept: np.ndarray  # a_j, (n, n_taus)
     sse: np.ndarray  # weighted sum of squares, (n,)
     mean: np.ndarray  # ln of the fitted mean density, (n, n_taus, n_shells)
+    gradient: np.ndarray  # derivative of the least squares in θ, (n,)
+    converged: np.ndarray  # whether the last step was as short as it must be, (n,)
 
+    def take(self, which: np.ndarray) -> TailParameters:
+        """Return some of them."""
+        return TailParameters(**{name: value[which] for name, value in vars(self).items()})
 
-def profile_fit(
-    model: TailModel,
-    log_density: np.ndarray,
-    weights: np.ndarray,
-    grid: ShellGrid,
-    ratios: np.ndarray | None = None,
-) -> TailParameters:
-    """Fit a model to the full sample, which comes first, and to its replicates.
-
-    Arrays are (n_replicates, n_taus, n_shells); weight 0 leaves out, ratios say κ_j = K·ratio_j.
-    """
-    theta = np.linspace(*model.bounds, model.n_coarse)
-    coarse = profile_grid(model, theta, log_density[:1], weights[:1], grid, ratios)
-    padded = np.concatenate([[np.inf], coarse.sse, [np.inf]])
-    basins = np.flatnonzero((padded[1:-1] <= padded[:-2]) & (padded[1:-1] <= padded[2:]))
-    basins = basins[np.argsort(coarse.sse[basins], kind="stable")[:N_BASINS]]
-    refined = _refine(
-        model, coarse, basins, log_density[:1], weights[:1], grid, ratios, N_REFINE_STEPS
-    )
-    winner = np.full(len(log_density), int(refined.sse.argmin()))
-    return _refine(model, refined, winner, log_density, weights, grid, ratios, N_REPLICATE_STEPS)
-
-
-def profile_grid(
-    model: TailModel,
-    theta: np.ndarray,
-    log_density: np.ndarray,
-    weights: np.ndarray,
-    grid: ShellGrid,
-    ratios: np.ndarray | None = None,
-) -> TailParameters:
-    """Best fits of one sample, arrays of shape (1, n_taus, n_shells), at each of several θ."""
-    start = np.zeros((len(theta), log_density.shape[1]))
-    return solve(
-        model,
-        theta,
-        np.ones_like(theta),
-        start,
-        log_density,
-        weights,
-        grid,
-        ratios=ratios,
-        move_theta=False,
-        n_steps=N_GRID_STEPS,
-    )
-
-
-def likelihood_interval(
-    model: TailModel,
-    fit: TailParameters,
-    log_density: np.ndarray,
-    weights: np.ndarray,
-    grid: ShellGrid,
-    ratios: np.ndarray | None,
-    n_parameters: int,
-    confidence: float,
-) -> tuple[float, float]:
-    """Profile-likelihood interval of θ for one sample, its points taken as independent.
-
-    An end is infinite where the data do not bound θ.
-    """
-
-    def squares(theta: np.ndarray) -> np.ndarray:
-        return profile_grid(model, theta, log_density, weights, grid, ratios).sse
-
-    limit = profile_threshold(fit.sse[0], int((weights > 0).sum()), n_parameters, confidence)
-    return profile_interval(squares, float(fit.theta[0]), limit, model.bounds)
-
-
-def is_determined(model: TailModel, fit: TailParameters) -> bool:
-    """Return whether θ of the full sample lies inside the model's range, not at an end of it."""
-    low, high = model.bounds
-    return bool(low + END_GAP < fit.theta[0] < high - END_GAP)
+    @staticmethod
+    def joined(parts: Sequence[TailParameters]) -> TailParameters:
+        """Return those of several one after the other."""
+        tables = [vars(part) for part in parts]
+        return TailParameters(
+            **{name: np.concatenate([table[name] for table in tables]) for name in tables[0]}
+        )
 
 
 def shell_grid(lower: np.ndarray, upper: np.ndarray) -> ShellGrid:
@@ -164,31 +94,6 @@ def shell_grid(lower: np.ndarray, upper: np.ndarray) -> ShellGrid:
     )
 
 
-def _refine(
-    model: TailModel,
-    start: TailParameters,
-    which: np.ndarray,
-    log_density: np.ndarray,
-    weights: np.ndarray,
-    grid: ShellGrid,
-    ratios: np.ndarray | None,
-    n_steps: int,
-) -> TailParameters:
-    """Go on from some points of an earlier fit, θ free."""
-    return solve(
-        model,
-        start.theta[which],
-        start.slope[which],
-        start.coefficient[which],
-        log_density,
-        weights,
-        grid,
-        ratios=ratios,
-        move_theta=True,
-        n_steps=n_steps,
-    )
-
-
 def solve(
     model: TailModel,
     theta: np.ndarray,
@@ -199,215 +104,320 @@ def solve(
     grid: ShellGrid,
     *,
     ratios: np.ndarray | None,
-    move_theta: bool,
-    n_steps: int,
+    max_steps: int = MAX_STEPS,
+    last_step: float = LAST_STEP,
 ) -> TailParameters:
-    """Minimise the weighted squares from a starting point; return the best point met.
+    """Minimise the weighted squares at each θ of shape (n,), from a start to convergence.
 
-    The start has shapes (n,), (n,) and (n, n_taus); its θ stays unless ``move_theta``.
+    Data are (n, n_taus, n_shells), the start (n,) and (n, n_taus); no steps leave it as it is.
     """
-    weight_sum = weights.sum(axis=-1)
-    scale = np.where(weight_sum > 0, weight_sum, 1.0)
+    problems = _tabulate(model, theta, log_density, weights, grid, ratios)
+    if model.kind == "free" or ratios is not None:
+        return _minimise(problems, slope, coefficient, max_steps, last_step)
+    # Each tau is a problem of its own.
+    n, n_taus, n_shells = log_density.shape
+    problems = replace(
+        problems,
+        index=np.repeat(problems.index, n_taus),
+        log_density=log_density.reshape(-1, 1, n_shells),
+        weights=weights.reshape(-1, 1, n_shells),
+        totals=problems.totals.reshape(-1, 1),
+        sign=np.repeat(problems.sign, n_taus, axis=0),
+    )
+    start = np.repeat(slope, n_taus), coefficient.reshape(-1, 1)
+    apart = _minimise(problems, *start, max_steps, last_step)
+    return TailParameters(
+        theta,
+        slope,
+        apart.coefficient.reshape(n, n_taus),
+        apart.intercept.reshape(n, n_taus),
+        apart.sse.reshape(n, n_taus).sum(axis=1),
+        apart.mean.reshape(n, n_taus, n_shells),
+        apart.gradient.reshape(n, n_taus).sum(axis=1),
+        np.all(apart.converged.reshape(n, n_taus), axis=1),
+    )
 
-    def centred(values: np.ndarray) -> np.ndarray:
-        return values - ((weights * values).sum(axis=-1) / scale)[..., None]
 
-    point: _Point = (theta, slope, coefficient)
-    best = point
-    best_sse = np.full(len(theta), np.inf)
-    best_rest = (np.zeros_like(coefficient), np.zeros((1, 1, 1)))
-    for step in range(n_steps + 1):
-        shells = _shell_means(model, *point, grid, move_theta)
-        residual = log_density - shells.mean
-        intercept = (weights * residual).sum(axis=-1) / scale
-        residual = residual - intercept[..., None]
-        sse = (weights * residual**2).sum(axis=(-1, -2))
-        better = sse <= best_sse
-        settled = np.isfinite(best_sse)
-        settled[settled] = np.abs(best_sse - sse)[settled] <= CONVERGED * best_sse[settled]
-        best = _pick_point(better, point, best)
-        best_rest = (
-            _pick(better, intercept, best_rest[0]),
-            _pick(better, shells.mean + intercept[..., None], best_rest[1]),
+@dataclass(frozen=True)
+class _Problems:
+    """Fits at fixed θ that are solved side by side; arrays of nodes have the nodes first."""
+
+    model: TailModel
+    theta: np.ndarray  # the distinct ones, (n_θ,)
+    x: np.ndarray  # (n_nodes, 1, 1, n_shells)
+    base: (
+        np.ndarray
+    )  # ln of quadrature weight times density without cutoff, (n_nodes, n_θ, n_shells)
+    h: np.ndarray  # same shape
+    drop: np.ndarray | None  # minus the derivative of base in θ, where there is one
+    bend: np.ndarray | None  # derivative of h in θ, where there is one
+    index: np.ndarray  # which θ each problem has, (n,)
+    log_density: np.ndarray  # (n, n_taus, n_shells)
+    weights: np.ndarray  # same shape
+    ratios: np.ndarray | None  # c_j = C·ratio_j
+    totals: np.ndarray  # weight of each tau, 1 where it has none, (n, n_taus)
+    sign: np.ndarray  # of each problem's coefficients, 0 where both are allowed, (n, 1)
+
+    def take(self, which: np.ndarray) -> _Problems:
+        """Return some of the problems."""
+        return replace(
+            self,
+            index=self.index[which],
+            log_density=self.log_density[which],
+            weights=self.weights[which],
+            totals=self.totals[which],
+            sign=self.sign[which],
         )
-        best_sse = np.where(better, sse, best_sse)
-        if step == n_steps or settled.all():
-            break
-        proposal = _propose(model, point, residual, shells, weights, centred, ratios, move_theta)
-        point = _pick_point(better, proposal, _halfway(point, best))
-    return TailParameters(*best, best_rest[0], best_sse, best_rest[1])
+
+    def at(self, table: np.ndarray) -> np.ndarray:
+        """Return a table over θ for each problem, with room for its taus."""
+        return table[:, self.index, None]
+
+    def centred(self, values: np.ndarray) -> np.ndarray:
+        """Return what an amplitude for each tau leaves of values on shells."""
+        return values - (_sum(self.weights, values) / self.totals)[..., None]
+
+    def grouped(self, values: np.ndarray, order: int) -> np.ndarray:
+        """Sum over the taus of one coefficient: over all where κ_j = K·ratio_j."""
+        if self.ratios is None:
+            return values
+        return (values * self.ratios**order).sum(axis=-1, keepdims=True)
 
 
 @dataclass(frozen=True)
 class _Shells:
-    """ln of the mean density without its amplitude, and minus its derivatives."""
+    """What a point gives on the shells of each tau."""
 
-    mean: np.ndarray
-    regressor: np.ndarray
-    shared: list[np.ndarray]
-    sign: np.ndarray
+    parts: np.ndarray  # share of each node in its shell, nodes first
+    mean: np.ndarray  # ln of the mean density without its amplitude, (n, n_taus, n_shells)
+    intercept: np.ndarray
+    residual: np.ndarray
+    squares: np.ndarray  # (n,)
+
+    def moment(self, values: np.ndarray) -> np.ndarray:
+        """Mean of values at nodes over the density in each shell."""
+        return (self.parts * values).sum(axis=0)
 
 
-def _shell_means(
+def _tabulate(
     model: TailModel,
     theta: np.ndarray,
+    log_density: np.ndarray,
+    weights: np.ndarray,
+    grid: ShellGrid,
+    ratios: np.ndarray | None,
+) -> _Problems:
+    """Tabulate a model at the distinct θ, once for all steps."""
+    distinct, index = np.unique(theta, return_inverse=True)
+    x, power = grid.x.T[:, None], distinct[:, None]
+    drop: np.ndarray | None = x
+    bend = None
+    if model.kind == "lognormal":  # common width, a location for each tau
+        h = x + 0.5 * grid.span
+        drop = h**2
+    elif model.kind == "free":
+        h, drop = box_cox(x, power), None
+        bend = box_cox_derivative(x, power, h)
+    elif model.kind == "template":
+        h = box_cox(x, power - 1.0)
+        bend = box_cox_derivative(x, power - 1.0, h)
+    else:
+        h = box_cox(x, np.ones(1))
+    if model.kind == "lognormal":
+        signs = np.zeros_like(distinct)
+    else:
+        signs = np.where(distinct < (-np.inf if model.pole is None else model.pole), -1.0, 1.0)
+    shape = (len(x), len(distinct), x.shape[-1])
+    totals = weights.sum(axis=-1)
+    base = grid.log_weights.T[:, None] - (0.0 if drop is None else power * drop)
+    return _Problems(
+        model,
+        distinct,
+        x[:, None],
+        np.broadcast_to(base, shape),
+        np.broadcast_to(h, shape),
+        drop,
+        bend,
+        index,
+        log_density,
+        weights,
+        ratios,
+        np.where(totals > 0, totals, 1.0),
+        signs[index, None],
+    )
+
+
+def _sum(one: np.ndarray, other: np.ndarray) -> np.ndarray:
+    """Sum of products over shells."""
+    return np.einsum("nts,nts->nt", one, other)
+
+
+def _minimise(
+    problems: _Problems,
     slope: np.ndarray,
     coefficient: np.ndarray,
-    grid: ShellGrid,
-    move_theta: bool,
-) -> _Shells:
-    """Return each shell's mean density and regressors at a point, by quadrature."""
-    x, kind = grid.x, model.kind
-    theta = theta[:, None, None]
-    centre = 0.5 * grid.span
-    if kind == "lognormal":  # common width, a location for each tau
-        base, h, sign = -theta * (x + centre) ** 2, x + centre, np.zeros(1)
-        pieces = [(x + centre) ** 2] if move_theta else []
-    elif kind == "free":
-        base, h = -slope[:, None, None] * x, box_cox(x, theta)
-        sign = np.where(theta[..., 0] < 0, -1.0, 1.0)
-        pieces = [x, box_cox_derivative(x, theta, h)] if move_theta else [x]
-    else:
-        base = -theta * x
-        if kind == "power":
-            h = np.zeros_like(x)
-        else:
-            h = box_cox(x, np.ones(1) if kind == "exponential" else theta - 1.0)
-        sign = np.where(theta[..., 0] < 1.0, -1.0, 1.0) if kind == "template" else np.ones(1)
-        pieces = [x] if move_theta else []
-    h = np.broadcast_to(h, (len(theta), *x.shape))[:, None]
-    logs = (base + grid.log_weights)[:, None] - coefficient[..., None, None] * h
-    top = logs.max(axis=-1, keepdims=True)
-    parts = np.exp(logs - top)
-    norm = parts.sum(axis=-1)
-    parts /= norm[..., None]
-    means = [
-        np.einsum("ntsq,nsq->nts", parts, np.broadcast_to(p, (len(theta), *x.shape)))
-        for p in (h[:, 0], *pieces)
-    ]
-    shared = means[1:]
-    if move_theta and kind == "free":
-        shared[1] = coefficient[..., None] * shared[1]
-    elif move_theta and kind == "template":
-        bend = box_cox_derivative(x, theta - 1.0, h[:, 0])
-        shared[0] = shared[0] + coefficient[..., None] * np.einsum("ntsq,nsq->nts", parts, bend)
-    return _Shells(np.log(norm) + top[..., 0], means[0], shared, sign)
-
-
-def _propose(
-    model: TailModel,
-    point: _Point,
-    residual: np.ndarray,
-    shells: _Shells,
-    weights: np.ndarray,
-    centred: Callable[[np.ndarray], np.ndarray],
-    ratios: np.ndarray | None,
-    move_theta: bool,
-) -> _Point:
-    """Gauss-Newton point: shared parameters first, then the constrained coefficients."""
-    theta, slope, coefficient = point
-    # residual ≈ a − Σ Δshared·g − Δc·h, with g and h minus the derivatives
-    h = centred(shells.regressor)
-    h_square = (weights * h * h).sum(axis=-1)
-    target = centred(residual) - coefficient[..., None] * h
-    moves = np.zeros((len(theta), 0))
-    if shells.shared:
-        free = (coefficient != 0) | _wants_cutoff(target, h, weights, shells.sign)
-        gradients = [centred(g) for g in shells.shared]
-        moves = _shared_moves(target, gradients, h, h_square, weights, free, ratios)
-        if model.kind == "template":
-            moves = np.clip(moves, -MAX_MOVE, MAX_MOVE)
-        for k, gradient in enumerate(gradients):
-            target = target + moves[:, k, None, None] * gradient
-    new_slope = slope + moves[:, 0] if model.kind == "free" else slope
-    new_theta = theta + moves[:, -1] if move_theta else theta
-    new_theta = np.clip(new_theta, *model.bounds) if move_theta else new_theta
-    if move_theta and model.kind in ("template", "free"):
-        pole = 1.0 if model.kind == "template" else 0.0
-        new_theta = np.where(
-            theta < pole,
-            np.minimum(new_theta, pole - BRANCH_GAP),
-            np.maximum(new_theta, pole + BRANCH_GAP),
+    max_steps: int,
+    last_step: float,
+) -> TailParameters:
+    """Newton's method on the problems that are not done; a step that went up is shortened."""
+    slope, coefficient = slope.copy(), coefficient.copy()
+    n = len(slope)
+    converged = np.full(n, problems.model.kind == "power")  # there is nothing else to fit
+    squares, share = np.full(n, np.inf), np.ones(n)
+    move = (np.zeros(n), np.zeros_like(coefficient))
+    for _ in range(max_steps):
+        active = np.flatnonzero(~converged)
+        if not active.size:
+            break
+        part = problems.take(active)
+        trial = _ahead(part, (slope, coefficient), move, share, active)
+        shells = _evaluate(part, *trial)
+        better = shells.squares <= squares[active] * (1.0 + ROUNDING_OF_SQUARES)
+        share[active[~better]] *= SHORTER
+        new = active[better]
+        share[new], squares[new] = 1.0, shells.squares[better]
+        slope[new], coefficient[new] = trial[0][better], trial[1][better]
+        *fresh, length = _newton(part, trial[1], shells)
+        move[0][new], move[1][new] = fresh[0][better], fresh[1][better]
+        last = better & (length <= last_step)
+        done = active[last]
+        slope[done], coefficient[done] = _ahead(
+            part.take(last), (slope, coefficient), move, share, done
         )
-    return new_theta, new_slope, _cutoffs(target, h, h_square, weights, shells.sign, ratios)
+        converged[done] = True
+    shells = _evaluate(problems, slope, coefficient)
+    return TailParameters(
+        problems.theta[problems.index],
+        slope,
+        coefficient,
+        shells.intercept,
+        shells.squares,
+        shells.mean + shells.intercept[..., None],
+        _gradient(problems, coefficient, shells),
+        converged,
+    )
 
 
-def _wants_cutoff(
-    target: np.ndarray, h: np.ndarray, weights: np.ndarray, sign: np.ndarray
-) -> np.ndarray:
-    """Return which taus would take a cutoff that is now at zero."""
-    return -(weights * h * target).sum(axis=-1) * sign > 0
+def _ahead(
+    part: _Problems,
+    point: tuple[np.ndarray, np.ndarray],
+    move: tuple[np.ndarray, np.ndarray],
+    share: np.ndarray,
+    which: np.ndarray,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Slope and coefficients a share of the move on, coefficients stopped at zero."""
+    slope = point[0][which] + share[which] * move[0][which]
+    return slope, _bounded(part, point[1][which] + share[which, None] * move[1][which])
 
 
-def _shared_moves(
-    target: np.ndarray,
-    gradients: list[np.ndarray],
-    h: np.ndarray,
-    h_square: np.ndarray,
-    weights: np.ndarray,
+def _bounded(problems: _Problems, coefficient: np.ndarray) -> np.ndarray:
+    return np.where(problems.sign * coefficient >= 0.0, coefficient, 0.0)
+
+
+def _evaluate(problems: _Problems, slope: np.ndarray, coefficient: np.ndarray) -> _Shells:
+    """Quadrature of the density over each shell, and what it leaves of the data."""
+    logs = problems.at(problems.base)
+    if problems.model.kind == "free":
+        logs = logs - slope[:, None, None] * problems.x
+    if problems.model.kind != "power":
+        logs = logs - coefficient[..., None] * problems.at(problems.h)
+    top = logs.max(axis=0)
+    parts = np.exp(logs - top)
+    norm = parts.sum(axis=0)
+    parts /= norm
+    mean = np.broadcast_to(np.log(norm) + top, problems.log_density.shape)
+    residual = problems.log_density - mean
+    intercept = _sum(problems.weights, residual) / problems.totals
+    residual = residual - intercept[..., None]
+    squares = _sum(problems.weights * residual, residual).sum(axis=-1)
+    return _Shells(parts, mean, intercept, residual, squares)
+
+
+def _gradient(problems: _Problems, coefficient: np.ndarray, shells: _Shells) -> np.ndarray:
+    """Return dS/dθ at the minimum, where the other parameters stand still."""
+    fall = np.zeros_like(shells.residual)
+    if problems.drop is not None:
+        fall = fall + shells.moment(problems.drop[:, None])
+    if problems.bend is not None:
+        fall = fall + coefficient[..., None] * shells.moment(problems.at(problems.bend))
+    return 2.0 * _sum(problems.weights * shells.residual, fall).sum(axis=-1)
+
+
+def _newton(
+    problems: _Problems, coefficient: np.ndarray, shells: _Shells
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Newton's step of slope and coefficients, and how far it moves ln of the means."""
+    weights, sign = problems.weights, problems.sign
+    curved = weights * shells.residual
+    # Half the squares have the gradient Σ w r h and the second derivative Σ w (h h − r var h).
+    nodes = problems.at(problems.h)
+    h = shells.moment(nodes)
+    away = problems.centred(h)
+    first = problems.grouped(_sum(curved, h), 1)
+    flat = problems.grouped(_sum(weights * away, away), 2)
+    bent = problems.grouped(_sum(curved, shells.moment((nodes - h) ** 2)), 2)
+    known = flat > SINGULAR * problems.grouped(problems.totals, 0)
+    flat = np.where(known, flat, 1.0)
+    second = np.where(flat - bent > LEAST_CURVATURE * flat, flat - bent, flat)
+    at_bound = (problems.grouped(coefficient, 1) == 0.0) & (sign != 0.0)
+    free = known & ~(at_bound & (sign * first >= 0.0))
+    slope_move = np.zeros(len(coefficient))
+    change = np.zeros_like(shells.residual)
+    if problems.model.kind == "free":
+        x = shells.moment(problems.x)
+        x_away = problems.centred(x)
+        bends = (
+            _sum(curved, shells.moment((problems.x - x) ** 2)).sum(axis=-1),
+            problems.grouped(_sum(curved, shells.moment((problems.x - x) * (nodes - h))), 1),
+            bent,
+        )
+        flats = (
+            _sum(weights * x_away, x_away).sum(axis=-1),
+            problems.grouped(_sum(weights * x_away, away), 1),
+            flat,
+        )
+        slope_move, first, second = _slope_move(
+            _sum(curved, x).sum(axis=-1), first, flats, bends, free
+        )
+        free = free & ~(at_bound & (sign * first >= 0.0))
+        change = slope_move[:, None, None] * x_away
+    move = np.where(free, -first / second, 0.0)
+    if problems.ratios is not None:
+        move = move * problems.ratios
+    change = change + (_bounded(problems, coefficient + move) - coefficient)[..., None] * away
+    length = _sum(weights * change, change).sum(axis=-1) / problems.totals.sum(axis=-1)
+    return slope_move, move, np.sqrt(length)
+
+
+def _slope_move(
+    push: np.ndarray,
+    first: np.ndarray,
+    flats: tuple[np.ndarray, np.ndarray, np.ndarray],
+    bends: tuple[np.ndarray, np.ndarray, np.ndarray],
     free: np.ndarray,
-    ratios: np.ndarray | None,
-) -> np.ndarray:
-    """Least squares of target on −Σ move_k g_k with the free cutoffs projected out."""
-    floor = SINGULAR * weights.sum(axis=-1)
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Step of the slope with the free coefficients eliminated; what is then left for them."""
+    # Second derivatives are those of the slope, of both, and of the coefficients: without their
+    # curvature, and the curvature, which is left out where the whole would not be positive.
 
-    def project(values: np.ndarray) -> np.ndarray:
-        product = (weights * h * values).sum(axis=-1) * free
-        if ratios is None:
-            part = np.divide(product, h_square, out=np.zeros_like(product), where=h_square > floor)
-            return values - part[..., None] * h
-        square = (h_square * ratios**2 * free).sum(axis=-1, keepdims=True)
-        product = (product * ratios).sum(axis=-1, keepdims=True)
-        part = np.divide(product, square, out=np.zeros_like(product), where=square > floor.max())
-        return values - (part * ratios)[..., None] * h
+    def eliminated(
+        slope: np.ndarray, both: np.ndarray, own: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        ratio = np.where(free, both / own, 0.0)
+        return slope - (ratio * both).sum(axis=-1), ratio
 
-    rest = [project(g) for g in gradients]
-    gram = np.stack(
-        [np.stack([(weights * a * b).sum(axis=(-1, -2)) for b in rest], -1) for a in rest], -2
-    )
-    right = np.stack([-(weights * a * target).sum(axis=(-1, -2)) for a in rest], -1)
-    # Levenberg's ridge keeps a direction that the cutoffs already explain at rest.
-    trace = np.trace(gram, axis1=-2, axis2=-1)
-    ridge = 1e-12 * trace + SINGULAR * weights.sum(axis=(-1, -2))
-    gram = gram + ridge[:, None, None] * np.eye(len(rest))
-    gram[trace <= 0] = np.eye(len(rest))
-    return np.linalg.solve(gram, right[..., None])[..., 0]
-
-
-def _cutoffs(
-    target: np.ndarray,
-    h: np.ndarray,
-    h_square: np.ndarray,
-    weights: np.ndarray,
-    sign: np.ndarray,
-    ratios: np.ndarray | None,
-) -> np.ndarray:
-    """Non-negative least squares of target on −c h: one c per tau, or c_j = C·ratio_j."""
-    product = -(weights * h * target).sum(axis=-1)
-    floor = SINGULAR * weights.sum(axis=-1)
-    if ratios is not None:
-        product = (product * ratios).sum(axis=-1, keepdims=True)
-        h_square = (h_square * ratios**2).sum(axis=-1, keepdims=True)
-        floor = floor.max(axis=-1, keepdims=True)
-    best = np.divide(product, h_square, out=np.zeros_like(product), where=h_square > floor)
-    best = np.where((best * sign >= 0) | (sign == 0), best, 0.0)
-    return best if ratios is None else best * ratios
-
-
-def _halfway(one: _Point, other: _Point) -> _Point:
-    return 0.5 * (one[0] + other[0]), 0.5 * (one[1] + other[1]), 0.5 * (one[2] + other[2])
-
-
-def _pick_point(better: np.ndarray, new: _Point, old: _Point) -> _Point:
-    return (
-        _pick(better, new[0], old[0]),
-        _pick(better, new[1], old[1]),
-        _pick(better, new[2], old[2]),
-    )
-
-
-def _pick(better: np.ndarray, new: np.ndarray, old: np.ndarray) -> np.ndarray:
-    return np.where(better.reshape(-1, *[1] * (new.ndim - 1)), new, old)
+    exact = [flat - bend for flat, bend in zip(flats, bends, strict=True)]
+    positive = (exact[2] > LEAST_CURVATURE * flats[2]).all(axis=-1)
+    exact[2] = np.where(positive[:, None], exact[2], flats[2])
+    rest, _ = eliminated(*flats)
+    positive &= eliminated(exact[0], exact[1], exact[2])[0] > LEAST_CURVATURE * rest
+    both = np.where(positive[:, None], exact[1], flats[1])
+    own = np.where(positive[:, None], exact[2], flats[2])
+    whole, ratio = eliminated(np.where(positive, exact[0], flats[0]), both, own)
+    known = whole > SINGULAR * flats[0]
+    move = np.where(known, -(push - (ratio * first).sum(axis=-1)), 0.0)
+    move = move / np.where(known, whole, 1.0)
+    return move, first + both * move[:, None], own
 
 
 def box_cox(x: np.ndarray, power: np.ndarray) -> np.ndarray:

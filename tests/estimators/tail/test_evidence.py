@@ -12,8 +12,8 @@ from spectralshell.estimators.tail.data import (
 )
 from spectralshell.estimators.tail.evidence import compare, no_cutoff_p_value
 from spectralshell.estimators.tail.models import COMPARED
+from spectralshell.estimators.tail.profile import profile_fit
 from spectralshell.estimators.tail.reading import open_table, read_labels, read_layout
-from spectralshell.estimators.tail.solve import profile_fit
 from tests.estimators.tail.energies import MIDS, WINDOW, batched_energies, frame
 
 

@@ -10,11 +10,16 @@ from spectralshell.datasets import make_grsd_spectra
 from spectralshell.estimators.tail.fitter import OUTPUT_COLUMNS, GRSDTailFitter
 from spectralshell.shells import ShellPartition, energy_frame
 from spectralshell.statuses import (
+    EQUAL_BATCHES,
     FLAT_SLOPE,
     NO_CUTOFF,
     ONE_BATCH_OPTIMISTIC,
+    POWER_EXCLUDES_BOTH,
+    POWER_EXCLUDES_TEMPLATE,
     TOO_FEW_SHELLS,
+    better_model,
     names_agree,
+    repeated_batches,
     shells_left_empty,
 )
 from tests.estimators.tail.energies import SHELLS, WINDOW, exact_energies, frame
@@ -32,7 +37,7 @@ def test_scikit_learn(estimator, check):
 def test_template_is_found_without_noise(b):
     fitter = GRSDTailFitter(window=WINDOW).fit(frame("template", b, noise="none", n_batches=1))
     assert fitter.b_ == pytest.approx(b, abs=5e-3)  # nodes are half a cell off an edge
-    assert fitter.status_ == ONE_BATCH_OPTIMISTIC
+    assert fitter.status_.split("; ")[0] == ONE_BATCH_OPTIMISTIC
     lower, upper = fitter.b_interval_
     assert lower <= fitter.b_ <= upper
 
@@ -61,7 +66,7 @@ def test_frame_attribute_holds_cutoff_and_frontier():
 @pytest.mark.parametrize("b", [0.7, 1.0, 1.6, 3.0])
 def test_pure_power_law_has_no_cutoff(b):
     fitter = GRSDTailFitter(window=WINDOW).fit(frame("pure", b))
-    assert fitter.status_ == NO_CUTOFF
+    assert fitter.status_.split("; ")[0] == NO_CUTOFF
     assert fitter.b_ == pytest.approx(b, abs=0.05)
     assert (fitter.frame_["cutoff"] == 0).all()
     assert fitter.frame_["frontier"].isna().all()
@@ -90,7 +95,8 @@ def test_shared_cutoff_is_k_tau():
 def test_cutoff_none_is_the_power_law_of_the_comparison():
     fitter = GRSDTailFitter(window=WINDOW, cutoff="none").fit(frame("template", 1.6))
     assert fitter.b_ == fitter.comparison_["slope"][0]
-    assert fitter.status_ == "ok"
+    distance = fitter.comparison_["delta_aic"][0]
+    assert fitter.status_ == better_model("power law, template cutoff", distance, tied=False)
 
 
 def test_energies_are_averaged_before_logarithms():
@@ -158,7 +164,7 @@ def test_frozen_kernel_ranks_first():
 
 def test_falsifier_is_silent_where_there_is_no_cutoff():
     fitter = GRSDTailFitter(window=WINDOW).fit(frame("pure", 1.5))
-    assert fitter.status_ == "no cutoff in window"
+    assert fitter.status_.split("; ")[0] == "no cutoff in window"
     assert fitter.falsifier_["status"] == "no cutoff in window"
     assert np.isnan(fitter.falsifier_["power"])
     assert fitter.falsifier_["contains_frozen"] is None
@@ -171,7 +177,7 @@ def test_degenerate_slope_has_no_interval():
     energies = np.diff(edges) * np.exp(-3.0 * log_mid - 0.02 * log_mid**2)
     noise = np.exp(0.02 * np.random.default_rng(0).normal(size=(12, len(energies))))
     fitter = GRSDTailFitter(edges=edges).fit(energies * noise)
-    assert fitter.status_.startswith("degenerate; not told, so assumed: tau 0")
+    assert fitter.status_.split("; ")[0] == "degenerate"
     assert abs(fitter.b_ - 1.0) < 0.05
     assert np.isnan(fitter.b_interval_).all()
 
@@ -339,3 +345,62 @@ def test_score_weights_rows():
     weights[3] = 2.0
     assert fitter.score(X, sample_weight=weights) == samples[3]
     assert fitter.score(X) == pytest.approx(samples.mean())
+
+
+def rows_of(kind):
+    """Batches that are no independent units, or only in part."""
+    edges = 2.0 ** np.arange(10)
+    row = exact_energies(1.6, 2.0, -0.4, edges)
+    if kind == "equal":
+        return np.repeat(row[None], 8, axis=0)
+    if kind == "scaled":
+        return row * np.arange(1.0, 9.0)[:, None]
+    noisy = row * np.random.default_rng(0).gamma(100.0, 0.01, size=(4, row.size))
+    return np.concatenate([noisy, noisy])
+
+
+@pytest.mark.parametrize("kind", ["equal", "scaled"])
+@pytest.mark.parametrize("cutoff", ["free", "none"])
+def test_batches_that_do_not_differ_give_no_interval(kind, cutoff):
+    """A width of 0 would claim a b that is known exactly."""
+    fitter = GRSDTailFitter(edges=2.0 ** np.arange(10), cutoff=cutoff).fit(rows_of(kind))
+    assert EQUAL_BATCHES in fitter.status_.split("; ")
+    assert np.isnan(fitter.b_interval_).all()
+    assert fitter.frame_[["frontier_lower", "frontier_upper"]].isna().all(axis=None)
+    assert fitter.falsifier_["contains_template"] is None
+    assert np.isnan(fitter.falsifier_["lower"])
+
+
+def test_copies_of_batches_are_said():
+    fitter = GRSDTailFitter(edges=2.0 ** np.arange(10)).fit(rows_of("copied"))
+    assert repeated_batches(4, 8) in fitter.status_.split("; ")
+
+
+def test_status_repeats_the_falsifier_and_the_better_model():
+    """A frozen kernel is fitted by a template, which two attributes know to be wrong."""
+    fitter = GRSDTailFitter(window=WINDOW).fit(frame("frozen", 1.5))
+    distance = fitter.comparison_["delta_aic"][1]
+    assert distance > 10.0
+    name = "power law, exp(-kappa lambda)"
+    assert fitter.status_.split("; ") == [
+        better_model(name, distance, tied=False),
+        POWER_EXCLUDES_TEMPLATE,
+    ]
+
+
+def test_status_says_that_the_free_power_excludes_both():
+    """A cutoff exp(-5 λ^3) on a slope of 1.5 is neither the template's nor a frozen kernel's."""
+    energies = exact_energies(1.5, 5.0, 3.0, SHELLS.edges)
+    X = energies * np.random.default_rng(0).gamma(1e4, 1e-4, size=(12, len(energies)))
+    fitter = GRSDTailFitter(edges=SHELLS.edges).fit(X)
+    assert not fitter.falsifier_["contains_template"]
+    assert not fitter.falsifier_["contains_frozen"]
+    assert POWER_EXCLUDES_BOTH in fitter.status_.split("; ")
+
+
+def test_better_model_that_batches_do_not_agree_on_is_said_as_such():
+    fitter = GRSDTailFitter(window=WINDOW).fit(frame("pure", 1.5))
+    table = fitter.comparison_
+    assert table["rank"][0] == 1
+    assert table["delta_aic"][0] > 10.0
+    assert "within the spread over batches" in fitter.status_
