@@ -77,7 +77,7 @@ LEGAL: dict[str, set[str]] = {
     "dtype": {"none"},
     "device": set(),
     "n_jobs": {"none", "minus one", "huge"},
-    "memory size": {"none"},
+    "memory size": {"none", "huge"},
     "seed": {"none", "zero", "true"},  # as scikit-learn takes it
     "folder": {"none", "text"},
     "edges": {"none"},

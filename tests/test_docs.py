@@ -13,7 +13,12 @@ import spectralshell
 ROOT = Path(__file__).parent.parent
 PARTS = ("datasets", "displays", "dynamics", "krylov", "operators", "shells")
 GALLERY = sorted((ROOT / "docs" / "examples").glob("plot_*.py"))
-CITED_TESTS = re.findall(r"``(tests/[\w/]+\.py)::(\w+)``", (ROOT / "docs/theory.rst").read_text())
+CITING = {"docs/theory.rst": 8, "docs/user_guide/refusals.rst": 25}
+CITED_TESTS = [
+    cited
+    for page in CITING
+    for cited in re.findall(r"``(tests/[\w/]+\.py)::(\w+)``", (ROOT / page).read_text())
+]
 
 
 @pytest.mark.parametrize("script", GALLERY, ids=lambda path: path.stem)
@@ -40,12 +45,19 @@ def test_api_page_lists_every_public_name(part):
 
 
 @pytest.mark.parametrize(("path", "name"), sorted(set(CITED_TESTS)))
-def test_theory_page_cites_tests_that_exist(path, name):
+def test_pages_cite_tests_that_exist(path, name):
     assert f"def {name}(" in (ROOT / path).read_text()
 
 
-def test_theory_page_cites_tests():
-    assert len(CITED_TESTS) >= 8
+@pytest.mark.parametrize("page", CITING)
+def test_a_page_cites_tests(page):
+    assert (ROOT / page).read_text().count("``tests/") >= CITING[page]
+
+
+def test_every_refusal_cites_its_test():
+    page = (ROOT / "docs/user_guide/refusals.rst").read_text()
+    items = re.split(r"^- ", page, flags=re.MULTILINE)[1:]
+    assert all("``tests/" in item for item in items)
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/references.rst"])

@@ -85,6 +85,7 @@ class _Search:
         }
         self._modules = dict(function.model.named_modules())
         self._kept = kept
+        self._own = {_place(p): name for name, p in function.model.named_parameters()}
 
     def run(self, merged: list[tuple[str, nn.Module]]) -> None:
         reading = _Reading()
@@ -102,6 +103,7 @@ class _Search:
         for kept in self._kept:
             if reading.saw(self._installed(kept)):
                 groups[kept.kind, kept.label].append(kept)
+                self._check_apart(kept)
         if not groups:
             return
         self._there = _moved(self._function, self._here)
@@ -109,6 +111,19 @@ class _Search:
         for group in list(groups.values())[:_MOST_GROUPS]:
             if torch.isfinite(filled.outputs).all():
                 self._examine(group, filled, plain.names)
+
+    def _check_apart(self, kept: Kept) -> None:
+        """Raise if what a model keeps and reads lies in the memory of one of its parameters."""
+        if not isinstance(kept.value, Tensor):
+            return
+        name = self._own.get(_place(kept.value))
+        if name is not None:
+            raise StaleStateError(
+                f"model: {_named(kept.module, kept.kind)} computes with {kept.label!r}, which "
+                f"shares the memory of the parameter {name!r} without being it, so its part in the "
+                "Jacobian is missing and no other state reaches it; use the parameter itself in "
+                "forward, for example as weight.t()."
+            )
 
     def _examine(self, group: list[Kept], filled: _Run, names: frozenset[str]) -> None:
         switches = () if isinstance(group[0].value, float) else self._switches(group)

@@ -319,7 +319,7 @@ def assign_modes(
             )
         used &= chosen
     counts = np.bincount(shells[used], minlength=partition.n_shells).astype(np.float64)
-    counts[counts < min_modes] = 0.0
+    counts[counts < min(min_modes, eigenvalues.size + 1)] = 0.0
     kept = np.flatnonzero(used & (counts[shells] > 0.0))
     kept = kept[np.argsort(shells[kept], kind="stable")]
     logs = sum_by(shells[kept], np.log(eigenvalues[kept]), partition.n_shells)

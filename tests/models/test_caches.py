@@ -154,3 +154,30 @@ def test_parametrizations_follow_the_state_inside_cached():
 def test_every_cache_in_a_hundred(build, dtype):
     found = {measured(build, seed, dtype) for seed in range(100)}
     assert found == {"right" if build in RIGHT else "refused"}
+
+
+class DataOfAWeight(nn.Module):
+    """A decoder in the memory of the encoder, which no state reaches."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.encoder = nn.Linear(3, 2)
+        value = self.encoder.weight.data.t()
+        self.kept = {"decoder": [value]} if inner else value
+
+    def forward(self, x):
+        kept = self.kept if isinstance(self.kept, torch.Tensor) else self.kept["decoder"][0]
+        return torch.tanh(self.encoder(x)) @ kept.t()
+
+
+@pytest.mark.parametrize("inner", [False, True])
+def test_the_memory_of_a_weight_under_another_name_is_refused(inner):
+    x = torch.linspace(-1, 1, 12).reshape(4, 3)
+    with pytest.raises(StaleStateError, match="'encoder.weight' without being it"):
+        build_kernel(place_snapshot(DataOfAWeight(inner), x, torch.zeros(4, 3)))
+
+
+def test_an_old_spectral_norm_before_its_first_call_is_measured():
+    model = torch.nn.utils.spectral_norm(nn.Linear(3, 2))
+    x = torch.linspace(-1, 1, 12).reshape(4, 3)
+    assert build_kernel(place_snapshot(model, x, torch.zeros(4, 2))).dynamics_exact

@@ -263,8 +263,8 @@ def check_finite_gradient(names: list[str], gradient: Parameters) -> None:
         if not part.is_meta and not bool(torch.isfinite(part).all()):
             raise ValueError(
                 f"model: the derivative with respect to {name!r} is NaN or infinite although the "
-                "outputs are finite, for example from a root or a norm at 0; change the data or "
-                "the model there."
+                "outputs are finite, for example from a root or a norm at 0, or from infinite "
+                "inputs; change the data or the model there."
             )
 
 
