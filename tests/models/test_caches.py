@@ -173,7 +173,7 @@ class DataOfAWeight(nn.Module):
 @pytest.mark.parametrize("inner", [False, True])
 def test_the_memory_of_a_weight_under_another_name_is_refused(inner):
     x = torch.linspace(-1, 1, 12).reshape(4, 3)
-    with pytest.raises(StaleStateError, match="'encoder.weight' without being it"):
+    with pytest.raises(StaleStateError, match=r"'encoder\.weight' without being it"):
         build_kernel(place_snapshot(DataOfAWeight(inner), x, torch.zeros(4, 3)))
 
 
