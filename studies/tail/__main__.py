@@ -13,9 +13,10 @@ from pathlib import Path
 import pandas as pd
 
 from spectralshell import GRSDTailFitter
-from spectralshell.estimators.tail.data import build_problem, collect, read_labels, read_layout
+from spectralshell.estimators.tail.data import build_problem, collect
 from spectralshell.estimators.tail.models import TEMPLATE
 from spectralshell.estimators.tail.profile import profile_fit
+from spectralshell.estimators.tail.reading import open_table, read_labels, read_layout
 from spectralshell.statuses import DEGENERATE_SLOPE, NO_CUTOFF
 from studies.tail.data import EDGES, SLOPES, Sample, noise, template
 from studies.tail.optimum import Definition
@@ -51,8 +52,9 @@ def fit_row(b: float, seed: int, sample: Sample) -> dict[str, object]:
 def compared_rows(b: float, seed: int, sample: Sample, n: int | None) -> list[dict[str, object]]:
     """Compare the first n replicates of the template's fit, or all, with their definition."""
     X = sample.energies
-    layout = read_layout(X, X.shape[1], EDGES, None)
-    data = collect(X, *read_labels(X, len(X), sample.tau, sample.batch), layout)
+    table = open_table(X)
+    layout = read_layout(table, X.shape[1], EDGES)
+    data = collect(X, read_labels(table, len(X), tau=sample.tau, batch=sample.batch), layout)
     problem = build_problem(data, layout, WINDOW, 4)
     arrays = problem.log_density, problem.weights
     fit = profile_fit(TEMPLATE, *arrays, problem.grid)
