@@ -84,10 +84,10 @@ class Snapshot:
 
     A measurement leaves parameters, buffers, tensor attributes, modes, hooks and random states of
     the model as they were, and what a forward pass writes to lists, dictionaries and closures of
-    its modules. Not put back: what objects of other libraries hold, and arrays of NumPy. Threads that measure take turns; do not train
-    a model in one thread while another measures it. Settings that are not tensors (a scale, a hook,
-    the code) are those of the model at the time of the measurement; a change of them is measured
-    anew.
+    its modules. Not put back: what objects of other libraries hold, and arrays of NumPy. Threads
+    that measure take turns; do not train a model in one thread while another measures it. Settings
+    that are not tensors (a scale, a hook, the code) are those of the model at the time of the
+    measurement; a change of them is measured anew.
 
     Examples
     --------

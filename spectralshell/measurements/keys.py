@@ -61,6 +61,13 @@ _PLAIN = (
 
 _ORDERED, _UNORDERED = (list, tuple), (set, frozenset)
 
+# Containers of plain values that are so long are taken in one go.
+_FLAT, _MANY = (list, tuple, dict), 100
+
+_CACHED = type(cache(lambda: None))
+
+_TEXTUAL = (int, float, complex, bool, str, bytes, type(None))
+
 _NOT_RUN = frozenset(
     (
         *("__module__", "__doc__", "__dict__", "__weakref__"),
@@ -212,7 +219,9 @@ class _Fingerprint:
             yield self.of(value)
 
     def _container_parts(self, value: Any) -> Iterator[bytes]:
-        if type(value) in (*_ORDERED, dict, OrderedDict):
+        if type(value) in _FLAT and len(value) > _MANY and _is_plain(value):
+            yield repr(value).encode()
+        elif type(value) in (*_ORDERED, dict, OrderedDict):
             yield from self._several(value.items() if isinstance(value, dict) else value)
         elif type(value) in _UNORDERED:
             yield from sorted(self._several(value))
@@ -239,7 +248,7 @@ class _Fingerprint:
         yield self.of(vars(function))
 
     def _code_parts(self, code: CodeType) -> Iterator[bytes]:
-        yield code.co_code
+        yield code.co_code + code.co_exceptiontable
         yield repr((code.co_argcount, code.co_kwonlyargcount, code.co_flags)).encode()
         yield repr((code.co_names, code.co_freevars, code.co_cellvars)).encode()
         yield from self._several(code.co_consts)
@@ -345,7 +354,7 @@ class _Fingerprint:
         except Exception:  # a lock, a weak reference: whatever a class raises that has no state
             reduced = ()
             yield repr(value).encode()
-        if hasattr(value, "__wrapped__"):  # a function with a cache
+        if isinstance(value, _CACHED):
             yield self.of(value.__wrapped__)
         if isinstance(reduced, str):
             yield reduced.encode()
@@ -357,8 +366,9 @@ class _Fingerprint:
             yield self.of(dict(getattr(value, "__dict__", {})))
 
     def _tensor_parts(self, tensor: Tensor) -> Iterator[bytes]:
-        # What autograd made follows from what it was made of.
-        yield from [str(tensor.shape).encode()] if tensor.grad_fn else _tensor_parts(tensor)
+        # What autograd made of parameters follows from the state.
+        made = tensor.grad_fn is not None and _comes_from_parameters(tensor)
+        yield from [str(tensor.shape).encode()] if made else _tensor_parts(tensor)
 
     def _reference_parts(self, reference: weakref.ref[Any]) -> Iterator[bytes]:
         yield self.of(reference())
@@ -551,3 +561,24 @@ def _file_bytes(file: str | None) -> bytes:
         return hashlib.sha256(Path(file).read_bytes()).digest()
     except OSError:
         return b""
+
+
+def _is_plain(container: Any) -> bool:
+    """Tell whether a list, tuple or dictionary holds values alone whose text is all there is."""
+    items = container.values() if isinstance(container, dict) else container
+    keys = container if isinstance(container, dict) else ()
+    return all(type(item) in _TEXTUAL for part in (keys, items) for item in part)
+
+
+def _comes_from_parameters(tensor: Tensor) -> bool:
+    """Tell whether all leaves of what autograd made are parameters."""
+    nodes, seen = [tensor.grad_fn], set()
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable") and not isinstance(node.variable, nn.Parameter):
+            return False
+        nodes += [following for following, _ in node.next_functions]
+    return True

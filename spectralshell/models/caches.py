@@ -6,6 +6,7 @@ fills it again, otherwise than at its own weights, it had computed with what bel
 
 from __future__ import annotations
 
+import copy
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from spectralshell.models.function import ModelFunction
 from spectralshell.models.holdings import Holdings, Kept, Link
+from spectralshell.models.state import copy_state
 
 _MOVE = 0.05
 """Of the size of each parameter."""
@@ -40,16 +42,48 @@ class StaleStateError(ValueError):
     """A model computes with what it kept from other weights than those asked for."""
 
 
-def check_caches(function: ModelFunction, inputs: Any) -> None:
+def check_caches(function: ModelFunction, inputs: Any) -> bool:
     """Raise StaleStateError naming a module that computes with what it kept from other weights.
 
-    Cost: an evaluation of these few samples where a model keeps something, some more of each kind.
+    True if it keeps more that these samples do not make it read, as a cache by batch sizes.
+
+    Cost: an evaluation of these few samples, some more for each kind of what a model keeps.
     """
     with function.guard():  # gradients stay enabled, for some models differentiate inside
         kept = Holdings(function.model).kept
         merged = list(_merged_modules(function.model))
-        if kept or merged:
-            _Search(function, inputs, kept).run(merged)
+        _check_loading(function, inputs)
+        return _Search(function, inputs, kept).run(merged)
+
+
+def _check_loading(function: ModelFunction, inputs: Any) -> None:
+    """Raise where a model that computes something on loading a state has other outputs then."""
+    loading = [name for name, m in function.model.named_modules() if _loads_otherwise(m)]
+    if not loading:
+        return
+    try:
+        loaded = copy.deepcopy(function.model).to(function.device, function.dtype).eval()
+        loaded.load_state_dict(
+            {name: tensor.clone() for name, tensor in function.state().items()}, strict=False
+        )
+    except Exception:  # what cannot be copied, or refuses to load, tells nothing
+        return
+    copied = ModelFunction(loaded, copy_state(loaded), [], function.device, function.dtype)
+    if _differ(copied.evaluate(inputs), function.evaluate(inputs)):
+        name = loading[0]
+        raise StaleStateError(
+            f"model: {_named(name, type(function.model.get_submodule(name)))} computes something "
+            "when a state is loaded, which putting tensors in place leaves out; load the state "
+            "into the model, and make the snapshot without state=."
+        )
+
+
+def _loads_otherwise(module: nn.Module) -> bool:
+    """Tell whether a module of the user does more on loading than to copy tensors."""
+    if module._load_state_dict_post_hooks:
+        return True
+    methods = (type(module)._load_from_state_dict, type(module).load_state_dict, type(module).train)
+    return any(not (method.__module__ or "").startswith("torch.") for method in methods)
 
 
 def _merged_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -87,7 +121,8 @@ class _Search:
         self._kept = kept
         self._own = {_place(p): name for name, p in function.model.named_parameters()}
 
-    def run(self, merged: list[tuple[str, nn.Module]]) -> None:
+    def run(self, merged: list[tuple[str, nn.Module]]) -> bool:
+        """Raise for what is stale; return whether something was not read."""
         reading = _Reading()
         plain = self._call(self._here, reading=reading)
         for name, module in merged:
@@ -104,13 +139,26 @@ class _Search:
             if reading.saw(self._installed(kept)):
                 groups[kept.kind, kept.label].append(kept)
                 self._check_apart(kept)
+        for place, name in self._own.items():
+            if reading.saw_place(place):
+                raise StaleStateError(
+                    f"model: {type(self._function.model).__name__} reads the parameter {name!r} "
+                    "by another way than its module, such as a list, a closure or "
+                    "functools.partial, where no state reaches it; read it from the module in "
+                    "forward."
+                )
+        some_unread = sum(map(len, groups.values())) < len(self._kept)
         if not groups:
-            return
+            return some_unread
         self._there = _moved(self._function, self._here)
         filled = self._call(self._there)
-        for group in list(groups.values())[:_MOST_GROUPS]:
+        apart = list(groups.values())
+        # Constants without number are taken away together.
+        rest = [kept for group in apart[_MOST_GROUPS:] for kept in group]
+        for group in [*apart[:_MOST_GROUPS], *([rest] if rest else [])]:
             if torch.isfinite(filled.outputs).all():
                 self._examine(group, filled, plain.names)
+        return some_unread
 
     def _check_apart(self, kept: Kept) -> None:
         """Raise if what a model keeps and reads lies in the memory of one of its parameters."""
@@ -257,6 +305,10 @@ class _Reading(TorchDispatchMode):
             if isinstance(value, Tensor):
                 self._places.add(_place(value))
         return func(*args, **(kwargs or {}))
+
+    def saw_place(self, place: int) -> bool:
+        """Tell whether some memory was read."""
+        return place in self._places
 
     def saw(self, value: Any) -> bool:
         """Tell whether a tensor's memory was read."""

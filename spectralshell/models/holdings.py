@@ -12,9 +12,17 @@ import gc
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from types import CellType, CodeType, FunctionType, MethodType, ModuleType
+from types import (
+    CellType,
+    CodeType,
+    FunctionType,
+    GetSetDescriptorType,
+    MemberDescriptorType,
+    MethodType,
+    ModuleType,
+)
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import ProxyTypes, WeakKeyDictionary
 
 import numpy as np
 from torch import Tensor, nn
@@ -29,7 +37,7 @@ _OTHERS = ("torch", "numpy", "builtins", "typing", "logging", "threading")
 _DEPTH = 6
 
 _LONGEST = 2000
-"""Longer lists and dictionaries hold data."""
+"""Lists and dictionaries of more tensors, arrays or containers hold data."""
 
 _LARGE = 2**24
 """Bytes."""
@@ -40,15 +48,30 @@ _Cache = type(functools.lru_cache(lambda: None))
 
 _MISSING = object()
 
-_CLASS_PLACES: WeakKeyDictionary[type, tuple[list[CellType], list[Link]]] = WeakKeyDictionary()
+_PLAIN = (dict, list, deque, set, tuple, FunctionType, MethodType, functools.partial)
+
+_DESCRIPTORS = (
+    FunctionType,
+    property,
+    staticmethod,
+    classmethod,
+    functools.cached_property,
+    MemberDescriptorType,
+    GetSetDescriptorType,
+)
+
+_CLASS_PLACES: WeakKeyDictionary[type, list[Link]] = WeakKeyDictionary()
+
+_FUNCTION_PLACES: WeakKeyDictionary[FunctionType, list[Link]] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
 class Link:
-    """A place that a value can be taken from and put into: of a mapping, list, cell or class."""
+    """A place to take a value from and put one into: of a mapping, list, cell, class or slot."""
 
     home: Any
     key: Any = None
+    wrap: Callable[[Any], Any] | None = None  # what a class has around it, such as a property
 
     def read(self) -> Any:
         """Return what is there, or a mark that nothing is."""
@@ -56,7 +79,10 @@ class Link:
             if isinstance(self.home, CellType):
                 return self.home.cell_contents
             if isinstance(self.home, type):
-                return vars(self.home).get(self.key, _MISSING)
+                value = vars(self.home).get(self.key, _MISSING)
+                return value if self.wrap is None else list(_layers(value))[-1]
+            if self._is_slot:
+                return getattr(self.home, self.key, _MISSING)
             if isinstance(self.home, dict):  # a subclass may make something else of what it holds
                 return dict.__getitem__(self.home, self.key)
             return self.home[self.key]
@@ -67,8 +93,8 @@ class Link:
         """Put a value there."""
         if isinstance(self.home, CellType):
             self.home.cell_contents = value
-        elif isinstance(self.home, type):
-            setattr(self.home, self.key, value)
+        elif isinstance(self.home, type) or self._is_slot:
+            setattr(self.home, self.key, value if self.wrap is None else self.wrap(value))
         else:
             self.home[self.key] = value
 
@@ -76,10 +102,14 @@ class Link:
         """Leave nothing there."""
         if isinstance(self.home, CellType):
             del self.home.cell_contents
-        elif isinstance(self.home, type):
+        elif isinstance(self.home, type) or self._is_slot:
             delattr(self.home, self.key)
         else:
             del self.home[self.key]
+
+    @property
+    def _is_slot(self) -> bool:
+        return not isinstance(self.home, (dict, list, tuple, deque))
 
 
 @dataclass(frozen=True)
@@ -186,14 +216,13 @@ class Holdings:
             return
         self._seen.add(id(kind))
         self._contents.append((kind, dict(vars(kind))))
-        cells, links = _class_places(kind)
-        for link in [*map(Link, cells), *links]:
+        for link in _places_of_class(kind):
             value = link.read()
             self._links.append((link, value))
             visit(value, (link,))
 
     def _visit(self, name: str, kind: type, value: Any, path: tuple[Link, ...]) -> None:
-        if isinstance(value, _ATOMS) or value is _MISSING or len(path) > _DEPTH:
+        if isinstance(value, (*_ATOMS, *ProxyTypes)) or value is _MISSING or len(path) > _DEPTH:
             return
         if isinstance(value, (Tensor, np.ndarray)):
             if id(value) not in self._seen:
@@ -211,6 +240,8 @@ class Holdings:
             return
         for inner, link in self._open(value):
             self._visit(name, kind, inner, path if link is None else (*path, link))
+        if not isinstance(value, (*_PLAIN, nn.Module)) and not _is_foreign(type(value)):
+            self._record_class(type(value), functools.partial(self._visit, name, kind))
 
     def _keep_values(self, value: Any) -> None:
         if isinstance(value, Tensor) and not value.is_inference():
@@ -227,32 +258,41 @@ class Holdings:
     def _open(self, value: Any) -> Iterator[tuple[Any, Link | None]]:
         """Record what a container holds, and yield its values with their places."""
         if isinstance(value, (dict, list, deque, set)):
-            if len(value) > _LONGEST:
-                return
             content = _raw(value)
             self._contents.append((value, content))
             if isinstance(value, set):
                 return
             pairs = content.items() if isinstance(content, dict) else enumerate(content)
-            yield from [(inner, Link(value, key)) for key, inner in pairs]
+            found = [(inner, key) for key, inner in pairs if not isinstance(inner, _ATOMS)]
+            if len(found) <= _LONGEST:
+                yield from [(inner, Link(value, key)) for inner, key in found]
         elif isinstance(value, tuple):
             yield from ((inner, None) for inner in value[:_LONGEST])
         elif isinstance(value, FunctionType):
-            for cell in value.__closure__ or ():
-                content = Link(cell).read()
-                self._links.append((Link(cell), content))
-                yield content, Link(cell)
-            yield value.__defaults__, None
-            yield from self._open(vars(value))
+            for link in _places_of_function(value):
+                content = link.read()
+                self._links.append((link, content))
+                yield content, link
         elif isinstance(value, MethodType):
             yield value.__self__, None
             yield value.__func__, None
         elif isinstance(value, functools.partial):
             yield from ((part, None) for part in (value.func, value.args, value.keywords))
-        elif hasattr(value, "__dict__") and (
-            isinstance(value, nn.Module) or not _is_foreign(type(value))
-        ):
-            yield from self._open(vars(value))
+        elif isinstance(value, nn.Module) or not _is_foreign(type(value)):
+            yield from self._open(getattr(value, "__dict__", ()))
+            for slot in _slots(type(value)):
+                content = Link(value, slot).read()
+                self._links.append((Link(value, slot), content))
+                yield content, Link(value, slot)
+
+
+def _slots(kind: type) -> list[str]:
+    return [
+        name
+        for base in kind.__mro__
+        for name, member in vars(base).items()
+        if isinstance(member, MemberDescriptorType) and not _is_foreign(base)
+    ]
 
 
 def _raw(container: Any) -> Any:
@@ -320,49 +360,74 @@ def _holds_tensors(cache: Any) -> bool:
     return False
 
 
-def _class_places(kind: type) -> tuple[list[CellType], list[Link]]:
+def _places_of_class(kind: type) -> list[Link]:
     """Return closures, globals and class attributes that methods of a class may keep things in."""
     if kind not in _CLASS_PLACES:
-        cells: list[CellType] = []
-        links: list[Link] = [
-            Link(kind, name) for name, value in vars(kind).items() if _may_hold(value)
-        ]
+        places: list[Link] = []
         seen: set[int] = set()
-        for value in vars(kind).values():
-            _collect(_function_of(value), cells, links, seen)
-        _CLASS_PLACES[kind] = (cells, links)
+        for name, value in vars(kind).items():
+            layers = list(_layers(value))
+            if isinstance(layers[-1], _Cache) and len(layers) > 1:
+                places.append(Link(kind, name, type(value)))
+            elif not (name.startswith("__") or isinstance(value, _DESCRIPTORS)):
+                places.append(Link(kind, name))
+            for layer in layers:
+                _collect(layer.__wrapped__ if isinstance(layer, _Cache) else layer, places, seen)
+        _CLASS_PLACES[kind] = places
     return _CLASS_PLACES[kind]
 
 
-def _collect(
-    function: Any, cells: list[CellType], links: list[Link], seen: set[int], depth: int = 0
-) -> None:
+def _places_of_function(function: FunctionType) -> list[Link]:
+    """Return what a function closes over, its defaults and the globals it may keep things in."""
+    if function not in _FUNCTION_PLACES:
+        places: list[Link] = []
+        _collect(function, places, set())
+        _FUNCTION_PLACES[function] = places
+    return _FUNCTION_PLACES[function]
+
+
+def _collect(function: Any, places: list[Link], seen: set[int], depth: int = 0) -> None:
     if not isinstance(function, FunctionType) or id(function) in seen or depth > 2:
         return
     seen.add(id(function))
-    if (function.__module__ or "").partition(".")[0] in _OTHERS:
+    package = (function.__module__ or "").partition(".")[0]
+    if package in _OTHERS:
         return
-    cells += function.__closure__ or ()
+    places += map(Link, function.__closure__ or ())
+    places.append(Link(function, "__dict__"))
+    places += [Link(function.__kwdefaults__, key) for key in function.__kwdefaults__ or ()]
+    defaults = function.__defaults__ or ()
+    places += [Link(defaults, k) for k, value in enumerate(defaults) if _may_hold(value, package)]
+    _collect(vars(function).get("__wrapped__"), places, seen, depth)
     stored = _stores_globals(function.__code__)
     for name in _names(function.__code__):
         value = function.__globals__.get(name, _MISSING)
-        link = Link(function.__globals__, name)
-        if _may_hold(value) or (stored and not callable(value)):
-            links.append(link)
+        if _may_hold(value, package) or value is None or (stored and not callable(value)):
+            places.append(Link(function.__globals__, name))
         else:
-            _collect(value, cells, links, seen, depth + 1)
+            _collect(value, places, seen, depth + 1)
 
 
-def _may_hold(value: Any) -> bool:
+def _may_hold(value: Any, package: str) -> bool:
     if isinstance(value, (dict, list, deque, set, Tensor, np.ndarray, _Cache)):
         return True
-    return type(value).__module__ == "weakref" and hasattr(value, "data")
+    kind = type(value)
+    if kind.__module__ == "weakref":
+        return hasattr(value, "data")
+    return not callable(value) and kind.__module__.partition(".")[0] == package
 
 
-def _function_of(value: Any) -> Any:
-    for name in ("fget", "__func__", "func", "__wrapped__"):
-        value = getattr(value, name, value)
-    return value
+def _layers(value: Any) -> Iterator[Any]:
+    """Yield what stands around a method of a class, outer first, and the method or its cache."""
+    yield value
+    while isinstance(value, (property, staticmethod, classmethod, functools.cached_property)):
+        if isinstance(value, property):
+            value = value.fget
+        elif isinstance(value, functools.cached_property):
+            value = value.func
+        else:
+            value = value.__func__
+        yield value
 
 
 def _names(code: CodeType) -> Iterable[str]:

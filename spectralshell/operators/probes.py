@@ -80,11 +80,12 @@ def probed(evaluation: Evaluation) -> Evaluation:
 def _check_state(evaluation: Evaluation) -> None:
     """Raise ValueError if the model computes with what it kept from other weights."""
     problem = evaluation.problem
-    for n_samples in dict.fromkeys((min(_PAIR, problem.n_samples), problem.n_samples)):
+    n_whole = min(evaluation.chunk_size or problem.n_samples, problem.n_samples)
+    for n_samples in dict.fromkeys((min(_PAIR, n_whole), n_whole)):
         inputs = evaluation.take(0, n_samples).inputs
         try:
-            check_caches(problem.function, inputs)
-            return
+            if not check_caches(problem.function, inputs):
+                return
         except StaleStateError:
             raise
         except _FAILURES:  # of some samples alone, as the nodes of a graph

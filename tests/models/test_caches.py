@@ -8,18 +8,25 @@ from torch import nn
 from torch.func import functional_call, jacrev
 from torch.nn.utils import parametrize
 
+from spectralshell import ShellEnergyEstimator
 from spectralshell.models.caches import StaleStateError
 from spectralshell.operators import build_exact_kernel
 from spectralshell.operators.build import build_kernel
 from spectralshell.operators.survey import survey_kernel
-from tests import caching_models
+from tests import caching_models, caching_places
 from tests.caching_models import HONEST, STALE, WIDTH, Attribute, ByVersion, InBuffer, Square
+from tests.caching_places import PLACES, Folding, Listed, Partial
 from tests.device import place, place_snapshot
 from tests.fingerprints import model_fingerprint
 
 EXACT = 1e-11  # the same operations in float64, beside the order of sums
 SINGLE = 1e-3  # float32, and inverses of condition up to a hundred; another state differs by 0.1
-RIGHT = (caching_models.InLruCache, caching_models.InOwnLruCache)
+RIGHT = (
+    caching_models.InLruCache,
+    caching_models.InOwnLruCache,
+    caching_places.InPropertyCache,
+    caching_places.InStaticCache,
+)
 """Caches of functions, which a measurement replaces by empty ones."""
 
 
@@ -66,7 +73,7 @@ def measured(build, seed, dtype=torch.float64):
     return "right" if close else "wrong"
 
 
-@pytest.mark.parametrize("build", STALE, ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize("build", [*STALE, *PLACES], ids=lambda kind: kind.__name__)
 def test_what_was_kept_is_refused_or_left_aside(build):
     assert {measured(build, seed) for seed in (0, 1)} == {"right" if build in RIGHT else "refused"}
 
@@ -181,3 +188,50 @@ def test_an_old_spectral_norm_before_its_first_call_is_measured():
     model = torch.nn.utils.spectral_norm(nn.Linear(3, 2))
     x = torch.linspace(-1, 1, 12).reshape(4, 3)
     assert build_kernel(place_snapshot(model, x, torch.zeros(4, 2))).dynamics_exact
+
+
+@pytest.mark.parametrize("build", [Listed, Partial])
+@pytest.mark.parametrize("factor", [None, 2.0])
+def test_a_parameter_read_past_its_module_is_refused(build, factor):
+    model, x = build(), torch.linspace(-1, 1, 12).reshape(4, 3)
+    state = None if factor is None else {k: factor * v for k, v in model.state_dict().items()}
+    with pytest.raises(StaleStateError, match=r"reads the parameter 'encoder\.weight'"):
+        build_kernel(place_snapshot(model, x, torch.zeros(4, 3), state=state))
+
+
+def test_what_is_computed_on_loading_is_refused_for_another_state():
+    model, x = Folding(), torch.linspace(-1, 1, 12).reshape(4, 3)
+    other = {name: 2.0 * value for name, value in model.state_dict().items()}
+    build_kernel(place_snapshot(model, x, torch.zeros(4, 3)))
+    with pytest.raises(StaleStateError, match="when a state is loaded"):
+        build_kernel(place_snapshot(model, x, torch.zeros(4, 3), state=other))
+
+
+class AttributeDict(dict):
+    """A configuration whose items are attributes."""
+
+    __getattr__ = dict.__getitem__
+
+
+class Configured(nn.Linear):
+    defaults = AttributeDict(scale=1.0)
+
+    def __init__(self):
+        super().__init__(3, 2)
+        self.config = AttributeDict(scale=2.0)
+
+    def forward(self, x):
+        return super().forward(x) * self.config.scale * self.defaults.scale
+
+
+def test_a_configuration_that_answers_to_every_name_is_measured():
+    snapshot = place_snapshot(Configured(), torch.ones(4, 3), torch.zeros(4, 2))
+    ShellEnergyEstimator(q=4.0).fit([snapshot])
+
+
+def test_a_long_list_comes_back():
+    model = nn.Linear(3, 2)
+    model.history = [0.0] * 3000
+    model.register_forward_hook(lambda module, args, output: module.history.append(1.0))
+    build_kernel(place_snapshot(model, torch.ones(4, 3), torch.zeros(4, 2)))
+    assert len(model.history) == 3000
