@@ -126,6 +126,15 @@ def test_frame_carries_the_frontiers():
     assert_array_equal(by_tau, frontier_frame()["frontier"])
 
 
+def test_frontiers_of_other_runs_are_not_drawn():
+    named = {"adam": frontier_frame(), "sgd": frontier_frame().assign(frontier=0.7)}
+    both = pd.concat([rows.assign(name=name) for name, rows in named.items()])
+    shells = tidy_frame().assign(name="sgd")
+    display = ShellEnergyDisplay.from_frame(shells, fitter=both).plot()
+    assert {line.get_xdata()[0] for line in display.frontier_lines_} == {0.7}
+    assert set(display.frame()["frontier"]) == {0.7}
+
+
 def test_floor_is_shaded_and_its_energy_told():
     frame = tidy_frame()
     display = ShellEnergyDisplay.from_frame(frame).plot()
