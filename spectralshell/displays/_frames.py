@@ -33,6 +33,7 @@ def tidy_energies(frame: Any, *, name: str = "frame") -> pd.DataFrame:
             f"{type(frame).__name__}; pass shells_, shell_frame(X) or transform(X)."
         )
     if set(_TIDY) <= set(frame.columns):
+        _refuse_missing_shells(frame, name)
         return frame
     if any(str(column).startswith("shell[") for column in frame.columns):
         table = open_table(frame)
@@ -44,6 +45,17 @@ def tidy_energies(frame: Any, *, name: str = "frame") -> pd.DataFrame:
         f"{[str(c) for c in frame.columns[:4]]} and index levels {list(frame.index.names)}; pass "
         "shells_, shell_frame(X) or transform(X) with pandas output."
     )
+
+
+def _refuse_missing_shells(frame: pd.DataFrame, name: str) -> None:
+    """Raise where a shell has no name: readers of CSV take ``null`` for missing."""
+    missing = np.flatnonzero(frame["shell"].isna())
+    if missing.size:
+        raise ValueError(
+            f"{name} has no shell in row {missing[0]}, expected null or shell[lo,hi); readers of "
+            "CSV take the name null for missing: read_csv(..., keep_default_na=False), or "
+            "frame.fillna({'shell': 'null'})."
+        )
 
 
 def _melt(table: ShellTable) -> pd.DataFrame:

@@ -32,6 +32,7 @@ from spectralshell.displays._frames import (
     tidy_energies,
 )
 from spectralshell.parameter_checks import check_option
+from spectralshell.shells.carriers import NAME
 
 _LABELS = {
     "energy": r"shell energy $E_\alpha$  (units of the loss)",
@@ -161,6 +162,7 @@ class ShellEnergyDisplay:
             wide frame has no certified bounds.
         fitter : GRSDTailFitter, DataFrame or None, default=None
             Where the frontiers come from: a fitted tail fitter or a frame like its ``frame_``.
+            Where both have names, those of other names are left out.
         resolution_floor : float or None, default=None
             Default: the frame's, if it has one; the highest of its rows.
 
@@ -177,9 +179,8 @@ class ShellEnergyDisplay:
         shells = tidy_energies(frame)
         if resolution_floor is None:
             resolution_floor = resolution_floor_of(shells)
-        return cls(
-            shells=shells, frontiers=_frontiers_of(fitter), resolution_floor=resolution_floor
-        )
+        frontiers = _of_names(_frontiers_of(fitter), shells)
+        return cls(shells=shells, frontiers=frontiers, resolution_floor=resolution_floor)
 
     def frame(self, quantity: str = "energy", *, band: str = "auto") -> pd.DataFrame:
         """Return the numbers that :meth:`plot` draws with the same arguments.
@@ -457,3 +458,10 @@ def _frontiers_of(fitter: Any) -> pd.DataFrame | None:
             f"{type(fitter).__name__}; call fit first."
         )
     return frame
+
+
+def _of_names(frontiers: pd.DataFrame | None, shells: pd.DataFrame) -> pd.DataFrame | None:
+    """Return the frontiers of the runs that are drawn."""
+    if frontiers is None or not {NAME} <= set(frontiers) & set(shells):
+        return frontiers
+    return frontiers[frontiers[NAME].astype(str).isin(set(shells[NAME].astype(str)))]

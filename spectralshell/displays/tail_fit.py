@@ -318,15 +318,16 @@ class TailFitDisplay:
 
 
 def _mean_over_batches(X: Any) -> pd.DataFrame:
-    """Return the mean of each curve as a frame of one batch, at the highest floor of its rows."""
+    """Return the mean of each curve as one batch, at the highest floor and lowest λ_max."""
     table = open_table(X)
     frame = table.by_label()
     keys = [key for key in (TAU, NAME) if key in table.labels]
     mean = frame.groupby(level=keys, dropna=False).mean()
     levels = mean.index.to_frame(index=False).assign(**{BATCH: 0})
     labels = pd.DataFrame(table.labels)
-    for label in {LAMBDA_MAX, FLOOR} & set(labels):
-        levels[label] = labels.groupby(keys, dropna=False)[label].max().to_numpy()
+    for label, worst in {LAMBDA_MAX: "min", FLOOR: "max"}.items():
+        if label in labels:
+            levels[label] = labels.groupby(keys, dropna=False)[label].agg(worst).to_numpy()
     mean.index = pd.MultiIndex.from_frame(levels)
     mean.attrs = dict(table.energies.attrs)
     return mean

@@ -1,3 +1,5 @@
+import io
+
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
@@ -124,6 +126,29 @@ def test_frame_carries_the_frontiers():
     curves = ShellEnergyDisplay.from_frame(wide_frame(), fitter=frontier_frame()).frame()
     by_tau = curves.groupby("tau")["frontier"].first()
     assert_array_equal(by_tau, frontier_frame()["frontier"])
+
+
+def test_frontiers_of_other_runs_are_not_drawn():
+    named = {"adam": frontier_frame(), "sgd": frontier_frame().assign(frontier=0.7)}
+    both = pd.concat([rows.assign(name=name) for name, rows in named.items()])
+    shells = tidy_frame().assign(name="sgd")
+    display = ShellEnergyDisplay.from_frame(shells, fitter=both).plot()
+    assert {line.get_xdata()[0] for line in display.frontier_lines_} == {0.7}
+    assert set(display.frame()["frontier"]) == {0.7}
+
+
+def test_null_that_a_reader_took_for_missing_is_refused_and_the_remedies_work():
+    frame = tidy_frame()
+    text = frame.to_csv(index=False)
+    read = pd.read_csv(io.StringIO(text))
+    with pytest.raises(ValueError, match=r"no shell in row 0.*keep_default_na=False"):
+        ShellEnergyDisplay.from_frame(read)
+    wanted = ShellEnergyDisplay.from_frame(frame).frame()
+    for remedy in (
+        read.fillna({"shell": "null"}),
+        pd.read_csv(io.StringIO(text), keep_default_na=False),
+    ):
+        pd.testing.assert_frame_equal(ShellEnergyDisplay.from_frame(remedy).frame(), wanted)
 
 
 def test_floor_is_shaded_and_its_energy_told():

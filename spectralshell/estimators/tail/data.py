@@ -29,6 +29,7 @@ class BatchedEnergies:
     present: np.ndarray  # (n_taus, n_batches), which batches there are
     totals: np.ndarray  # (n_taus,), mean row total with ``null``
     floors: np.ndarray | float = 0.0  # (n_taus,), highest resolution floor among a curve's rows
+    largest: np.ndarray | float = np.inf  # (n_taus,), lowest λ_max among a curve's rows
     names: np.ndarray | None = None  # (n_taus,), None where rows have no name
     units: np.ndarray | None = None  # (n_batches,), codes of the batches
 
@@ -113,6 +114,8 @@ def collect(values: np.ndarray, labels: RowLabels, layout: ShellLayout) -> Batch
     totals = np.bincount(which, weights=values.sum(axis=1)) / np.bincount(which)
     floors = np.zeros(len(curves))
     np.maximum.at(floors, which, labels.floors)
+    largest = np.full(len(curves), np.inf)
+    np.minimum.at(largest, which, labels.largest)
     by_energy = np.lexsort([*counts, *energies.transpose(0, 2, 1).reshape(-1, shape[1])])
     by_energy = by_energy[counts[:, by_energy].any(axis=0)]
     first = labels.take(curves)
@@ -122,6 +125,7 @@ def collect(values: np.ndarray, labels: RowLabels, layout: ShellLayout) -> Batch
         present=counts[:, by_energy] > 0,
         totals=totals,
         floors=floors,
+        largest=largest,
         names=first.names,
         units=by_energy,
     )
@@ -136,7 +140,7 @@ def choose_window(
     """
     if window is not None:
         return window
-    usable = usable_points(data, layout, layout.covered)
+    usable = usable_points(data, layout, (layout.edges[0], layout.edges[-1]))
     shells = np.asarray(usable.any(axis=0))
     if not shells.any():
         return np.nan, np.nan
@@ -209,12 +213,13 @@ def build_problem(
 def usable_points(
     data: BatchedEnergies, layout: ShellLayout, window: tuple[float, float]
 ) -> np.ndarray:
-    """Return which (tau, shell) may be fitted: whole, resolved, in the window, not empty."""
+    """Return which (tau, shell) may be fitted: whole, resolved, full, in the window, not empty."""
     means = data.replicates()[0][0]
     if np.isnan(window[0]):
         return np.zeros(means.shape, dtype=bool)
     resolved = layout.resolved_shells(np.broadcast_to(data.floors, len(means)))
-    return layout.whole_shells(window) & resolved & (means > ROUNDING * data.totals[:, None])
+    full = layout.full_shells(np.broadcast_to(data.largest, len(means)))
+    return layout.whole_shells(window) & resolved & full & (means > ROUNDING * data.totals[:, None])
 
 
 def count_holes(usable: np.ndarray) -> int:

@@ -36,6 +36,7 @@ from spectralshell.estimators.tail.reading import (
     open_table,
     read_floors,
     read_labels,
+    read_largest,
     read_layout,
     read_names,
     refuse_foreign_names,
@@ -80,7 +81,8 @@ class GRSDTailFitter(TransformerMixin, BaseEstimator):
     window : tuple of float, optional
         (λ_lo, λ_hi). Shells that lie in it are fitted; a shell that straddles an end is counted in
         scores only, by its fitted share. By default the resolved shells from the peak of the
-        density upwards.
+        density upwards. Of every tau only shells below its own λ_max are fitted, the lowest of
+        its rows (``lambda_max``): the shell of λ_max is half empty.
     cutoff : {"free", "shared", "none"}, default="free"
         κ_j ≥ 0 free for each tau, κ_j = K τ_j, or no cutoff.
     edges : array-like of shape (n_features + 1,), optional
@@ -319,7 +321,7 @@ class GRSDTailFitter(TransformerMixin, BaseEstimator):
         DataFrame or ndarray of shape (n_rows, 4)
             ``amplitude, cutoff, frontier, tail_energy``: the last is the measured energy in the
             window. A frame for a frame, with its index. NaN where a row has too few shells, of
-            which those below its own resolution floor are none.
+            which those below its own resolution floor or above its own λ_max are none.
         """
         table, values, energies = self._read(X)
         layout, result = self._layout, self._result
@@ -329,9 +331,11 @@ class GRSDTailFitter(TransformerMixin, BaseEstimator):
             if result.has_cutoff and self.cutoff == "shared":
                 cutoffs = self._row_cutoffs(table, len(values), tau, None)
             floors = read_floors(table, len(values), self.floor)
-            resolved = True if floors is None else layout.resolved_shells(floors)
+            whole = layout.full_shells(read_largest(table, len(values)))
+            if floors is not None:
+                whole &= layout.resolved_shells(floors)
             intercept, coefficient, log_reference = fit_rows(
-                np.where(resolved, energies, 0.0),
+                np.where(whole, energies, 0.0),
                 values.sum(axis=1),
                 layout,
                 result.shell_weights,

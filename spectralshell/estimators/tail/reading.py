@@ -47,16 +47,6 @@ class ShellLayout:
 
     edges: np.ndarray  # (n_shells + 1,)
     has_null: bool
-    lambda_max: float = np.inf  # largest eigenvalue
-
-    @property
-    def covered(self) -> tuple[float, float]:
-        """Rates whose shells hold what they are named after, as far as λ_max is known.
-
-        Its own shell is half empty; one above the last edge makes the last shell overfull.
-        """
-        overfull = self.edges[-1] * (1.0 + EDGE_TOLERANCE) < self.lambda_max < np.inf
-        return float(self.edges[0]), float(self.edges[-2] if overfull else self.lambda_max)
 
     @property
     def widths(self) -> np.ndarray:
@@ -78,6 +68,16 @@ class ShellLayout:
         """Return which shells begin at or above each floor, shape (n_floors, n_shells)."""
         return self.edges[:-1] >= floors[:, None] * (1.0 - EDGE_TOLERANCE)
 
+    def full_shells(self, largest: np.ndarray) -> np.ndarray:
+        """Return which shells hold what they are named after, shape (n_largest, n_shells).
+
+        The shell of λ_max is half empty; a λ_max above the last edge makes the last overfull.
+        """
+        upper = self.edges[1:]
+        full = upper <= largest[:, None] * (1.0 + EDGE_TOLERANCE)
+        full[:, -1] &= ~((upper[-1] * (1.0 + EDGE_TOLERANCE) < largest) & np.isfinite(largest))
+        return full
+
 
 @dataclass(frozen=True)
 class RowLabels:
@@ -87,11 +87,14 @@ class RowLabels:
     batches: np.ndarray  # codes of the independent units
     names: np.ndarray | None  # None where rows have none
     floors: np.ndarray  # resolution floors, absolute λ; 0 where none is known
+    largest: np.ndarray  # largest eigenvalues; inf where none is known
 
     def take(self, rows: np.ndarray) -> RowLabels:
         """Return the labels of some rows."""
         names = None if self.names is None else self.names[rows]
-        return RowLabels(self.taus[rows], self.batches[rows], names, self.floors[rows])
+        return RowLabels(
+            self.taus[rows], self.batches[rows], names, self.floors[rows], self.largest[rows]
+        )
 
     def curves(self) -> tuple[np.ndarray, np.ndarray]:
         """Return a row of each (name, tau), by increasing name and tau, and the curve of each row.
@@ -165,12 +168,10 @@ def read_layout(table: ShellTable, n_columns: int, edges: Any) -> ShellLayout:
 
     Edges must agree with a frame's columns.
     """
-    largest = table.label(LAMBDA_MAX)
-    lambda_max = np.inf if largest is None else float(largest.max(initial=0.0))
     if table.named:
         _check_agreement(edges, table.edges)
-        return ShellLayout(table.edges, table.has_null, lambda_max)
-    return ShellLayout(check_edges(edges, n_columns), False, lambda_max)
+        return ShellLayout(table.edges, table.has_null)
+    return ShellLayout(check_edges(edges, n_columns), False)
 
 
 def refuse_foreign_names(table: ShellTable, edges: Any) -> None:
@@ -248,10 +249,11 @@ def read_labels(
     if table.named and floors is None:
         _refuse_missing({FLOOR: None}, table)
     floors = np.zeros(n_rows) if floors is None else floors
+    largest = read_largest(table, n_rows)
     if batch is None:
         keys = [taus] if names is None else [names, taus]
         codes = pd.Series(taus).groupby(keys).cumcount().to_numpy()
-        return RowLabels(taus, independent_units(codes, names), names, floors)
+        return RowLabels(taus, independent_units(codes, names), names, floors, largest)
     codes = label_codes("batch", batch, n_rows)
     shown = [""] * n_rows if names is None else names
     repeated = pd.DataFrame({"tau": taus, "batch": codes, "name": shown}).duplicated()
@@ -261,7 +263,7 @@ def read_labels(
             f"X has two rows with tau={taus[row]!r}, batch={list(batch)[row]!r} and "
             f"name={shown[row]!r}; give every row its own, or average repeated measurements first."
         )
-    return RowLabels(taus, independent_units(codes, names), names, floors)
+    return RowLabels(taus, independent_units(codes, names), names, floors, largest)
 
 
 def independent_units(batches: np.ndarray, names: np.ndarray | None) -> np.ndarray:
@@ -297,6 +299,12 @@ def read_floors(table: ShellTable, n_rows: int, floor: Any = None) -> np.ndarray
     if floor is not None:
         return np.full(n_rows, check_real("floor", floor, low=0.0))
     return table.label(FLOOR)
+
+
+def read_largest(table: ShellTable, n_rows: int) -> np.ndarray:
+    """Return the largest eigenvalue of each row, inf where none is known."""
+    largest = table.label(LAMBDA_MAX)
+    return np.full(n_rows, np.inf) if largest is None else largest
 
 
 def _refuse_missing(labels: dict[str, Any], table: ShellTable) -> None:

@@ -2,6 +2,7 @@
 
 import io
 import pickle
+from dataclasses import replace
 from decimal import Decimal
 
 import numpy as np
@@ -10,8 +11,10 @@ import pyarrow as pa
 import pytest
 
 from spectralshell import cross_validate_exponent
+from spectralshell.datasets import make_grsd_spectra
 from spectralshell.displays import ShellEnergyDisplay, TailFitDisplay
 from spectralshell.estimators.tail.fitter import GRSDTailFitter
+from spectralshell.shells import ShellPartition, energy_frame
 from tests.estimators.tail.energies import SHELLS, WINDOW, exact_energies, frame
 
 # What a carrier may change: nothing but the order of sums.
@@ -234,6 +237,64 @@ def test_an_overfull_last_shell_is_not_in_the_window(X, expected):
     higher = GRSDTailFitter().fit(X.set_index(pd.MultiIndex.from_frame(labels)))
     assert higher.window_ == expected.window_
     assert higher.b_ == expected.b_
+
+
+TOPS = {1.0: 0.14, 2.0: 0.28, 4.0: 1.1}
+
+
+def below(measure, top):
+    """The measure without its modes above ``top``, as a kernel with a lower λ_max has it."""
+    kept = measure.nodes < top
+    nodes, weights = measure.nodes[kept], measure.weights[kept]
+    return replace(
+        measure, nodes=nodes, weights=weights, total=weights.sum(), lambda_max=nodes.max()
+    )
+
+
+def rising(b, seed):
+    """Runs of one law whose largest eigenvalue grows with τ."""
+    partition = ShellPartition.covering(1e-3, 0.99, q=2.0)
+    measures = make_grsd_spectra(b, K=0, taus=list(TOPS), n_batches=8, random_state=seed)
+    return energy_frame([below(one, TOPS[one.tau]) for one in measures], partition)
+
+
+@pytest.mark.parametrize("window", [None, (1e-3, 1.0)])
+def test_shells_are_full_below_the_largest_eigenvalue_of_their_own_curve(window):
+    """Against half-empty shells and all above struck out by hand."""
+    X = rising(1.6, 1)
+    edges = [float(column[6:-1].split(",")[1]) for column in X.columns[1:]]
+    struck = forget(X.droplevel("lambda_max"))
+    for i, largest in enumerate(X.index.get_level_values("lambda_max")):
+        struck.iloc[i, 1 + np.flatnonzero(np.array(edges) > largest)] = 0.0
+    fitter = GRSDTailFitter(window=window).fit(X)
+    by_hand = GRSDTailFitter(window=fitter.window_).fit(struck)
+    assert fitter.b_ == pytest.approx(by_hand.b_, abs=1e-9)
+    assert fitter.b_interval_[0] < 1.6 < fitter.b_interval_[1]
+    assert fitter.frame_["n_shells"].tolist() == by_hand.frame_["n_shells"].tolist()
+    amplitudes = (one["amplitude"] for one in (fitter.transform(X), by_hand.transform(struck)))
+    np.testing.assert_allclose(*amplitudes, rtol=1e-9)
+
+
+def test_the_largest_eigenvalue_of_another_name_changes_nothing():
+    short = energy_frame(
+        [below(one, 0.2) for one in make_grsd_spectra(1.6, K=0, n_batches=6, random_state=2)],
+        ShellPartition.covering(1e-3, 0.99, q=2.0),
+    )
+    runs = {"short": short, "long": rising(1.6, 3)}
+    table = GRSDTailFitter().fit(pd.concat(runs, names=["name"])).b_by_name_.set_index("name")
+    for name, rows in runs.items():
+        assert table.loc[name, "b"] == GRSDTailFitter().fit(rows).b_
+
+
+def test_one_row_with_a_lower_largest_eigenvalue_holds_its_curve_to_it(X):
+    labels = X.index.to_frame(index=False)
+    labels.loc[0, "lambda_max"] = SHELLS.edges[-2] * 0.9
+    lower = GRSDTailFitter(window=WINDOW).fit(X.set_index(pd.MultiIndex.from_frame(labels)))
+    full = GRSDTailFitter(window=WINDOW).fit(X).frame_["n_shells"]
+    within = SHELLS.edges[1:] <= WINDOW[1] * (1 + 1e-9)
+    lost = int((within & (SHELLS.edges[1:] > labels.loc[0, "lambda_max"])).sum())
+    assert lost > 0
+    assert (full - lower.frame_["n_shells"]).tolist() == [lost, 0, 0]
 
 
 def test_rows_of_a_table_without_index_are_named(X, expected):
