@@ -230,6 +230,7 @@ ONE_BATCH_OPTIMISTIC = (
     "one batch: interval and test take shells as independent, so they are optimistic"
 )
 NO_FRONTIER_INTERVAL = "frontier without interval"
+FRONTIER_OUTSIDE = "frontier outside the window"
 FLAT_POWER = "flat profile: the power of the cutoff is not determined"
 DEGENERATE_POWER = "degenerate: the free cutoff is itself a power law"
 

@@ -37,6 +37,7 @@ from spectralshell.estimators.tail.profile import (
 from spectralshell.statuses import (
     DEGENERATE_SLOPE,
     FLAT_SLOPE,
+    FRONTIER_OUTSIDE,
     NO_CUTOFF,
     NO_FRONTIER_INTERVAL,
     OK,
@@ -226,7 +227,11 @@ def _interval(
 
 
 def _is_degenerate(chosen: TailModel, slope: float) -> bool:
-    return chosen is TEMPLATE and abs(slope - 1.0) < SMALLEST_POWER
+    return chosen is TEMPLATE and bool(_is_near_pole(slope))
+
+
+def _is_near_pole(slope: float | np.ndarray) -> np.ndarray:
+    return np.abs(np.asarray(slope) - 1.0) < SMALLEST_POWER
 
 
 def natural_parameters(
@@ -234,6 +239,7 @@ def natural_parameters(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return A, ln κ and ln λ* of A λ^−b exp(−κ λ^(b−1)); without a cutoff ln κ is −∞, ln λ* NaN.
 
+    λ* is NaN too where b is so near 1 that nothing determines it.
     A overflows to infinity near b = 1, where cutoff and amplitude together imitate a power law.
     """
     power = np.where(slope == 1.0, 1.0, slope - 1.0)
@@ -241,7 +247,9 @@ def natural_parameters(
     with np.errstate(divide="ignore", over="ignore"):
         log_cutoff = np.log(scaled) - power * log_reference
         amplitude = np.exp(intercept + slope * log_reference + scaled)
-        log_frontier = np.where(scaled > 0, -log_cutoff / power, np.nan)
+        # Near b = 1 the power −1/(b − 1) makes any λ* of a κ that hardly moves.
+        has_frontier = (scaled > 0) & ~_is_near_pole(slope)
+        log_frontier = np.where(has_frontier, -log_cutoff / power, np.nan)
     return amplitude, log_cutoff, log_frontier
 
 
@@ -258,6 +266,8 @@ def _tau_frame(
     values = np.full((len(taus), 5), np.nan)
     statuses = [TOO_FEW_SHELLS] * len(taus)
     resampled = problem.n_batches > 1 and batches_differ(problem)
+    last = problem.grid.log_reference
+    first = last - problem.grid.span
     for position, row in enumerate(np.flatnonzero(problem.used)):
         logs = log_frontier[:, position]
         has_interval = resampled and bool(np.isfinite(logs).all())
@@ -266,12 +276,18 @@ def _tau_frame(
             if has_interval:
                 half = float(jackknife_t(logs, confidence)[0])
                 values[row, 3:] = np.exp(logs[0] + np.array([-half, half]))
-        if cutoff[position] == 0 and kind != "none":
-            statuses[row] = NO_CUTOFF
-        elif cutoff[position] > 0 and not has_interval:
-            statuses[row] = NO_FRONTIER_INTERVAL
+        if cutoff[position] == 0:
+            statuses[row] = OK if kind == "none" else NO_CUTOFF
+        elif np.isnan(logs[0]):
+            statuses[row] = DEGENERATE_SLOPE
         else:
-            statuses[row] = OK
+            outside = not first <= logs[0] <= last
+            statuses[row] = join_statuses(
+                [
+                    FRONTIER_OUTSIDE if outside else OK,
+                    OK if has_interval else NO_FRONTIER_INTERVAL,
+                ]
+            )
     return _frame(taus, values, problem.n_shells, statuses)
 
 

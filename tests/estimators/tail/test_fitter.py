@@ -10,8 +10,10 @@ from spectralshell.datasets import make_grsd_spectra
 from spectralshell.estimators.tail.fitter import OUTPUT_COLUMNS, GRSDTailFitter
 from spectralshell.shells import ShellPartition, energy_frame
 from spectralshell.statuses import (
+    DEGENERATE_SLOPE,
     EQUAL_BATCHES,
     FLAT_SLOPE,
+    FRONTIER_OUTSIDE,
     NO_CUTOFF,
     ONE_BATCH_OPTIMISTIC,
     POWER_EXCLUDES_BOTH,
@@ -80,6 +82,34 @@ def test_degenerate_is_said():
     fitter = GRSDTailFitter(edges=SHELLS.edges).fit(X)
     assert "degenerate" in fitter.status_
     assert fitter.b_ == pytest.approx(1.02, abs=0.03)
+
+
+def imitated_cutoff(first):
+    """A frozen kernel's cutoff on shells of ratio 1.5 from 1.5^first: b is found near 1."""
+    edges = 1.5 ** np.arange(first, 1.0)
+    nodes = edges[:-1, None] * 1.5 ** np.linspace(0.0, 1.0, 4001)
+    energies = trapezoid(nodes**-0.3 * np.exp(-5.0 * nodes), nodes, axis=1)
+    noise = 0.03 * np.random.default_rng(0).standard_normal((10, energies.size))
+    fitter = GRSDTailFitter(edges=edges, floor=0.0, window=(edges[0], 1.0))
+    return fitter.fit(energies * np.exp(noise), tau=np.zeros(10), batch=range(10))
+
+
+def test_degenerate_fit_has_no_frontier():
+    fitter = imitated_cutoff(-12)
+    assert "degenerate" in fitter.status_
+    assert fitter.frame_.filter(like="frontier").isna().all(axis=None)
+    assert (fitter.frame_["status"] == DEGENERATE_SLOPE).all()
+    assert (fitter.frame_["cutoff"] > 0).all()
+
+
+@pytest.mark.parametrize(("frontier", "status"), [(0.1, "ok"), (2.0, FRONTIER_OUTSIDE)])
+def test_frontier_outside_the_window_is_said(frontier, status):
+    edges = SHELLS.edges[SHELLS.edges <= 1.0 + 1e-9]
+    energies = exact_energies(1.6, frontier**-0.6, 0.6, edges)
+    noise = np.random.default_rng(0).gamma(1e6, 1e-6, size=(8, len(energies)))
+    fitter = GRSDTailFitter(edges=edges, window=(edges[0], edges[-1])).fit(energies * noise)
+    assert fitter.frame_["frontier"][0] == pytest.approx(frontier, rel=0.1)
+    assert fitter.frame_["status"][0] == status
 
 
 def test_shared_cutoff_is_k_tau():
