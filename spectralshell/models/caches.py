@@ -45,9 +45,7 @@ class StaleStateError(ValueError):
 def check_caches(function: ModelFunction, inputs: Any) -> bool:
     """Raise StaleStateError naming a module that computes with what it kept from other weights.
 
-    True if it keeps more that these samples do not make it read, as a cache by batch sizes.
-
-    Cost: an evaluation of these few samples, some more for each kind of what a model keeps.
+    True if it keeps what these samples do not make it read. Cost: one call of them, or some more.
     """
     with function.guard():  # gradients stay enabled, for some models differentiate inside
         kept = Holdings(function.model).kept

@@ -239,8 +239,7 @@ def natural_parameters(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return A, ln κ and ln λ* of A λ^−b exp(−κ λ^(b−1)); without a cutoff ln κ is −∞, ln λ* NaN.
 
-    λ* is NaN too where b is so near 1 that nothing determines it.
-    A overflows to infinity near b = 1, where cutoff and amplitude together imitate a power law.
+    Near b = 1 ln λ* is NaN, since nothing determines it, and A may overflow to infinity.
     """
     power = np.where(slope == 1.0, 1.0, slope - 1.0)
     scaled = coefficient / power  # κ λ_ref^(b−1), not negative
