@@ -111,7 +111,7 @@ class GRSDTailFitter(TransformerMixin, BaseEstimator):
     frame_ : DataFrame
         One row per tau: ``tau, [name], amplitude, cutoff, frontier, frontier_lower,
         frontier_upper, n_shells, status``, at the slope ``b_``. Without a cutoff the frontier is
-        NaN.
+        NaN, near b = 1 too.
     window_ : tuple of float
         Where the fit was made.
     status_ : str
