@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from joblib.hashing import Hasher
 from torch import Tensor, nn
 
 from spectralshell.models.function import iterate_tensors
@@ -210,18 +209,6 @@ class Snapshot:
             f"Snapshot({type(self.model).__name__}, n_samples={self.n_samples}, "
             f"tau={self.tau:g}, batch={self.batch!r}{label})"
         )
-
-
-# What joblib hashes, of a Pipeline with memory= for one: what a snapshot is, and not what it
-# remembers, which grows with each fit.
-_HASHED = ("model", "inputs", "targets", "tau", "batch", "state", "name", "n_samples", "class_axis")
-
-
-def _hash_what_it_is(hasher: Any, snapshot: Snapshot) -> None:
-    hasher.save((Snapshot, [getattr(snapshot, label) for label in _HASHED]))
-
-
-Hasher.dispatch[Snapshot] = _hash_what_it_is
 
 
 def make_snapshots(

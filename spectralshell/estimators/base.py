@@ -12,6 +12,7 @@ from sklearn.base import BaseEstimator, TransformerMixin
 
 from spectralshell.estimators.skipped import ON_ERROR, Measured
 from spectralshell.measurements.cache import Measurement, measure_each, resolve_memory
+from spectralshell.measurements.keys import hash_by_what_runs
 from spectralshell.parameter_checks import check_option
 from spectralshell.snapshots import Snapshot, as_snapshots, warn_of_other_data
 
@@ -48,6 +49,11 @@ class SnapshotEstimator(CallbackSupportMixin, TransformerMixin, BaseEstimator):
 
     A subclass says how to measure, by its parameters, and what it makes of the measures.
     """
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        """Let a Pipeline with memory= see what an estimator's callables run."""
+        super().__init_subclass__(**options)
+        hash_by_what_runs(cls)
 
     def fit_transform(self: Any, X: Sequence[Any], y: Any = None) -> pd.DataFrame:
         """Fit and transform the same snapshots, each measured once.

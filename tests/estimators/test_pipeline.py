@@ -1,6 +1,7 @@
 """The main path in scikit-learn's tools: snapshots in, a tail exponent out, products counted."""
 
 import pickle
+import sys
 import warnings
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from sklearn.pipeline import make_pipeline
 
 from spectralshell import GRSDTailFitter, ShellEnergyEstimator, cross_validate_exponent
 from spectralshell.datasets import load_digits_trajectory
-from tests.device import place_trajectory
+from tests.device import place_snapshot, place_trajectory
 
 Q = [1.2, 1.3, 1.4, 1.5, 1.6, 1.7, 1.8, 1.9, 2.0, 2.2]
 N_FOLDS = 5
@@ -99,6 +100,49 @@ def test_pipeline_memory_knows_the_same_list_again(X, tmp_path):
     assert pickle.loads(pickle.dumps(snapshots[0])).measures["more"] == 1.0
     snapshots[0].tau += 1.0
     assert joblib.hash(snapshots) != before
+
+
+SCALE = 1.0
+
+
+class Scaled(torch.nn.Linear):
+    """A model that reads a global."""
+
+    def forward(self, x):
+        return SCALE * torch.tanh(super().forward(x))
+
+
+def error(outputs, targets):
+    return outputs - targets
+
+
+def doubled(outputs, targets):
+    return 2.0 * (outputs - targets)
+
+
+# The same function defined anew, as when a cell of a notebook is edited and run again.
+doubled.__name__ = doubled.__qualname__ = "error"
+
+
+@pytest.mark.parametrize("edited", ["residual", "global"])
+def test_pipeline_memory_sees_what_is_defined_anew(edited, tmp_path, monkeypatch):
+    here = sys.modules[__name__]
+    x = torch.linspace(-1, 1, 48).reshape(8, 6).cos()
+    snapshots = [place_snapshot(Scaled(6, 4), x, torch.ones(8, 4))]
+
+    def rate():
+        shells = ShellEnergyEstimator(residual=here.error, solver="exact")
+        pipe = make_pipeline(shells, GRSDTailFitter(min_shells=2), memory=str(tmp_path))
+        return pipe.fit(snapshots)[0].lambda_max_
+
+    before = rate()
+    assert rate() == before
+    assert len(list(tmp_path.rglob("output.pkl"))) == 1
+    if edited == "residual":
+        monkeypatch.setattr(here, "error", doubled)
+    else:
+        monkeypatch.setattr(here, "SCALE", 2.0)
+    assert rate() == pytest.approx(4.0 * before)
 
 
 @pytest.mark.parametrize(("routing", "n_jobs"), [(False, 1), (True, 1), (False, 2)])
