@@ -211,6 +211,22 @@ def known_couplings(couplings: Floats, eigenvalues: Floats, noise: float) -> NDA
     return known
 
 
+def plan_motion(motion: KernelMotion, settings: KernelSettings, **load: Any) -> SolverPlan:
+    """Plan what moves with a kernel; ``load`` is for `plan_couplings`."""
+    return plan_by_memory(
+        settings,
+        motion.device,
+        lambda max_bytes, solver: plan_couplings(
+            motion.survey.footprint,
+            max_bytes,
+            solver=solver,
+            n_steps=settings.n_steps,
+            chunk_size=motion.survey.evaluation.chunk_size,
+            **load,
+        ),
+    )
+
+
 def measure_couplings(
     snapshot: Snapshot, settings: CouplingSettings, probe_seed: int = 0, verbose: int = 0
 ) -> ModeCouplings:
@@ -222,19 +238,12 @@ def measure_couplings(
     with set_in_motion(snapshot, kernel, probe_seed) as motion:
         # More vectors than there are dimensions span nothing more.
         settings = replace(settings, block_size=min(settings.block_size, motion.n))
-        plan = plan_by_memory(
+        plan = plan_motion(
+            motion,
             kernel,
-            motion.device,
-            lambda max_bytes, solver: plan_couplings(
-                motion.survey.footprint,
-                max_bytes,
-                solver=solver,
-                n_steps=kernel.n_steps,
-                block_size=settings.block_size,
-                n_directions=1 + settings.n_random,
-                derivative=settings.motion.derivative,
-                chunk_size=motion.survey.evaluation.chunk_size,
-            ),
+            block_size=settings.block_size,
+            n_directions=1 + settings.n_random,
+            derivative=settings.motion.derivative,
         )
         plan.announce(snapshot, verbose)
         return carry_out(plan, lambda plan: couple_motion(snapshot, motion, plan, settings))

@@ -16,12 +16,13 @@ from spectralshell.measurements.couplings import (
     ModeCouplings,
     couple_motion,
     find_direction,
+    plan_motion,
     set_in_motion,
     unit_of,
     unit_status,
 )
 from spectralshell.measurements.settings import KernelSettings, MotionSettings
-from spectralshell.measurements.solver import SolverPlan, carry_out, plan_by_memory, plan_couplings
+from spectralshell.measurements.solver import SolverPlan, carry_out
 from spectralshell.measurements.spectrum import lanczos_measure
 from spectralshell.operators import Direction, KernelMotion
 from spectralshell.operators.survey import KernelSurvey
@@ -337,21 +338,14 @@ def measure_fluxes(
     kernel, how = settings.kernel, settings.motion
     with set_in_motion(snapshot, kernel, probe_seed) as motion:
         # One run here and two for a difference: as many products as for a space of n_steps modes.
-        plan = plan_by_memory(
+        plan = plan_motion(
+            motion,
             kernel,
-            motion.device,
-            lambda max_bytes, solver: plan_couplings(
-                motion.survey.footprint,
-                max_bytes,
-                solver=solver,
-                n_steps=kernel.n_steps,
-                block_size=1,
-                n_directions=1,
-                derivative=how.derivative,
-                chunk_size=motion.survey.evaluation.chunk_size,
-                lanczos_runs=_RUNS,
-                worth=_WORTH,
-            ),
+            block_size=1,
+            n_directions=1,
+            derivative=how.derivative,
+            lanczos_runs=_RUNS,
+            worth=_WORTH,
         )
         plan.announce(snapshot, verbose)
         coupling = CouplingSettings(kernel, how, block_size=1)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from spectralshell.models.function import ModelFunction
+from spectralshell.models.guard import random_states
 from spectralshell.models.holdings import Holdings, Kept, Link
 from spectralshell.models.state import copy_state
 
@@ -255,8 +256,8 @@ class _Search:
         own = {self._buffer_name(kept.path[0]) for kept in group}
         carried = {name: tensor for name, tensor in state.items() if name not in own}
         function = self._function
-        torch.manual_seed(0)  # inside the guard, which puts the random states back
-        with function.continued():
+        # All calls draw the same numbers, so that a table filled anew is the same table.
+        with random_states(function.device), function.continued():
             try:
                 if take_away is not None:
                     take_away()
@@ -316,7 +317,7 @@ class _Reading(TorchDispatchMode):
 def _place(tensor: Tensor) -> int:
     try:
         return int(tensor.untyped_storage()._cdata)
-    except (NotImplementedError, RuntimeError):  # sparse
+    except RuntimeError:  # a sparse tensor has no storage
         return id(tensor)
 
 

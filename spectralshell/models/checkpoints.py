@@ -133,6 +133,7 @@ def _check_archive(path: str, source: str) -> None:
     try:
         with zipfile.ZipFile(path) as archive:
             members = archive.infolist()
+    # zipfile raises the last for versions and methods that it does not read.
     except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
         raise ValueError(
             f"state: {source} is not a readable checkpoint ({error}); it may be corrupt or "

@@ -47,7 +47,7 @@ def guarded(model: nn.Module, device: torch.device) -> Iterator[None]:
     Cost: linear in modules and in what they keep. Not seen: what libraries keep outside Python.
     """
     with exclusive(), ExitStack() as stack:
-        stack.enter_context(_random_states(device))
+        stack.enter_context(random_states(device))
         stack.enter_context(_own_parametrizations())
         stack.enter_context(_evaluating(model))
         stack.enter_context(_held(model))
@@ -85,7 +85,8 @@ def quiet_differentiation() -> Iterator[None]:
 
 
 @contextmanager
-def _random_states(device: torch.device) -> Iterator[None]:
+def random_states(device: torch.device) -> Iterator[None]:
+    """Put the random states of torch, NumPy and Python back after; of the CPU and a device."""
     cpu = torch.get_rng_state()
     python = random.getstate()
     legacy = np.random.get_state()  # noqa: NPY002  the global state is what has to be kept

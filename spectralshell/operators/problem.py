@@ -551,15 +551,7 @@ def _call_model(function: ModelFunction, inputs: Any) -> Tensor:
         return function.evaluate(inputs)
     except OutputKindError:
         raise
-    except (
-        RuntimeError,
-        ValueError,
-        TypeError,
-        IndexError,
-        AttributeError,
-        KeyError,
-        NotImplementedError,
-    ) as error:
+    except (RuntimeError, ValueError, TypeError, LookupError, AttributeError) as error:
         if is_out_of_memory(error):
             raise
         shapes = [tuple(tensor.shape) for tensor in iterate_tensors(inputs)]
