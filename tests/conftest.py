@@ -32,3 +32,21 @@ def trajectory():
 def measured_trajectory():
     """The same snapshots for the whole run: they keep the measures of the first test."""
     return place_trajectory(load_digits_trajectory(**SMALL_TRAJECTORY))
+
+
+@pytest.fixture
+def clean_matplotlib():
+    """No window, no figure left behind, no change of matplotlib's global settings."""
+    import matplotlib as mpl
+
+    backend = mpl.get_backend()
+    mpl.use("Agg")
+    import matplotlib.pyplot as plt
+
+    settings = dict(mpl.rcParams)
+    open_before = set(plt.get_fignums())
+    yield
+    for number in set(plt.get_fignums()) - open_before:
+        plt.close(number)
+    assert dict(mpl.rcParams) == settings
+    mpl.use(backend)

@@ -132,7 +132,7 @@ def test_batches_of_other_labels_are_units_of_their_own(X):
     assert len(cross_validate_exponent(GRSDTailFitter(window=WINDOW), columns)) == 10
 
 
-def test_plots_carry_the_name(X, fitter):
+def test_plots_carry_the_name(X, fitter, clean_matplotlib):
     display = TailFitDisplay.from_estimator(fitter, X)
     assert display.frame().groupby(["name", "tau"]).size().index.tolist() == [
         (name, tau) for name in "ab" for tau in TAUS
