@@ -32,7 +32,7 @@ from spectralshell.displays._frames import (
     tidy_energies,
 )
 from spectralshell.parameter_checks import check_option
-from spectralshell.shells.carriers import NAME
+from spectralshell.shells.carriers import NAME, measured_rows
 
 _LABELS = {
     "energy": r"shell energy $E_\alpha$  (units of the loss)",
@@ -176,7 +176,7 @@ class ShellEnergyDisplay:
         TypeError, ValueError
             If ``frame`` is not a shell frame, or ``fitter`` has no frontiers.
         """
-        shells = tidy_energies(frame)
+        shells = tidy_energies(measured_rows(frame))
         if resolution_floor is None:
             resolution_floor = resolution_floor_of(shells)
         frontiers = _of_names(_frontiers_of(fitter), shells)

@@ -30,7 +30,15 @@ from spectralshell.displays._frames import (
     tidy_energies,
 )
 from spectralshell.parameter_checks import check_window
-from spectralshell.shells.carriers import BATCH, FLOOR, LAMBDA_MAX, NAME, TAU, open_table
+from spectralshell.shells.carriers import (
+    BATCH,
+    FLOOR,
+    LAMBDA_MAX,
+    NAME,
+    TAU,
+    measured_rows,
+    open_table,
+)
 
 _VALUES = ["value", "batch_lower", "batch_upper"]
 _DENSITIES = ["density", "density_lower", "density_upper"]
@@ -150,6 +158,7 @@ class TailFitDisplay:
             )
         for step in steps[:-1]:
             X = step.transform(X)
+        X = measured_rows(X)
         tidy_energies(X, name="X")
         return cls.from_frame(
             X,

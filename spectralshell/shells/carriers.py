@@ -107,6 +107,24 @@ def _is_shell_column(column: Any) -> bool:
     return isinstance(column, str) and (column == NULL or column.startswith("shell["))
 
 
+def skipped_rows(X: Any) -> np.ndarray | None:
+    """Return which rows of a shell frame are of snapshots that were skipped, None if none is."""
+    frame = as_frame(X)
+    if not isinstance(frame, pd.DataFrame):
+        return None
+    shells = [column for column in frame.columns if _is_shell_column(column)]
+    if not shells or frame.columns.nlevels > 1:
+        return None
+    skipped = frame[shells].isna().all(axis=1).to_numpy()
+    return skipped if skipped.any() else None
+
+
+def measured_rows(X: Any) -> Any:
+    """Return X without the rows of snapshots that were skipped."""
+    skipped = skipped_rows(X)
+    return X if skipped is None else as_frame(X)[~skipped]
+
+
 def _refuse_turned(frame: pd.DataFrame) -> None:
     """Raise if shells run along the rows, or columns have several levels."""
     if any(map(_is_shell_column, frame.index.get_level_values(-1))):

@@ -40,6 +40,7 @@ from spectralshell.estimators.tail.reading import (
     read_layout,
     read_names,
     refuse_foreign_names,
+    without_skipped,
 )
 from spectralshell.estimators.tail.rows import (
     fit_rows,
@@ -54,14 +55,16 @@ from spectralshell.parameter_checks import (
     check_sample_weight,
     check_window,
 )
-from spectralshell.shells.carriers import NAME, TAU, ShellTable
+from spectralshell.shells.carriers import NAME, TAU, ShellTable, as_frame
 from spectralshell.shells.partition import shell_name
 from spectralshell.statuses import (
     EMPTY_TAIL,
+    OK,
     TOO_FEW_SHELLS,
     assumed,
     batches_missing,
     join_statuses,
+    n_skipped,
     shells_left_empty,
 )
 
@@ -255,11 +258,18 @@ class GRSDTailFitter(TransformerMixin, BaseEstimator):
             "confidence", self.confidence, low=0.0, high=1.0, low_open=True, high_open=True
         )
         min_shells = check_integer("min_shells", self.min_shells, low=2)
+        given = {"tau": tau, "batch": batch, "name": name}
+        X, given, skipped = without_skipped(X, **given)
+        if skipped is not None and skipped.all():
+            raise ValueError(
+                "X holds NaN alone: all snapshots were skipped; `skipped_` of the estimator before "
+                "this step says why."
+            )
         table = open_table(X)
         refuse_foreign_names(table, self.edges)
         values = validate_data(self, table.energies, dtype=np.float64, ensure_non_negative=True)
         layout = read_layout(table, values.shape[1], self.edges)
-        labels = read_labels(table, len(values), tau=tau, batch=batch, name=name, floor=self.floor)
+        labels = read_labels(table, len(values), **given, floor=self.floor)
         if self.cutoff == "shared" and (labels.taus < 0).any():
             raise ValueError('tau must not be negative with cutoff="shared", where κ_j = K τ_j.')
         assumed_labels = assumptions(
@@ -281,6 +291,7 @@ class GRSDTailFitter(TransformerMixin, BaseEstimator):
             named = [estimate(rows).named(one) for one, rows in each.items()]
         self._layout, self._result = layout, result
         self._named, self._assumed = named, assumed_labels
+        self._left_out = OK if skipped is None else n_skipped(int(skipped.sum()), len(skipped))
         self.window_ = whole.window
         self.b_, self.b_interval_ = result.slope, result.interval
         self.frame_ = result.frame
@@ -292,7 +303,8 @@ class GRSDTailFitter(TransformerMixin, BaseEstimator):
         """``"ok"``, or phrases joined by ``"; "``."""
         check_is_fitted(self)
         compared = [compare_names(self._named)] if len(self._named) > 1 else []
-        return join_statuses([*self._result.phrases, *compared, assumed(self._assumed)])
+        told = [*compared, assumed(self._assumed), self._left_out]
+        return join_statuses([*self._result.phrases, *told])
 
     @property
     def b_by_name_(self) -> pd.DataFrame:
@@ -321,8 +333,19 @@ class GRSDTailFitter(TransformerMixin, BaseEstimator):
         DataFrame or ndarray of shape (n_rows, 4)
             ``amplitude, cutoff, frontier, tail_energy``: the last is the measured energy in the
             window. A frame for a frame, with its index. NaN where a row has too few shells, of
-            which those below its own resolution floor or above its own λ_max are none.
+            which those below its own resolution floor or above its own λ_max are none, and where
+            its snapshot was skipped.
         """
+        check_is_fitted(self)
+        measured, given, skipped = without_skipped(X, tau=tau)
+        if skipped is None:
+            return self._transform(X, tau)
+        out = pd.DataFrame(np.nan, as_frame(X).index, list(OUTPUT_COLUMNS))
+        if not skipped.all():
+            out[~skipped] = self._transform(measured, **given).to_numpy()
+        return out
+
+    def _transform(self, X: Any, tau: Any) -> Any:
         table, values, energies = self._read(X)
         layout, result = self._layout, self._result
         out = np.full((len(values), 4), np.nan)
@@ -410,8 +433,19 @@ class GRSDTailFitter(TransformerMixin, BaseEstimator):
         Returns
         -------
         ndarray of shape (n_rows,)
-            NaN for a row without energy in the window, and where b is NaN.
+            NaN for a row without energy in the window or of a skipped snapshot, and where b is
+            NaN.
         """
+        check_is_fitted(self)
+        measured, given, skipped = without_skipped(X, tau=tau, name=name)
+        if skipped is None:
+            return self._score_samples(X, tau, name)
+        out = np.full(len(skipped), np.nan)
+        if not skipped.all():
+            out[~skipped] = self._score_samples(measured, **given)
+        return out
+
+    def _score_samples(self, X: Any, tau: Any, name: Any) -> np.ndarray:
         table, values, energies = self._read(X)
         if np.isnan(self.b_):
             return np.full(len(values), np.nan)
@@ -456,7 +490,6 @@ class GRSDTailFitter(TransformerMixin, BaseEstimator):
         return np.asarray(OUTPUT_COLUMNS, dtype=object)
 
     def _read(self, X: Any) -> tuple[ShellTable, np.ndarray, np.ndarray]:
-        check_is_fitted(self)
         table = open_table(X)
         values = validate_data(
             self, table.energies, dtype=np.float64, ensure_non_negative=True, reset=False

@@ -21,6 +21,7 @@ from spectralshell.shells.carriers import (
     TAU,
     ShellTable,
     as_frame,
+    skipped_rows,
 )
 from spectralshell.shells.carriers import open_table as open_any_table
 from spectralshell.snapshots import Snapshot
@@ -123,8 +124,6 @@ def open_table(X: Any) -> ShellTable:
         )
     if not isinstance(frame, pd.DataFrame):
         _refuse_no_numbers(frame)
-    else:
-        _refuse_skipped(frame)
     table = open_any_table(frame)
     if table.named:
         _refuse_gaps(table.energies)
@@ -143,14 +142,19 @@ def _refuse_no_numbers(X: Any) -> None:
         raise kind(f"X must hold energies, one row of numbers per snapshot: {error}") from error
 
 
-def _refuse_skipped(frame: pd.DataFrame) -> None:
-    shells = [column for column in frame.columns if str(column).startswith("shell[")]
-    skipped = frame[shells].isna().all(axis=1).to_numpy() if shells else np.zeros(0, dtype=bool)
-    if skipped.any() and not skipped.all():
-        raise ValueError(
-            f"X holds NaN alone in row {int(skipped.argmax())}, as a snapshot leaves it that could "
-            "not be measured; leave such rows out with X.dropna()."
-        )
+def without_skipped(X: Any, **labels: Any) -> tuple[Any, dict[str, Any], np.ndarray | None]:
+    """Return X and labels without the rows of skipped snapshots, and which those are, if any."""
+    skipped = skipped_rows(X)
+    if skipped is None:
+        return X, labels, None
+    measured = ~skipped
+
+    def kept(values: Any) -> Any:
+        # Labels of another length are refused later.
+        fits = values is not None and np.ndim(values) > 0 and len(values) == len(skipped)
+        return [v for v, known in zip(values, measured, strict=True) if known] if fits else values
+
+    return as_frame(X)[measured], {key: kept(v) for key, v in labels.items()}, skipped
 
 
 def _refuse_gaps(energies: pd.DataFrame) -> None:

@@ -4,6 +4,7 @@ import io
 import pickle
 from dataclasses import replace
 from decimal import Decimal
+from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -114,6 +115,29 @@ def test_displays_take_what_the_fit_takes(X, expected):
         pd.testing.assert_frame_equal(drawn.frame(), wanted.frame())
 
 
+@pytest.mark.parametrize("carried", ["pandas", "columns"])
+def test_rows_of_skipped_snapshots_are_left_out_and_counted(X, expected, carried):
+    rows = pd.concat([X.iloc[:1] * np.nan, X, X.iloc[:2] * np.nan])
+    index = rows.index.to_frame(index=False)
+    index.loc[[0, len(X) + 1, len(X) + 2], ["lambda_max", "resolution_floor"]] = np.nan
+    index.loc[[0, len(X) + 1, len(X) + 2], "batch"] = [90, 91, 92]
+    rows.index = pd.MultiIndex.from_frame(index)
+    rows = rows if carried == "pandas" else rows.reset_index()
+    fitter = GRSDTailFitter().fit(rows)
+    assert (fitter.b_, fitter.b_interval_) == (expected.b_, expected.b_interval_)
+    assert fitter.status_.endswith(f"3 of {len(X) + 3} snapshots skipped")
+    out = fitter.transform(rows)
+    assert out.index.equals(rows.index)
+    assert out.iloc[[0, -2, -1]].isna().all(axis=None)
+    np.testing.assert_array_equal(out.iloc[1:-2], expected.transform(X))
+    scores = fitter.score_samples(rows)
+    np.testing.assert_array_equal(scores[1:-2], expected.score_samples(X))
+    assert np.isnan(scores[[0, -2, -1]]).all()
+    assert fitter.transform(rows.iloc[-2:]).isna().all(axis=None)
+    for make in (ShellEnergyDisplay.from_frame, partial(TailFitDisplay.from_estimator, fitter)):
+        pd.testing.assert_frame_equal(make(rows).frame(), make(X).frame())
+
+
 def test_single_precision_is_as_good_as_its_digits(X, expected):
     fitter = GRSDTailFitter().fit(X.reset_index().astype(dict.fromkeys(X.columns, "float32")))
     assert fitter.b_ == pytest.approx(expected.b_, abs=SINGLE)
@@ -149,10 +173,7 @@ REFUSED = {
         lambda X: pd.concat([X.iloc[:5, :-2], X.iloc[5:]]),
         "NaN in column .* one fitted ShellEnergyEstimator",
     ),
-    "snapshot skipped": (
-        lambda X: pd.concat([X, X.iloc[:1] * np.nan]),
-        r"NaN alone in row 12.*X.dropna\(\)",
-    ),
+    "all snapshots skipped": (lambda X: X * np.nan, "all snapshots were skipped"),
     "floor missing": (lambda X: X.droplevel("resolution_floor").pipe(forget), "has no resolution_"),
     "floor of some": (
         lambda X: pd.concat([X.droplevel("resolution_floor").reset_index(), X.reset_index()]),
