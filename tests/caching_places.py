@@ -93,6 +93,24 @@ class InSlot(Square):
         return self.slot.value
 
 
+@dataclass(frozen=True, slots=True)
+class FrozenSlot:
+    """Nothing can be assigned to it, and yet it can be filled."""
+
+    value: Tensor | None = None
+
+
+class InFrozenSlot(Square):
+    def __init__(self) -> None:
+        super().__init__()
+        self.slot = FrozenSlot()
+
+    def kept(self) -> Tensor:
+        if self.slot.value is None:
+            object.__setattr__(self.slot, "value", self.inverse())
+        return self.slot.value
+
+
 class Store:
     """A registry whose class has the dictionary."""
 
@@ -172,7 +190,7 @@ class AmongMany(Square):
 
 PLACES = [
     InPropertyCache, InStaticCache, InDecorator, InDefault, InKeywordDefault, InFunction, InSlot,
-    InHelper, InRegistry, InClass, Patched, ByLength, AmongMany,
+    InFrozenSlot, InHelper, InRegistry, InClass, Patched, ByLength, AmongMany,
 ]  # fmt: skip
 
 

@@ -23,6 +23,7 @@ STAGES = (
     ("_version", "parameter_checks", "statuses", "warning_categories"),
     ("models",),
     ("residuals", "snapshots"),
+    ("runs",),
     ("operators",),
     ("krylov",),
     ("shells", "dynamics"),

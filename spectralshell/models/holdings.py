@@ -9,6 +9,7 @@ from __future__ import annotations
 import dis
 import functools
 import gc
+import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -33,6 +34,9 @@ _ATOMS = (int, float, complex, str, bytes, bool, type(None), type, ModuleType)
 
 _OTHERS = ("torch", "numpy", "builtins", "typing", "logging", "threading")
 """Packages whose objects are not descended into."""
+
+_NO_CODE = sys.stdlib_module_names - {"__main__"}
+"""Packages whose functions keep nothing of a model, such as the patterns that ``re`` compiled."""
 
 _DEPTH = 6
 
@@ -82,19 +86,21 @@ class Link:
                 value = vars(self.home).get(self.key, _MISSING)
                 return value if self.wrap is None else list(_layers(value))[-1]
             if self._is_slot:
-                return getattr(self.home, self.key, _MISSING)
+                return object.__getattribute__(self.home, self.key)
             if isinstance(self.home, dict):  # a subclass may make something else of what it holds
                 return dict.__getitem__(self.home, self.key)
             return self.home[self.key]
-        except (KeyError, IndexError, ValueError):
+        except (AttributeError, KeyError, IndexError, ValueError):
             return _MISSING
 
     def write(self, value: Any) -> None:
         """Put a value there."""
         if isinstance(self.home, CellType):
             self.home.cell_contents = value
-        elif isinstance(self.home, type) or self._is_slot:
+        elif isinstance(self.home, type):
             setattr(self.home, self.key, value if self.wrap is None else self.wrap(value))
+        elif self._is_slot:  # of a frozen dataclass as well
+            object.__setattr__(self.home, self.key, value)
         else:
             self.home[self.key] = value
 
@@ -102,8 +108,10 @@ class Link:
         """Leave nothing there."""
         if isinstance(self.home, CellType):
             del self.home.cell_contents
-        elif isinstance(self.home, type) or self._is_slot:
+        elif isinstance(self.home, type):
             delattr(self.home, self.key)
+        elif self._is_slot:
+            object.__delattr__(self.home, self.key)
         else:
             del self.home[self.key]
 
@@ -291,7 +299,10 @@ def _slots(kind: type) -> list[str]:
         name
         for base in kind.__mro__
         for name, member in vars(base).items()
-        if isinstance(member, MemberDescriptorType) and not _is_foreign(base)
+        # Members of types written in C, such as the flags of a pattern, may be read only.
+        if isinstance(member, MemberDescriptorType)
+        and "__slots__" in vars(base)
+        and not _is_foreign(base)
     ]
 
 
@@ -391,7 +402,7 @@ def _collect(function: Any, places: list[Link], seen: set[int], depth: int = 0) 
         return
     seen.add(id(function))
     package = (function.__module__ or "").partition(".")[0]
-    if package in _OTHERS:
+    if package in _OTHERS or package in _NO_CODE:
         return
     places += map(Link, function.__closure__ or ())
     places.append(Link(function, "__dict__"))

@@ -1,6 +1,9 @@
 """Functions of the weights kept between calls: refused by name, or the numbers of the state."""
 
 import copy
+import re
+from datetime import timedelta
+from fractions import Fraction
 
 import pytest
 import torch
@@ -235,3 +238,27 @@ def test_a_long_list_comes_back():
     model.register_forward_hook(lambda module, args, output: module.history.append(1.0))
     build_kernel(place_snapshot(model, torch.ones(4, 3), torch.zeros(4, 2)))
     assert len(model.history) == 3000
+
+
+class Searching(nn.Linear):
+    """Keeps objects of the standard library, whose members are read only and new at each look."""
+
+    pattern = re.compile("a+", re.IGNORECASE | re.ASCII)
+    since = timedelta(days=1000, seconds=2000)
+
+    def __init__(self):
+        super().__init__(3, 2)
+        self.share = Fraction(1, 3)
+        self.found = 0
+
+    def forward(self, x):
+        copy.deepcopy(self.since)
+        self.found += re.search(f"b{self.found}+|a", "aa") is not None
+        return super().forward(x) * float(self.share)
+
+
+def test_objects_of_the_standard_library_are_left_alone():
+    model = Searching()
+    build_kernel(place_snapshot(model, torch.ones(4, 3), torch.zeros(4, 2)))
+    assert model.found == 0
+    assert any("b0+|a" in key for key in re._cache)  # what it compiled is not the model's
