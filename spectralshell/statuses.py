@@ -41,6 +41,11 @@ def zero_jacobian_of(names: Sequence[str]) -> str:
     return f"zero Jacobian of {', '.join(names[:_MAX_NAMES])}{more}"
 
 
+def set_up_again(reason: str) -> str:
+    """Of a snapshot that failed the short test that follows others of its model."""
+    return f"set up anew, as what held for earlier snapshots did not: {reason}"
+
+
 def smaller_chunks(n_samples: int | None) -> str:
     """Of chunks that were halved until memory sufficed."""
     return f"memory ran out: computed in chunks of {n_samples} samples"

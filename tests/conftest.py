@@ -6,6 +6,7 @@ import pytest
 from hypothesis import settings
 
 from spectralshell.datasets import load_digits_trajectory
+from spectralshell.operators.set_up import forget_set_ups
 from tests.device import place_trajectory
 
 # A change is judged by the examples that everybody sees; other runs look for new ones.
@@ -20,6 +21,12 @@ SMALL_TRAJECTORY = {
     "hidden": (12,),
     "max_iter": 200,
 }
+
+
+@pytest.fixture(autouse=True)
+def whole_set_up():
+    """No test finds what another has settled for a model of the same code."""
+    forget_set_ups()
 
 
 @pytest.fixture

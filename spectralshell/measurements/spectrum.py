@@ -31,6 +31,9 @@ from spectralshell.shells import SpectralMeasure, noise_floor, quadrature_floor
 from spectralshell.snapshots import Snapshot
 from spectralshell.statuses import ZERO_ERROR, join_statuses
 
+_SHORT_RUN = 5
+"""Steps of the power method that the norm of a kernel is found by: fewer of Lanczos may miss it."""
+
 
 def measure_spectrum(
     snapshot: Snapshot, settings: KernelSettings, probe_seed: int = 0, verbose: int = 0
@@ -116,7 +119,10 @@ def lanczos_measure(kernel: KernelOperator, result: LanczosResult) -> SpectralMe
     total = 0.5 * result.norm**2
     nodes, shares, last = gauss(result.alpha, result.beta)
     # The products' error goes with ‖M‖, which a short run may not have reached yet.
-    noise = kernel.noise * max(np.abs(nodes).max(initial=0.0) + result.beta_last, kernel.norm)
+    largest = np.abs(nodes).max(initial=0.0) + result.beta_last
+    if largest < kernel.least_norm or len(nodes) < _SHORT_RUN:
+        largest = max(largest, kernel.norm)
+    noise = kernel.noise * largest
     bounds = CumulativeBounds.from_lanczos(
         result.alpha, result.beta, result.beta_last, total, noise, result.exhausted
     )

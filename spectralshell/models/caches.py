@@ -35,6 +35,9 @@ _ALONE = 3
 
 _MODULE_FLAGS = frozenset(vars(nn.Module()))
 
+_ORDINARY = ("torch.", "transformers.modeling_utils")
+"""Modules whose methods of loading do nothing but to copy."""
+
 _MOST_SWITCHES = 8
 """Flags of a module that are tried one by one."""
 
@@ -51,12 +54,14 @@ def check_caches(function: ModelFunction, inputs: Any) -> bool:
     with function.guard():  # gradients stay enabled, for some models differentiate inside
         kept = Holdings(function.model).kept
         merged = list(_merged_modules(function.model))
-        _check_loading(function, inputs)
         return _Search(function, inputs, kept).run(merged)
 
 
-def _check_loading(function: ModelFunction, inputs: Any) -> None:
-    """Raise where a model that computes something on loading a state has other outputs then."""
+def check_loading(function: ModelFunction, inputs: Any) -> None:
+    """Raise StaleStateError where loading the state into the model would give other outputs.
+
+    Cost: nothing for models that copy tensors on loading, else a copy and two calls.
+    """
     loading = [name for name, m in function.model.named_modules() if _loads_otherwise(m)]
     if not loading:
         return
@@ -68,7 +73,9 @@ def _check_loading(function: ModelFunction, inputs: Any) -> None:
     except Exception:  # what cannot be copied, or refuses to load, tells nothing
         return
     copied = ModelFunction(loaded, copy_state(loaded), [], function.device, function.dtype)
-    if _differ(copied.evaluate(inputs), function.evaluate(inputs)):
+    with function.guard():
+        differ = _differ(copied.evaluate(inputs), function.evaluate(inputs))
+    if differ:
         name = loading[0]
         raise StaleStateError(
             f"model: {_named(name, type(function.model.get_submodule(name)))} computes something "
@@ -82,7 +89,7 @@ def _loads_otherwise(module: nn.Module) -> bool:
     if module._load_state_dict_post_hooks:
         return True
     methods = (type(module)._load_from_state_dict, type(module).load_state_dict, type(module).train)
-    return any(not (method.__module__ or "").startswith("torch.") for method in methods)
+    return any(not (method.__module__ or "").startswith(_ORDINARY) for method in methods)
 
 
 def _merged_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

@@ -30,6 +30,8 @@ columns together are 1.2 times slower than one by one for a ResNet-18 and a GPT-
 
 _MAX_BLOCK = 64
 
+_NORM_PROBES = 3
+
 
 class Kernel(ABC):
     """M = J Jᵀ of one snapshot, a context manager that frees what the products need."""
@@ -115,8 +117,10 @@ class KernelOperator(Kernel):
         Norm of the rounding error of a product, relative to ‖M‖. For float64 it covers the
         rounding of the products alone, not that of the model's outputs and activations.
     norm : float
-        Estimate of ‖M‖, its largest eigenvalue, from below, by five steps of the power method;
-        0.0 on the meta device.
+        Estimate of ‖M‖, its largest eigenvalue, from below, by five steps of the power method,
+        found when it is first read (three products); 0.0 on the meta device.
+    least_norm : float
+        The same by two steps, which cost nothing more.
     dynamics_exact : bool
         Whether de/dt = −M e along :meth:`velocity`.
     jacobian_defect : float
@@ -146,7 +150,8 @@ class KernelOperator(Kernel):
         evaluation: Evaluation,
         jacobian: Jacobian,
         *,
-        norm: float = 0.0,
+        least_norm: float = 0.0,
+        find_norm: Callable[[], float] | None = None,
         noise: float = 0.0,
         refused: Mapping[str, str] | None = None,
         n_probes: int = 0,
@@ -158,7 +163,8 @@ class KernelOperator(Kernel):
         self._jacobian: Jacobian | None = jacobian
         self._residual = evaluation.problem.residual
         self._values = evaluation.values
-        self.norm = norm
+        self.least_norm = least_norm
+        self._find_norm = find_norm
         self.noise = noise
         self.refused = dict(refused or {})
         self.n_matvecs = 0
@@ -182,6 +188,15 @@ class KernelOperator(Kernel):
         other = copy(self)
         other.matrix_from, other._build_matrix, other._matrix = matrix_from, build, None
         return other
+
+    @property
+    def norm(self) -> float:
+        """‖M‖ from below; of a closed kernel what was known."""
+        if self._find_norm is not None:
+            find, self._find_norm = self._find_norm, None
+            self.least_norm = find()
+            self.n_probes += _NORM_PROBES
+        return self.least_norm
 
     @property
     def jacobian(self) -> Jacobian:
@@ -302,6 +317,7 @@ class KernelOperator(Kernel):
     def close(self) -> None:
         """Free the recorded graphs; products are errors afterwards."""
         self._jacobian = None
+        self._find_norm = None
         self.forget_matrix()
         self._build_matrix = None
 
@@ -382,6 +398,7 @@ class Jacobian:
         self.parts = tuple(parts)
         self.reads_model = reads_model
         self.rung = parts[0].linearization.name
+        self.dtype = function.dtype
 
     @contextmanager
     def ready(self) -> Iterator[None]:

@@ -28,12 +28,12 @@ NOISE_FLOOR = {torch.float64: 4e-15, torch.float32: 6e-7}
 _NOISE_LIMIT = {torch.float64: 1e-8, torch.float32: 1e-3}
 """Above this, products are not those of one symmetric matrix."""
 
-_NOISE_MARGIN = 2.0
+NOISE_MARGIN = 2.0
 """A few steps of the power method underestimate the norm of the error."""
 
-_NORM_STEPS = 5
+NORM_STEPS = 5
 
-_ERROR_STEPS = 3
+ERROR_STEPS = 3
 """From the largest mode and a random vector on: two fall short of the norm by more than the margin
 where the error lies in outputs that the largest mode does not reach, three by a factor of 1.3."""
 
@@ -47,6 +47,9 @@ NOISE_SAMPLES = 4
 """Samples of which a matrix is compared."""
 
 _MATRIX_ERROR_STEPS = 2
+
+FAILURES = (RuntimeError, TypeError, ValueError, MemoryError)
+"""Some models fix their dtype inside, and memory may not reach: the other probes remain."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +82,7 @@ def measure_rounding(jacobian: Jacobian, evaluation: Evaluation) -> Rounding:
     scaled = 3.0 * jacobian.product(w / 3.0)
     n_probes = 3
     largest, mode, image = max(float(image_w.norm()), norm_u), w, image_w
-    for _ in range(_NORM_STEPS - 2):
+    for _ in range(NORM_STEPS - 2):
         if not 0.0 < float(image.norm()) < float("inf"):
             break
         mode = image / image.norm()
@@ -98,7 +101,7 @@ def measure_rounding(jacobian: Jacobian, evaluation: Evaluation) -> Rounding:
     if dtype == torch.float32 and problem.function.device.type != "mps":
         error, n_compared = _error_norm(jacobian, evaluation, mode + u, image_w)
         defect, n_probes = max(defect, error / largest), n_probes + n_compared
-    return Rounding(largest, max(floor, _NOISE_MARGIN * defect), n_probes)
+    return Rounding(largest, max(floor, NOISE_MARGIN * defect), n_probes)
 
 
 def _error_norm(
@@ -110,11 +113,11 @@ def _error_norm(
     """
     norm, n_probes = 0.0, 0
     try:
-        entries, exact = _in_double(jacobian, evaluation, image)
+        entries, exact, _ = in_double(jacobian, evaluation, image, _FEWEST_SAMPLES)
         # Rounding goes with the entries: the norm grows to all samples at most as their number.
         growth = len(start) / len(entries)
         vector = start[entries]
-        for _ in range(_ERROR_STEPS):
+        for _ in range(ERROR_STEPS):
             size = float(vector.norm())
             if size == 0.0:
                 break
@@ -124,38 +127,54 @@ def _error_norm(
             vector = jacobian.product(whole)[entries] - exact.product(vector)
             n_probes += 2
             norm = max(norm, growth * float(vector.norm()))
-    except (RuntimeError, TypeError, ValueError, MemoryError):
-        # Some models fix their dtype inside, and memory may not reach: the other probes remain.
+    except FAILURES:
         pass
     return norm, n_probes
 
 
-def _in_double(
-    jacobian: Jacobian, evaluation: Evaluation, image: Tensor
-) -> tuple[Tensor, Jacobian]:
-    """Return J in float64 of all samples, or those that are largest in a product, and its rows."""
+def in_double(
+    jacobian: Jacobian, evaluation: Evaluation, image: Tensor, fewest: int
+) -> tuple[Tensor, Jacobian, list[int] | None]:
+    """Return rows, J in float64 of them, and their samples: None for all.
+
+    Of large models those that are largest in a product, and at least so many.
+    """
     problem = evaluation.problem
     function = problem.function.in_double()
-    # Storing a push-forward would cost more than the three products it is used for.
-    rung = DoubleReverse if jacobian.rung.startswith("double-vjp") else ForwardMode
-
-    def linearize(vector: VectorFunction) -> Linearization:
-        streamed = evaluation.chunk_size is not None
-        return record(rung.name, rung, vector, function.parameters, streamed=streamed)
-
     share = _WHOLE_FLOPS / max(evaluation.forward_flops, 1.0)
-    n_few = max(_FEWEST_SAMPLES, ceil(share * problem.n_samples))
+    n_few = max(fewest, ceil(share * problem.n_samples))
     if n_few >= problem.n_samples:
-        entries = torch.arange(len(image), device=image.device)
         parts = [
-            Part(places, linearize(evaluation.vector_function(chunk, function)))
+            Part(
+                places,
+                _reference(
+                    jacobian, evaluation, evaluation.vector_function(chunk, function), function
+                ),
+            )
             for places, chunk in evaluation.chunks_with_entries()
         ]
-    else:
-        chosen, entries = _largest_samples(evaluation, image.square(), n_few)
-        vector = _joined(evaluation, chosen, function)
-        parts = [Part(slice(0, len(entries)), linearize(vector))]
-    return entries, Jacobian(function, parts, reads_model=jacobian.reads_model)
+        entries = torch.arange(len(image), device=image.device)
+        return entries, Jacobian(function, parts, reads_model=jacobian.reads_model), None
+    chosen, entries = _largest_samples(evaluation, image.square(), n_few)
+    return entries, of_samples(jacobian, evaluation, chosen, function), chosen
+
+
+def of_samples(
+    jacobian: Jacobian, evaluation: Evaluation, samples: Sequence[int], function: ModelFunction
+) -> Jacobian:
+    """Return J of some samples alone, in the dtype of a function."""
+    vector = _joined(evaluation, samples, function)
+    part = Part(slice(0, None), _reference(jacobian, evaluation, vector, function))
+    return Jacobian(function, [part], reads_model=jacobian.reads_model)
+
+
+def _reference(
+    jacobian: Jacobian, evaluation: Evaluation, vector: VectorFunction, function: ModelFunction
+) -> Linearization:
+    # Storing a push-forward would cost more than the few products it is used for.
+    rung = DoubleReverse if jacobian.rung.startswith("double-vjp") else ForwardMode
+    streamed = evaluation.chunk_size is not None
+    return record(rung.name, rung, vector, function.parameters, streamed=streamed)
 
 
 def measure_exact_noise(evaluation: Evaluation, matrix: Tensor) -> float:
@@ -179,7 +198,7 @@ def measure_exact_noise(evaluation: Evaluation, matrix: Tensor) -> float:
         # Some models fix their dtype inside, and memory may not reach: the floor remains.
         return floor
     growth = trace / float(diagonal[entries].sum())
-    return max(floor, _NOISE_MARGIN * growth * norm / largest)
+    return max(floor, NOISE_MARGIN * growth * norm / largest)
 
 
 def _difference_norm(evaluation: Evaluation, samples: Sequence[int], block: Tensor) -> float:
@@ -232,7 +251,7 @@ def spectral_norm(matrix: Tensor) -> float:
     vector = matrix.diagonal().clone()
     norm = float(vector.abs().max())
     with full_precision(matrix.device):
-        for _ in range(_NORM_STEPS):
+        for _ in range(NORM_STEPS):
             size = float(vector.norm())
             if not 0.0 < size < float("inf"):
                 break

@@ -7,7 +7,7 @@ part the two: of a kink it is the error itself. So one rule serves all models, d
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from math import inf, isfinite
@@ -15,7 +15,7 @@ from math import inf, isfinite
 import torch
 from torch import Tensor, nn
 
-from spectralshell.models.caches import StaleStateError, check_caches
+from spectralshell.models.caches import StaleStateError, check_caches, check_loading
 from spectralshell.models.function import ModelFunction, Parameters, widen
 from spectralshell.operators.jacobian.linearizations import PullBack
 from spectralshell.operators.problem import Chunk, Evaluation
@@ -60,13 +60,17 @@ _FAILURES = (RuntimeError, TypeError, ValueError, IndexError, KeyError, Attribut
 def probed(evaluation: Evaluation) -> Evaluation:
     """Return an evaluation whose problem knows, and says in its notes, what the probes found.
 
-    Cost: three evaluations and two backward passes in float64, of large models on some samples.
+    Cost: three evaluations, two backward passes in float64; of a pair where J is settled.
     """
-    problem = evaluation.problem
+    problem, set_up = evaluation.problem, evaluation.problem.set_up
     if problem.function.device.type == "meta":
         return evaluation
     _check_state(evaluation)
-    finding = _probe(evaluation)
+    step = set_up.telling_step
+    finding = None if step is None else _probe_briefly(evaluation, step)
+    if finding is None:
+        finding = _probe(evaluation)
+        set_up.telling_step = finding.step if finding.defect == 0.0 else None
     notes = list(problem.notes)
     silent = _zero_on_batch(evaluation, finding)
     if silent:
@@ -84,12 +88,14 @@ def _check_state(evaluation: Evaluation) -> None:
     for n_samples in dict.fromkeys((min(_PAIR, n_whole), n_whole)):
         inputs = evaluation.take(0, n_samples).inputs
         try:
-            if not check_caches(problem.function, inputs):
-                return
+            check_loading(problem.function, inputs)
+            if problem.set_up.keeps_nothing or not check_caches(problem.function, inputs):
+                break
         except StaleStateError:
             raise
         except _FAILURES:  # of some samples alone, as the nodes of a graph
             continue
+    problem.set_up.keeps_nothing = True
 
 
 @dataclass(frozen=True)
@@ -100,6 +106,8 @@ class _Finding:
     silent: tuple[str, ...] = ()
     # Whether all samples were probed.
     whole: bool = True
+    # That told most; None if J could not be compared at all.
+    step: float | None = None
 
 
 def _probe(evaluation: Evaluation) -> _Finding:
@@ -115,10 +123,22 @@ def _probe(evaluation: Evaluation) -> _Finding:
         attempts += [(f, problem.n_samples) for f in functions]
     for tried, n_samples in attempts:
         try:
-            return _Comparison(evaluation, tried, n_samples).find()
+            return _Comparison(evaluation, tried, n_samples).find(_steps(tried.dtype))
         except _FAILURES:
             continue
     return _Finding(whole=False)
+
+
+def _probe_briefly(evaluation: Evaluation, step: float) -> _Finding | None:
+    """Compare a pair of samples along one direction; None if they differ or cannot be compared."""
+    function = evaluation.problem.function
+    if function.dtype == torch.float32 and _has_double(function):
+        function = function.in_double()
+    try:
+        finding = _Comparison(evaluation, function, _PAIR, n_cotangents=1).find([step])
+    except _FAILURES:
+        return None
+    return finding if finding.defect == 0.0 else None
 
 
 def _has_double(function: ModelFunction) -> bool:
@@ -137,8 +157,16 @@ class _Difference:
 class _Comparison:
     """Changes of some samples' vector against its reverse-mode gradients, in one dtype."""
 
-    def __init__(self, evaluation: Evaluation, function: ModelFunction, n_samples: int) -> None:
+    def __init__(
+        self,
+        evaluation: Evaluation,
+        function: ModelFunction,
+        n_samples: int,
+        *,
+        n_cotangents: int = _COTANGENTS,
+    ) -> None:
         self._function = function
+        self._n_cotangents = n_cotangents
         self._evaluation = evaluation
         self._whole = n_samples >= evaluation.problem.n_samples
         chunks = _chunks(evaluation, n_samples)
@@ -147,7 +175,8 @@ class _Comparison:
         # Not the problem's: its later probes are drawn as if there were none of these.
         self._generator = torch.Generator().manual_seed(0)
 
-    def find(self) -> _Finding:
+    def find(self, steps: Iterable[float]) -> _Finding:
+        """Return what the first step shows that tells anything."""
         with self._function.guard(), self._function.installed():
             centre, cotangents, gradients = self._differentiate()
             names = self._function.names
@@ -157,34 +186,34 @@ class _Comparison:
                 if not any(bool(part.any()) for part in parts)
             )
             compare = partial(self._compare, centre, cotangents, gradients)
-            defect = 0.0
-            for attempt, step in enumerate(self._steps()):
-                tangents = self._draw_tangents(keep_zeros=attempt == 1)
+            defect, telling, least = 0.0, None, inf
+            for step in steps:
+                keep_zeros = step == _OTHER_STEPS[self._function.dtype][0]
+                tangents = self._draw_tangents(keep_zeros=keep_zeros)
                 found = compare(tangents, step)
+                if telling is None or found.size < least:
+                    telling, least = step, found.size
                 if found.unclear:
                     continue
+                telling = step
                 if found.certain:  # along another direction too, or it is an accident
-                    others = self._draw_tangents(keep_zeros=attempt == 1)
+                    others = self._draw_tangents(keep_zeros=keep_zeros)
                     again = compare(others, step)
                     coarse = compare(others, _COARSE_STEP[self._function.dtype])
                     stays = coarse.size >= _STAIRS * again.size
                     defect = max(found.size, again.size) if again.certain and stays else 0.0
                 break
-        return _Finding(defect, silent, self._whole)
-
-    def _steps(self) -> Iterator[float]:
-        yield _STEP[self._function.dtype]
-        yield from _OTHER_STEPS[self._function.dtype]
+        return _Finding(defect, silent, self._whole, telling)
 
     def _differentiate(self) -> tuple[Tensor, list[Tensor], list[Parameters]]:
         """Return f(θ), some u and their Jᵀu."""
         values: list[Tensor] = []
-        drawn: list[list[Tensor]] = [[] for _ in range(_COTANGENTS)]
-        totals: list[Parameters] = [() for _ in range(_COTANGENTS)]
+        drawn: list[list[Tensor]] = [[] for _ in range(self._n_cotangents)]
+        totals: list[Parameters] = [() for _ in range(self._n_cotangents)]
         for vector in self._vectors:
             plain = PullBack(vector, self._function.parameters)
             values.append(plain.output.detach())
-            for index in range(_COTANGENTS):
+            for index in range(self._n_cotangents):
                 u = self._draw(plain.output)
                 drawn[index].append(u)
                 pulled = plain.pull(u)
@@ -251,6 +280,10 @@ class _Comparison:
     def _draw(self, like: Tensor) -> Tensor:
         numbers = torch.randn(like.shape, generator=self._generator, dtype=torch.float32)
         return numbers.to(like.device, like.dtype)
+
+
+def _steps(dtype: torch.dtype) -> tuple[float, ...]:
+    return (_STEP[dtype], *_OTHER_STEPS[dtype])
 
 
 def _padding_rows(function: ModelFunction) -> Iterator[tuple[int, int]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -25,6 +25,7 @@ from spectralshell.models.function import (
 from spectralshell.models.trace import first_nonfinite_module, first_random_module
 from spectralshell.operators.jacobian.ladder import is_out_of_memory
 from spectralshell.operators.jacobian.linearizations import VectorFunction
+from spectralshell.operators.set_up import SetUp, set_up_of
 from spectralshell.parameter_checks import check_integer
 from spectralshell.residuals import Residual, Targets, resolve_residual
 from spectralshell.statuses import checkpoint_in, measured_in
@@ -71,6 +72,8 @@ class KernelProblem:
     notes: tuple[str, ...] = ()
     # By how much the outputs change otherwise than J of reverse mode says; 0.0 if they do not.
     jacobian_defect: float = 0.0
+    # What earlier snapshots of the model have settled; added to as this one is looked at.
+    set_up: SetUp = field(default_factory=SetUp)
 
     @property
     def dynamics_exact(self) -> bool:
@@ -78,11 +81,17 @@ class KernelProblem:
         return self.residual.dynamics_exact and self.jacobian_defect == 0.0
 
     def evaluate(self, size: int | None) -> Evaluation:
-        """Evaluate the model in chunks of ``size`` samples, twice, and check what comes back."""
+        """Evaluate the model in chunks of ``size`` samples, and check what comes back.
+
+        Twice, where it is not settled that outputs repeat and samples do not interact.
+        """
         function, residual = self.function, self.residual
         with function.guard():
             with function.continued():
-                outputs, flops = _evaluate_twice(function, self.inputs, self.n_samples, size)
+                outputs, flops = _evaluate_checked(
+                    function, self.inputs, self.n_samples, size, once=size in self.set_up.repeats
+                )
+            self.set_up.repeats.add(size)
             targets = self.read_targets(residual, outputs)
             error, values = _error_and_values(residual, outputs, targets)
             evaluation = Evaluation(self, size, outputs, targets, error, values, flops)
@@ -236,6 +245,14 @@ def pose_problem(
     if n_samples is None:
         n_samples = _count_outputs(function, inputs)
     whole = chunk_size is None or chunk_size >= n_samples
+    set_up = set_up_of(
+        function,
+        resolved,
+        inputs,
+        snapshot.targets,
+        chunk_size=None if whole else chunk_size,
+        class_axis=snapshot.class_axis,
+    )
     return KernelProblem(
         function=function,
         residual=resolved,
@@ -246,6 +263,7 @@ def pose_problem(
         chunk_size=None if whole else chunk_size,
         draw=_drawing(generator, where, working),
         notes=notes,
+        set_up=set_up,
     )
 
 
@@ -417,12 +435,12 @@ def _drawing(
     return draw
 
 
-def _evaluate_twice(
-    function: ModelFunction, inputs: Any, n_samples: int, size: int | None
+def _evaluate_checked(
+    function: ModelFunction, inputs: Any, n_samples: int, size: int | None, *, once: bool
 ) -> tuple[Tensor, float]:
     """Return outputs, samples first, and operations of an evaluation in chunks, which is checked.
 
-    The second time chunks begin elsewhere, so that every sample has other company.
+    Unless ``once``, again with chunks that begin elsewhere: every sample has other company.
     """
     bounds = _chunk_bounds(n_samples, size)
     with _OperationCounter() as counter:
@@ -447,6 +465,8 @@ def _evaluate_twice(
             f"model: the outputs hold NaN or infinite values, first in {where}; check inputs and "
             "weights."
         )
+    if once:
+        return outputs, flops
     if size is not None and _differ(
         outputs,
         _evaluate_chunks(function, inputs, _shifted_bounds(n_samples, size)),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from math import ceil
 from typing import TYPE_CHECKING, Any
@@ -102,7 +103,7 @@ def survey_kernel(
 
     Cost: two evaluations of the batch, a recorded one of two samples, and those of the probes.
     """
-    with exclusive():
+    with exclusive(), ExitStack() as stack:
         problem = pose_problem(
             snapshot,
             residual=residual,
@@ -113,11 +114,12 @@ def survey_kernel(
             generator=generator,
         )
         label_of = resolve_layers(layers, problem.function.names)
+        stack.enter_context(problem.function.guard())  # those inside find what it recorded
         evaluation, size = halve_until_it_fits(problem, problem.chunk_size, problem.evaluate)
         if size != problem.chunk_size:
             noted = replace(problem, notes=(*problem.notes, smaller_chunks(size)))
             evaluation = replace(evaluation, problem=noted)
         evaluation = probed(evaluation)
-        with problem.function.guard(), problem.function.installed():
+        with problem.function.installed():
             footprint = measure_footprint(evaluation, label_of)
         return KernelSurvey(evaluation, footprint)

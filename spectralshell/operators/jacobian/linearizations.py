@@ -196,6 +196,9 @@ class ForwardMode(Linearization):
         return pushed
 
 
+STREAMED = " (streamed)"
+
+
 class Streamed(Linearization):
     """Any rung without storage: graphs are recorded for one product and dropped.
 
@@ -209,7 +212,7 @@ class Streamed(Linearization):
     ) -> None:
         super().__init__(function, parameters)
         self._rung = rung
-        self.name = f"{name} (streamed)"
+        self.name = f"{name}{STREAMED}"
 
     def pull(self, cotangent: Tensor) -> Parameters:
         """Return Jᵀu for u of shape (n,)."""
