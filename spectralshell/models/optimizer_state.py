@@ -112,7 +112,7 @@ class OptimizerState:
         content: Mapping[str, Any],
         names: Sequence[Sequence[str]] | None,
     ) -> OptimizerState:
-        groups = content.get("param_groups")
+        groups: Any = content.get("param_groups")
         whole = isinstance(content.get("state"), Mapping) and isinstance(groups, Sequence)
         if not whole or not all(isinstance(group.get("params"), list) for group in groups):
             raise ValueError(

@@ -515,13 +515,14 @@ def _writes_here() -> bool:
 
 
 def _check_not_sharded(model: nn.Module) -> None:
-    for name, tensor in model.named_parameters():
-        if hasattr(tensor, "full_tensor"):
-            raise ValueError(
-                f"model: {name!r} is sharded over processes, and one of them holds a part only. "
-                "Save checkpoints with torch.distributed.checkpoint and read them with "
-                "TrainingRun.from_checkpoints."
-            )
+    parts = [name for name, tensor in model.named_parameters() if hasattr(tensor, "full_tensor")]
+    kinds = [type(module).__name__ for module in model.modules()]
+    if parts or "FullyShardedDataParallel" in kinds:
+        raise ValueError(
+            f"model: {type(model).__name__} is sharded over processes, each of which holds a part "
+            "only. Save checkpoints with torch.distributed.checkpoint and read them with "
+            "TrainingRun.from_checkpoints."
+        )
 
 
 def _bytes_of(model: nn.Module, moments: OptimizerState | None) -> int:

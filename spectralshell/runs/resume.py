@@ -9,9 +9,8 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from spectralshell.models.checkpoints import read_checkpoint
 from spectralshell.models.optimizer_state import OptimizerState
-from spectralshell.models.state import match_state, tied_groups
+from spectralshell.models.state import ModelState, tied_groups
 from spectralshell.runs.effective_time import EffectiveTime, Follow
 from spectralshell.runs.history import read_rows
 from spectralshell.runs.run_card import check_card
@@ -38,7 +37,7 @@ class RunToResume:
             self._check_moments_kept(optimizer, step)
             try:
                 self._files.record(step)
-                state = match_state(model, read_checkpoint(self._files.path(step)))
+                state = ModelState.from_argument(model, self._files.path(step)).load(model)
                 path = self._files.moments_path(step)
                 moments = OptimizerState.from_argument(model, path if path.exists() else None)
             except ValueError as error:
@@ -107,7 +106,7 @@ class RunToResume:
         own = {names[0]: tensor.detach() for names, tensor in tied_groups(model)}
         for step in reversed(self._steps):
             try:
-                state = match_state(model, read_checkpoint(self._files.path(step)))
+                state = ModelState.from_argument(model, self._files.path(step)).load(model)
             except ValueError:
                 continue
             if all(torch.equal(tensor.cpu(), state[name].cpu()) for name, tensor in own.items()):

@@ -29,8 +29,10 @@ def _callback_class() -> Any:
 
 _Callback: Any = _callback_class()
 
+__all__ = ["TrainingRecorderCallback"]
 
-class TrainingRecorderCallback(_Callback):  # type: ignore[misc]
+
+class TrainingRecorderCallback(_Callback):
     """Record the run of a Lightning ``Trainer``.
 
     Parameters

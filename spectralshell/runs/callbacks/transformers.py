@@ -15,8 +15,10 @@ except ImportError as error:
         "'spectralshell[transformers]'."
     ) from error
 
+__all__ = ["TrainingRecorderCallback"]
 
-class TrainingRecorderCallback(TrainerCallback):  # type: ignore[misc]
+
+class TrainingRecorderCallback(TrainerCallback):
     """Record the run of a ``transformers.Trainer``.
 
     Parameters
@@ -55,16 +57,16 @@ class TrainingRecorderCallback(TrainerCallback):  # type: ignore[misc]
         self._tokens = 0
         self.recorder: TrainingRecorder | None = None
 
-    def on_train_begin(
-        self, args: Any, state: Any, control: Any, *, model: Any, optimizer: Any, **_: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: Any, control: Any, **about: Any) -> None:
         """Open the recorder on the model and optimiser as they are restored."""
         options = dict(self._options)
         if state.global_step:
             options["resume"] = True
         elif self.recorder is not None and self.recorder.abandon() == 0:
             options["overwrite"] = True  # a smaller batch is tried after memory ran out
-        self.recorder = TrainingRecorder(model, optimizer, self._directory, **options)
+        self.recorder = TrainingRecorder(
+            about["model"], about["optimizer"], self._directory, **options
+        )
         self.recorder.open(fallback_step=state.global_step or None)
         self._tokens = state.num_input_tokens_seen
 
