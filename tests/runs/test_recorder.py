@@ -216,6 +216,28 @@ def test_a_measure_that_fails_lets_training_go_on(tmp_path):
     assert len(_run(tmp_path).history) == 6
 
 
+@pytest.mark.parametrize("bad", [lambda _: "much", lambda _: 1 / 0], ids=["a word", "an error"])
+def test_a_step_that_cannot_be_counted_ends_the_recording(tmp_path, bad):
+    with pytest.warns(RunWarning, match="ended: a step could not be counted"):
+        model, optimizer, _ = record(tmp_path, 5, tau=bad)
+    assert not optimizer._optimizer_step_post_hooks
+    assert float(optimizer.state[model[0].weight]["step"]) == 5
+    assert _run(tmp_path).history.empty
+
+
+def test_the_last_state_is_that_of_the_last_step(tmp_path):
+    model = make_model()
+    optimizer = make_optimizer(model)
+    with TrainingRecorder(model, optimizer, tmp_path, states="every:100") as recorder:
+        take_step(model, optimizer, 0)
+        trained = model[0].weight.detach().clone()
+        recorder.keep_last()
+        with torch.no_grad():
+            model[0].weight.zero_()  # as an average or the best weights are loaded
+    last = _run(tmp_path).snapshots([(torch.ones(4, 3), torch.zeros(4, 1))])[-1].load_state()
+    assert torch.equal(last["0.weight"], trained)
+
+
 @pytest.mark.parametrize("full_from", ["replace", "write"])
 def test_a_full_disk_leaves_a_run_that_opens(tmp_path, monkeypatch, full_from):
     model = make_model()
