@@ -8,6 +8,7 @@ import pandas as pd
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from spectralshell import ShellEnergyEstimator
 from spectralshell.runs import TrainingRecorder, TrainingRun
@@ -129,6 +130,28 @@ def test_logging_takes_no_graph_and_no_later_value(tmp_path):
         with pytest.raises(TypeError, match="tokens must be a number"):
             recorder.log(tokens="many")
     assert _run(tmp_path).history["loss"].tolist() == [3.0]
+
+
+class _ReadsNothing(TorchDispatchMode):
+    """Fails where a tensor's value is asked for, which on a GPU waits for all that came before."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        assert function is not torch.ops.aten._local_scalar_dense.default
+        return function(*args, **(kwargs or {}))
+
+
+def test_no_value_is_read_at_a_step(tmp_path):
+    model = make_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.02, fused=True)
+    with TrainingRecorder(model, optimizer, tmp_path, states=[]) as recorder:
+        optimizer.found_inf = torch.tensor(0.0)  # as a scaler sets it
+        with _ReadsNothing():
+            for step in range(5):
+                take_step(model, optimizer, step, recorder)
+        del optimizer.found_inf
+        with pytest.raises(AssertionError), _ReadsNothing():
+            torch.ones(1).item()  # it would be seen
+    assert len(_run(tmp_path).history) == 5
 
 
 def test_the_buffer_is_written_on_the_way(tmp_path):
