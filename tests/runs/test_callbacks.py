@@ -151,7 +151,8 @@ def test_a_trainer_that_resumes_goes_on_with_its_run(tmp_path, quiet_libraries):
         "save_steps": 5,
         "eval_strategy": "steps",
         "eval_steps": 5,
-        "load_best_model_at_end": True,  # is not taken for the last
+        "load_best_model_at_end": True,
+        "greater_is_better": True,  # the best is an early one, not to be taken for the last
     }
     _trainer(tmp_path, TrainingRecorderCallback(tmp_path / "run"), **saving).train()
     whole = TrainingRun(tmp_path / "run", _Net())

@@ -91,7 +91,18 @@ def _trained(directory=None, *, estimator=None):
     return [*model.state_dict().values(), *grads], draws, optimizer
 
 
-@pytest.mark.parametrize("estimator", [None, ShellEnergyEstimator(n_steps=5)])
+class _Draws:
+    """An estimator that takes from every source of random numbers."""
+
+    def __init__(self):
+        self.fitted_ = True
+
+    def transform(self, X):
+        torch.rand(3), random.random(), np.random.rand()  # noqa: NPY002
+        return pd.DataFrame({"tau": [s.tau for s in X]})
+
+
+@pytest.mark.parametrize("estimator", [None, ShellEnergyEstimator(n_steps=5), _Draws()])
 def test_training_is_the_same_to_the_last_bit(tmp_path, estimator):
     (plain, draws, _), (recorded, other, optimizer) = (
         _trained(),

@@ -99,5 +99,7 @@ class TrainingRecorderCallback(TrainerCallback):
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Close the recorder; the model may be the best one by now, not the last."""
-        if self.recorder is not None:
-            _ = self.recorder.abandon() if self._ended else self.recorder.close()
+        if self.recorder is not None and self._ended:
+            self.recorder.abandon()
+        elif self.recorder is not None:
+            self.recorder.close()
