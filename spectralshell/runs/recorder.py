@@ -107,8 +107,8 @@ class TrainingRecorder:
     the step used. A step that a gradient scaler skips does not count, and micro-batches whose
     gradients are accumulated are one step. Random states, gradients and the model stay as they
     are. Nothing waits for a GPU but where a state is kept or the buffer is written, every 256
-    steps or 10 s; a kill loses at most these rows. Under ``torch.distributed`` rank 0 writes; on the
-    others the recorder does nothing. Parameters that are sharded over processes are refused.
+    steps or 10 s; a kill loses at most these rows. Under ``torch.distributed`` rank 0 writes, and
+    on the others the recorder does nothing. Parameters that are sharded are refused.
 
     Cost: about 50 µs a step, and for each state that is kept its copy to disk.
 
