@@ -14,11 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from spectralshell.models.function import iterate_tensors
+from spectralshell.models.optimizer_state import OptimizerState
 from spectralshell.models.state import ModelState, unwrap
 from spectralshell.parameter_checks import check_integer, check_real
 from spectralshell.warning_categories import SnapshotWarning
 
-_MEASURED = ("model", "inputs", "targets", "state", "n_samples", "class_axis")
+_MEASURED = ("model", "inputs", "targets", "state", "n_samples", "class_axis", "optimizer")
 """Attributes that a measure depends on."""
 
 
@@ -56,6 +57,13 @@ class Snapshot:
         Dimension of the model's outputs that counts classes. None reads it off the shape of the
         labels: dimension 1, as torch's own losses have it, or the last one; the last one for
         ``.logits``. Where both fit, it has to be said.
+    optimizer : None, torch.optim.Optimizer, mapping or path, default=None
+        The optimiser's state that belongs to the model state: its moments are copied from an
+        optimiser or its ``state_dict()``; a file of moments that a recorder wrote, or a
+        ``state_dict()`` that ``weights_only`` reads, is read when it is needed. Matched to the
+        parameters by name. A ``state_dict()`` tells no names unless the optimiser was built on
+        ``named_parameters()``: the order of the model's parameters is taken where it has one group
+        of all of them, and refused otherwise.
 
     Attributes
     ----------
@@ -68,10 +76,10 @@ class Snapshot:
     TypeError
         If ``model`` is not a module, or inputs, targets, ``batch`` or ``name`` have a wrong type.
     ValueError
-        If ``tau`` is not finite, ``name`` is empty, inputs hold no sample, or ``state`` does not
-        fit the model.
+        If ``tau`` is not finite, ``name`` is empty, inputs hold no sample, or ``state`` or
+        ``optimizer`` does not fit the model.
     FileNotFoundError
-        If ``state`` is a path without a file.
+        If ``state`` or ``optimizer`` is a path without a file.
 
     Notes
     -----
@@ -112,6 +120,7 @@ class Snapshot:
         name: str | None = None,
         n_samples: int | None = None,
         class_axis: int | None = None,
+        optimizer: Any = None,
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}.")
@@ -136,6 +145,7 @@ class Snapshot:
             class_axis = check_integer("class_axis", class_axis)
         self.class_axis = class_axis
         self.state = ModelState.from_argument(self.model, state)
+        self.optimizer = OptimizerState.from_argument(self.model, optimizer)
         self.measures: dict[Any, Any] = {}
         self._recorded = self._present_data()
 
@@ -187,6 +197,8 @@ class Snapshot:
         ready = "_recorded" in vars(self)
         if ready and name in ("inputs", "targets"):
             value = _as_tensors(name, value, strict=name == "inputs")
+        if ready and name == "optimizer":
+            value = OptimizerState.from_argument(self.model, value)
         super().__setattr__(name, value)
         if ready and name in _MEASURED:
             # Of its own: a shallow copy shares the measures of what it was copied from.
@@ -199,7 +211,7 @@ class Snapshot:
         return {name: value for name, value in vars(self).items() if name != "_recorded"}
 
     def __setstate__(self, attributes: dict[str, Any]) -> None:
-        self.__dict__.update(attributes)
+        self.__dict__.update({"optimizer": None} | attributes)  # old pickles carry none
         # Version counters and addresses are others in an unpickled tensor.
         self._recorded = self._present_data()
 
@@ -220,6 +232,7 @@ def make_snapshots(
     name: str | None = None,
     n_samples: int | None = None,
     class_axis: int | None = None,
+    optimizer: Any = None,
 ) -> list[Snapshot]:
     """Take one model state on several batches; the snapshots share one copy of the state.
 
@@ -232,7 +245,7 @@ def make_snapshots(
         Effective training time of the state.
     state : None, mapping or path, default=None
         As for :class:`Snapshot`.
-    name, n_samples, class_axis : optional
+    name, n_samples, class_axis, optimizer : optional
         As for :class:`Snapshot`, the same for all of them.
 
     Returns
@@ -260,6 +273,7 @@ def make_snapshots(
             f"{type(batches).__name__}; a single batch is [(inputs, targets)]."
         )
     shared = ModelState.from_argument(unwrap(model), state)
+    shared_optimizer = OptimizerState.from_argument(unwrap(model), optimizer)
     snapshots = []
     for position, pair in enumerate(batches):
         if not isinstance(pair, Sequence) or len(pair) != 2:
@@ -277,6 +291,7 @@ def make_snapshots(
                 name=name,
                 n_samples=n_samples,
                 class_axis=class_axis,
+                optimizer=shared_optimizer,
             )
         )
     if not snapshots:

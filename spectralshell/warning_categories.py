@@ -23,3 +23,7 @@ class CacheWarning(UserWarning):
 
 class SnapshotWarning(UserWarning):
     """A snapshot was left out, or its data are not what its label says."""
+
+
+class RunWarning(UserWarning):
+    """A recorder left something out, or a training run on disk is not whole."""

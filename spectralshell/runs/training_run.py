@@ -1,0 +1,91 @@
+"""A training run on disk, read as snapshots."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import pandas as pd
+from torch import nn
+
+from spectralshell.models.state import unwrap
+from spectralshell.runs.probe_batches import read_probe_batches
+from spectralshell.runs.saved_states import SavedState, states_frame
+from spectralshell.snapshots import Snapshot, make_snapshots
+
+
+class TrainingRun:
+    """A training run on disk, read as snapshots."""
+
+    def __init__(self, directory: Any, model: nn.Module, *, name: str | None = None) -> None:
+        raise NotImplementedError
+
+    @classmethod
+    def _of_states(
+        cls,
+        model: nn.Module,
+        saved: Sequence[SavedState],
+        history: pd.DataFrame,
+        *,
+        name: str | None = None,
+    ) -> TrainingRun:
+        """Build from states that were found elsewhere, in any order, and what history is known."""
+        run = cls.__new__(cls)
+        run._set(model, saved, history, name)
+        return run
+
+    def _set(
+        self,
+        model: nn.Module,
+        saved: Sequence[SavedState],
+        history: pd.DataFrame,
+        name: str | None,
+    ) -> None:
+        self.model = unwrap(model)
+        self.name = name
+        self.history = history
+        self._saved = sorted(saved, key=lambda one: one.step)
+
+    @property
+    def states(self) -> pd.DataFrame:
+        """One row for each saved state: step, tau, tau_weight_decay, path, bytes, moments."""
+        return states_frame(self._saved)
+
+    def snapshots(
+        self,
+        probe_batches: Any,
+        *,
+        name: str | None = None,
+        steps: Iterable[int] | None = None,
+        n_samples: int | None = None,
+        class_axis: int | None = None,
+    ) -> list[Snapshot]:
+        """Return a snapshot of every state on every probe batch; states are read when measured."""
+        batches = read_probe_batches(probe_batches)
+        return [
+            snapshot
+            for one in self._chosen(steps)
+            for snapshot in make_snapshots(
+                self.model,
+                batches,
+                tau=one.tau,
+                state=one.state,
+                name=self.name if name is None else name,
+                n_samples=n_samples,
+                class_axis=class_axis,
+                optimizer=one.moments,
+            )
+        ]
+
+    def _chosen(self, steps: Iterable[int] | None) -> list[SavedState]:
+        if steps is None:
+            # Where τ stands still, as at a rate of 0, the state is that of before.
+            return list({one.tau: one for one in reversed(self._saved)}.values())[::-1]
+        known = {one.step: one for one in self._saved}
+        wanted = [int(step) for step in steps]
+        missing = [step for step in wanted if step not in known]
+        if missing:
+            raise ValueError(
+                f"steps: no state was kept at {missing[:5]}; the run has {list(known)[:20]}."
+            )
+        return [known[step] for step in wanted]
