@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -63,7 +63,7 @@ class OptimizerState:
         if isinstance(inner, Optimizer):
             optimizer = inner
         if isinstance(optimizer, Optimizer):
-            state = cls._of_optimizer(model, optimizer)
+            state = cls.of_optimizer(model, optimizer)
         elif isinstance(optimizer, Mapping):
             state = cls._of_state_dict(model, optimizer, names)
         elif isinstance(optimizer, (str, os.PathLike)):
@@ -77,7 +77,10 @@ class OptimizerState:
         return state
 
     @classmethod
-    def _of_optimizer(cls, model: nn.Module, optimizer: Optimizer) -> OptimizerState:
+    def of_optimizer(
+        cls, model: nn.Module, optimizer: Optimizer, *, copy: bool = True
+    ) -> OptimizerState:
+        """Take the present moments of an optimiser, copied or the tensors that it writes to."""
         named = parameter_names(model)
         held = [p for group in optimizer.param_groups for p in group["params"]]
         if not any(id(p) in named for p in held):
@@ -92,7 +95,7 @@ class OptimizerState:
             if id(p) in named
         }
         moments = {
-            named[id(p)]: _tensors_of(optimizer.state[p], clone=True)
+            named[id(p)]: _tensors_of(optimizer.state[p], clone=copy)
             for p in held
             if id(p) in named and p in optimizer.state
         }
@@ -167,6 +170,30 @@ class OptimizerState:
             return _by_parameter(load_file(path, device="cpu"))
         except (OSError, SafetensorError) as error:
             raise ValueError(f"optimizer: {path!r} cannot be read ({error}).") from error
+
+    def load_into(self, model: nn.Module, optimizer: Optimizer) -> None:
+        """Give an optimiser of the same groups these moments and settings."""
+        named = parameter_names(model)
+        held = [[named.get(id(p), "") for p in g["params"]] for g in optimizer.param_groups]
+        own = {name: position for position, names in enumerate(held) for name in names}
+        if own != self.group_of or len(held) != len(self.groups):
+            raise ValueError(
+                f"optimizer: its {len(held)} groups do not hold the parameters that those of the "
+                f"saved {self.name} hold; build it as it was."
+            )
+        moments = self.load()
+        present = optimizer.state_dict()
+        numbers = {
+            name: number
+            for group, names in zip(present["param_groups"], held, strict=True)
+            for number, name in zip(group["params"], names, strict=True)
+        }
+        groups = [
+            {**group, **_settings_like(group, saved)}
+            for group, saved in zip(present["param_groups"], self.groups, strict=True)
+        ]
+        state = {numbers[name]: tensors for name, tensors in moments.items()}
+        optimizer.load_state_dict({"state": state, "param_groups": groups})
 
     def shapes(self) -> dict[str, dict[str, tuple[int, ...]]]:
         """Return the shapes of all moments; of a file its header is read."""
@@ -306,6 +333,12 @@ def _stamp(path: str) -> tuple[int, int]:
     return status.st_size, status.st_mtime_ns
 
 
-def names_in_order(groups: Iterable[Mapping[str, Any]], named: Mapping[int, str]) -> list[str]:
-    """Return the names of an optimiser's parameters in the order of its groups."""
-    return [named[id(p)] for group in groups for p in group["params"]]
+def _settings_like(group: Mapping[str, Any], saved: Mapping[str, Any]) -> dict[str, Any]:
+    """Return saved settings in the types of a group's own: tensors of its device, and tuples."""
+    found = {}
+    for key, value in saved.items():
+        own = group.get(key)
+        if isinstance(own, Tensor):
+            value = torch.as_tensor(value, dtype=own.dtype, device=own.device).reshape(own.shape)
+        found[key] = tuple(value) if isinstance(own, tuple) else value
+    return found

@@ -2,23 +2,37 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
 from torch import nn
 
 from spectralshell.models.state import unwrap
+from spectralshell.runs.history import HISTORY, history_frame, read_rows
+from spectralshell.runs.loop_measures import LoopMeasures
 from spectralshell.runs.probe_batches import read_probe_batches
+from spectralshell.runs.run_card import check_card
 from spectralshell.runs.saved_states import SavedState, states_frame
+from spectralshell.runs.state_files import StateFiles
 from spectralshell.snapshots import Snapshot, make_snapshots
 
 
 class TrainingRun:
     """A training run on disk, read as snapshots."""
 
-    def __init__(self, directory: Any, model: nn.Module, *, name: str | None = None) -> None:
-        raise NotImplementedError
+    def __init__(
+        self, directory: str | os.PathLike[str], model: nn.Module, *, name: str | None = None
+    ) -> None:
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}.")
+        place = Path(directory)
+        card = check_card(place, unwrap(model))
+        history = history_frame(read_rows(place / HISTORY))
+        self._set(model, StateFiles(place).saved(), history, name or card.get("name"))
+        self._directory: Path | None = place
 
     @classmethod
     def _of_states(
@@ -44,12 +58,18 @@ class TrainingRun:
         self.model = unwrap(model)
         self.name = name
         self.history = history
+        self._directory = None
         self._saved = sorted(saved, key=lambda one: one.step)
 
     @property
     def states(self) -> pd.DataFrame:
         """One row for each saved state: step, tau, tau_weight_decay, path, bytes, moments."""
         return states_frame(self._saved)
+
+    @property
+    def measures(self) -> pd.DataFrame:
+        """What the recorder's estimator measured in the loop; empty where it had none."""
+        return pd.DataFrame() if self._directory is None else LoopMeasures(self._directory).read()
 
     def snapshots(
         self,

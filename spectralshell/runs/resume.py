@@ -1,0 +1,128 @@
+"""A run in a directory that a recorder goes on with: from which step, and with what behind it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from spectralshell.models.checkpoints import read_checkpoint
+from spectralshell.models.optimizer_state import OptimizerState
+from spectralshell.models.state import match_state, tied_groups
+from spectralshell.runs.effective_time import EffectiveTime, Follow
+from spectralshell.runs.history import read_rows
+from spectralshell.runs.run_card import check_card
+from spectralshell.runs.state_files import StateFiles
+
+_BY_THEMSELVES = "Restore one of its states with restore(), or begin another directory."
+
+
+class RunToResume:
+    """A run on disk, checked against the model."""
+
+    def __init__(self, directory: Path, model: nn.Module, files: StateFiles, history: Path) -> None:
+        check_card(directory, model)
+        self._files = files
+        self._rows = read_rows(history)
+        self._last = int(self._rows["step"][-1]) if len(self._rows) else 0
+        # A state whose row was lost has no loss: the one before is gone back to.
+        self._steps = [step for step in files.steps() if step <= self._last]
+
+    def restore_last(self, model: nn.Module, optimizer: Optimizer) -> int:
+        """Load the last whole state into model and optimiser, and return its step."""
+        problems = []
+        for step in reversed(self._steps):
+            try:
+                state = match_state(model, read_checkpoint(self._files.path(step)))
+                self._files.record(step)
+                moments = self._moments(model, optimizer, step)
+            except ValueError as error:
+                problems.append(str(error))
+                continue
+            if moments is not None:
+                moments.load_into(model, optimizer)  # raises where it does not fit
+            _load_state(model, state)
+            return step
+        raise ValueError(
+            "restore() found no state that can be loaded"
+            + (f": {problems[0]}" if problems else "; none was kept")
+            + ". Restore a checkpoint of your own, and pass its step=."
+        )
+
+    def find_step(self, model: nn.Module, optimizer: Optimizer, given: int | None) -> int:
+        """Return the step that the model is at."""
+        step = given
+        if step is None:
+            step = self._equal_state(model)
+        if step is None:
+            step = _steps_of(model, optimizer)
+        if step is None:
+            raise ValueError(
+                "resume: the model equals no state of the run, and the optimiser counts no steps; "
+                f"pass step=, the step of what was loaded. {_BY_THEMSELVES}"
+            )
+        if step > self._last:
+            raise ValueError(
+                f"resume: the history ends at step {self._last}, before step {step} of the model, "
+                "so the effective time between is lost. Call recorder.flush() where checkpoints "
+                f"are saved. {_BY_THEMSELVES}"
+            )
+        if step == 0 and self._last > 0 and given is None:
+            raise ValueError(
+                f"resume: the model is at its first state, and the run has {self._last} steps that "
+                "would be dropped. Load a later state first, as restore() does, or pass step=0."
+            )
+        return step
+
+    def go_on(self, step: int, time: EffectiveTime) -> float:
+        """Set the effective time to that of a step; return the seconds by then."""
+        if step in self._steps:
+            time.restore(self._files.record(step))
+        row = self._rows[self._rows["step"] == step]
+        if not len(row):
+            return 0.0
+        if step not in self._steps:
+            time.restore_first(
+                step=step,
+                tau=float(row["tau"][0]),
+                tau_weight_decay=float(row["tau_weight_decay"][0]),
+                lr=float(row["lr"][0]),
+                first=Follow(n_steps=int(row["n_steps"][0]), share=float(row["share"][0])),
+            )
+        return float(row["seconds"][0])
+
+    def _equal_state(self, model: nn.Module) -> int | None:
+        """Return the last step whose state is the model's, to the last bit."""
+        own = {names[0]: tensor.detach() for names, tensor in tied_groups(model)}
+        for step in reversed(self._steps):
+            try:
+                state = match_state(model, read_checkpoint(self._files.path(step)))
+            except ValueError:
+                continue
+            if all(torch.equal(tensor.cpu(), state[name].cpu()) for name, tensor in own.items()):
+                return step
+        return None
+
+    def _moments(self, model: nn.Module, optimizer: Optimizer, step: int) -> OptimizerState | None:
+        path = self._files.moments_path(step)
+        if path.exists():
+            return OptimizerState.from_argument(model, path)
+        plain = all(group.get("momentum", 1.0) == 0 for group in optimizer.param_groups)
+        if step == 0 or (plain and isinstance(optimizer, torch.optim.SGD)):
+            return None
+        raise ValueError(f"the moments of step {step} were not kept (moments=False)")
+
+
+def _load_state(model: nn.Module, state: dict[str, torch.Tensor]) -> None:
+    with torch.no_grad():
+        for names, own in tied_groups(model):
+            own.copy_(state[names[0]])
+
+
+def _steps_of(model: nn.Module, optimizer: Optimizer) -> int | None:
+    """Return the steps that the optimiser itself counts, None where it counts none."""
+    held = [optimizer.state.get(p, {}) for p in optimizer.param_groups[0]["params"]]
+    counts = [int(one["step"]) for one in held if "step" in one]
+    return max(counts, default=None)
