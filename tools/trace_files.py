@@ -22,10 +22,10 @@ from spectralshell.operators import build_exact_kernel
 
 PACKAGE = Path(spectralshell.__file__).parent
 MOST_FILES = {
-    "ShellEnergyEstimator.fit": 35,
+    "ShellEnergyEstimator.fit": 36,
     "GRSDTailFitter.fit": 13,
-    "ToeplitzDiagnostic.fit": 47,
-    "build_exact_kernel": 20,
+    "ToeplitzDiagnostic.fit": 48,
+    "build_exact_kernel": 21,
 }
 
 

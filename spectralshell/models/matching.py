@@ -24,19 +24,23 @@ class Matched:
     narrow: tuple[str, ...]
 
 
-def match_state(
+def match_state(model: nn.Module, tensors: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Return the tensors of a whole state by the model's names, in its dtypes."""
+    return match(model, tensors).state
+
+
+def match(
     model: nn.Module,
     tensors: Mapping[str, Any],
     source: str = "the mapping",
     *,
     prefix: str | None = None,
     header: bool = False,
-    partial: bool = False,
+    partial: bool = False,  # what is missing is left out
 ) -> Matched:
     """Return a checkpoint's tensors in the model's dtypes, each tied one once, by its first name.
 
     Any of its names is enough. Unsaved buffers come from the model. A header has no values.
-    ``partial``: what is missing is left out.
     """
     names = ModelNames.of(model)
     available, advice = named_as(names, tensors_of(tensors, source), prefix, source)

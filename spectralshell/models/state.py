@@ -18,16 +18,12 @@ from spectralshell.models.checkpoints.opened import as_checkpoint, open_checkpoi
 from spectralshell.models.checkpoints.places import find_path
 from spectralshell.models.checkpoints.request import Checkpoint
 from spectralshell.models.guard import exclusive
-from spectralshell.models.matching import Matched, match_state
+from spectralshell.models.matching import Matched, match
 from spectralshell.models.ties import tied_groups
 
 
 class ModelState:
-    """A model state that several snapshots share: tensors in memory, or files read when needed.
-
-    ``trainable``: all names of what requires gradients now. ``unsaved``: what is not in the files,
-    buffers or the base of an adapter. ``stamp``: what tells that a file was written again.
-    """
+    """A model state that several snapshots share: tensors in memory, or files read when needed."""
 
     def __init__(
         self,
@@ -44,7 +40,9 @@ class ModelState:
         self.stamp = stamp
         # Half types of a checkpoint where the model's are wider.
         self.narrow = tuple(narrow)
+        # All names of what requires gradients now.
         self.trainable = frozenset(trainable)
+        # What is not in the files: buffers, or the base of an adapter.
         self.unsaved = unsaved or {}
         self._versions = self._present_versions()
 
@@ -70,7 +68,7 @@ class ModelState:
         if state is None:
             return cls(tensors=copy_state(model), trainable=trainable)
         if isinstance(state, Mapping):
-            matched = match_state(model, state)
+            matched = match(model, state)
             # A state_dict aliases the live parameters: copy, or training would move the snapshot.
             copies = {name: tensor.clone() for name, tensor in matched.state.items()}
             return cls(tensors=copies, trainable=trainable, narrow=matched.narrow)
@@ -162,37 +160,43 @@ def _match(model: nn.Module, source: Source, asked: Checkpoint, device: str) -> 
     with exclusive():
         if isinstance(source, AdapterFolder):
             tensors = source.named_for(model, tensors)
-        return match_state(
+        return match(
             model, tensors, source.label, prefix=asked.prefix, header=header, partial=partial
         )
 
 
-_BASES: weakref.WeakKeyDictionary[nn.Module, dict[str, Tensor]] = weakref.WeakKeyDictionary()
+_Copies = weakref.WeakKeyDictionary[nn.Module, dict[str, Tensor]]
+
+_bases, _buffers = _Copies(), _Copies()
+"""Copies that all states read for a model share while it stays the same."""
 
 
 def _base(model: nn.Module) -> dict[str, Tensor]:
-    """Return a copy of a model's state that all adapters read for it share while it is the same."""
-    known = _BASES.get(model)
-    present = {group[0]: tensor.detach() for group, tensor in tied_groups(model)}
+    """Return a copy of a model's state, on which an adapter is read."""
+    return _shared(_bases, model, {names[0]: own.detach() for names, own in tied_groups(model)})
+
+
+def _unsaved_buffers(model: nn.Module) -> dict[str, Tensor]:
+    saved = set(model.state_dict(keep_vars=True))
+    own = {n[0]: own.detach() for n, own in tied_groups(model) if saved.isdisjoint(n)}
+    return _shared(_buffers, model, own)
+
+
+def _shared(copies: _Copies, model: nn.Module, present: dict[str, Tensor]) -> dict[str, Tensor]:
+    known = copies.get(model)
     if known is None or not _equal(known, present):
-        known = _BASES[model] = copy_state(model)
+        known = copies[model] = {name: tensor.clone() for name, tensor in present.items()}
     return known
 
 
 def _equal(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
     return one.keys() == other.keys() and all(
-        t.dtype == other[n].dtype and t.device == other[n].device and torch.equal(t, other[n])
+        t.dtype == other[n].dtype
+        and t.device == other[n].device
+        and not t.is_meta
+        and torch.equal(t, other[n])
         for n, t in one.items()
     )
-
-
-def _unsaved_buffers(model: nn.Module) -> dict[str, Tensor]:
-    saved = set(model.state_dict(keep_vars=True))
-    return {
-        names[0]: own.detach().clone()
-        for names, own in tied_groups(model)
-        if saved.isdisjoint(names)
-    }
 
 
 def copy_state(model: nn.Module) -> dict[str, Tensor]:

@@ -8,9 +8,10 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from spectralshell.models.checkpoints import read_checkpoint
+from spectralshell.models.checkpoints.opened import read_checkpoint
+from spectralshell.models.matching import match_state
 from spectralshell.models.optimizer_state import OptimizerState
-from spectralshell.models.state import match_state, tied_groups
+from spectralshell.models.ties import tied_groups
 from spectralshell.runs.effective_time import EffectiveTime, Follow
 from spectralshell.runs.history import read_rows
 from spectralshell.runs.run_card import check_card

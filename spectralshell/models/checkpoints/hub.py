@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 import threading
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -153,7 +154,16 @@ def _let_go(repo: str, n_kept: int) -> None:
     known = [commit for commit in _fetched_here.get(repo, []) if commit in _present(repo)]
     old, kept = known[: max(len(known) - n_kept, 0)], known[max(len(known) - n_kept, 0) :]
     if old:
-        _client().scan_cache_dir().delete_revisions(*old).execute()
+        client = _client()
+        cache = client.scan_cache_dir(client.constants.HF_HUB_CACHE)
+        cache.delete_revisions(*old).execute()
+        left = [commit for commit in old if commit in _present(repo)]
+        if left:
+            warnings.warn(
+                f"keep: {len(left)} revisions of {repo!r} could not be deleted from the cache "
+                f"{client.constants.HF_HUB_CACHE!r}; it may be damaged (see `hf cache verify`).",
+                stacklevel=2,
+            )
     _fetched_here[repo] = kept
 
 

@@ -1,4 +1,4 @@
-"""Where checkpoints lie, and that nothing outside their folder is read."""
+"""Paths of checkpoints, kept inside their folder: nothing outside is read."""
 
 from __future__ import annotations
 

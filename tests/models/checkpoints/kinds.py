@@ -82,7 +82,7 @@ def language(model, state, expected):
     return Kind(model, state, expected, ({"input_ids": rows}, rows), "cross-entropy")
 
 
-def train_with_trainer(folder, model, n_steps=4, **options):
+def train_with_trainer(folder, model, n_steps=4, callbacks=(), **options):
     """Train as people do; return the model as it was at the last step."""
     from transformers import Trainer, TrainingArguments
 
@@ -100,7 +100,10 @@ def train_with_trainer(folder, model, n_steps=4, **options):
     arguments = TrainingArguments(str(folder), **(given | options))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the loader, on machines without a GPU
-        Trainer(model=model, args=arguments, train_dataset=Tokens()).train()
+        trainer = Trainer(
+            model=model, args=arguments, train_dataset=Tokens(), callbacks=list(callbacks)
+        )
+        trainer.train()
     return model
 
 
