@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from torch import Tensor, nn
 
 from spectralshell.models.checkpoints.messages import listed
+from spectralshell.models.renames import renaming_of
 from spectralshell.models.ties import tied_groups
 
 _WRAPPERS = ("module.", "_orig_mod.", "_forward_module.", "model.", "base_model.model.")
@@ -28,6 +29,7 @@ class ModelNames:
     saved: frozenset[str]
     ignored: tuple[str, ...]
     base: str
+    rename: Callable[[str], str] | None
 
     @classmethod
     def of(cls, model: nn.Module) -> ModelNames:
@@ -39,6 +41,7 @@ class ModelNames:
             frozenset(model.state_dict(keep_vars=True)),
             tuple(p for p in ignored or () if isinstance(p, str)),
             f"{base}." if isinstance(base, str) and base else "",
+            renaming_of(model),
         )
 
     def misfit(self, keys: Iterable[str]) -> tuple[list[str], list[str]]:
@@ -50,10 +53,13 @@ class ModelNames:
             for group in self.groups
             if present.isdisjoint(group) and not self.saved.isdisjoint(group)
         ]
+        made = {_tail(name) for name in known - self.saved}
         unexpected = [
             key
             for key in present - known
             if not key.endswith("_extra_state")
+            # Older checkpoints hold buffers that the model makes by itself now.
+            and _tail(key) not in made
             and not any(re.search(pattern, key) for pattern in self.ignored)
         ]
         return missing, sorted(unexpected)
@@ -71,21 +77,45 @@ def named_as(
     ``prefix`` given: that one is taken off, and what does not have it is left out.
     """
     if prefix is not None:
-        return _without(tensors, prefix, source), None
-    tried: list[dict[str, Tensor]] = [tensors]
-    for candidate in tried:  # grows: wrappers lie within wrappers
-        if names.fits(candidate):
-            return candidate, None
-        tried += [
-            _cut(candidate, wrapper) for wrapper in _WRAPPERS if _all_have(candidate, wrapper)
-        ]
-    if names.base:
+        tried = [_without(tensors, prefix, source)]
+    else:
+        tried = [tensors]
+        for candidate in tried:  # grows: wrappers lie within wrappers
+            tried += [_cut(candidate, w) for w in _WRAPPERS if _all_have(candidate, w)]
+    for change in (_as_it_is, _with_base, _renamed):
         for candidate in tried:
-            longer = {names.base + key: value for key, value in candidate.items()}
-            # The base model alone: heads tied to it need no key.
-            if names.fits(longer):
-                return longer, None
+            found = change(names, candidate)
+            if found is not None and names.fits(found):
+                return found, None
+    if prefix is not None:
+        return tried[0], None
     return _unwrapped(names, tensors), _advice(names, tensors)
+
+
+def _as_it_is(names: ModelNames, tensors: dict[str, Tensor]) -> dict[str, Tensor] | None:
+    return tensors
+
+
+def _with_base(names: ModelNames, tensors: dict[str, Tensor]) -> dict[str, Tensor] | None:
+    """Put the name of the base model before all: heads tied to it need no key."""
+    return {names.base + key: value for key, value in tensors.items()} if names.base else None
+
+
+def _renamed(names: ModelNames, tensors: dict[str, Tensor]) -> dict[str, Tensor] | None:
+    """Rename as transformers does when it loads, with the base model's name where that is known."""
+    if names.rename is None:
+        return None
+    own = {name for group in names.groups for name in group}
+    found = {}
+    for key, value in tensors.items():
+        name = names.rename(key)
+        found[names.base + name if names.base + name in own else name] = value
+    return found if len(found) == len(tensors) else None
+
+
+def _tail(name: str) -> str:
+    """Return the last two parts of a name: a buffer, and the module that has it."""
+    return ".".join(name.split(".")[-2:])
 
 
 def _without(tensors: dict[str, Tensor], prefix: str, source: str) -> dict[str, Tensor]:

@@ -11,7 +11,7 @@ import pandas as pd
 from torch import nn
 
 from spectralshell.models.state import ModelState, unwrap
-from spectralshell.models.trainer_optimizer import TrainerOptimizer
+from spectralshell.models.trainer_optimizer import OPTIMIZER_FILE, TrainerOptimizer
 from spectralshell.runs.checkpoint_series.places import Place, find_places, step_of
 from spectralshell.runs.checkpoint_series.times import read_times
 from spectralshell.runs.checkpoint_series.trainer_folder import TrainerFolder
@@ -76,6 +76,8 @@ def open_series(
     _check_steps(opened)
     steps, paths = [one.step for one in opened], [one.place.path for one in opened]
     times = read_times(tau, steps, paths)
+    if tau is None:
+        _warn_of_unknown_optimizer(paths)
     saved = [
         SavedState(one.step, time, one.state, moments)
         for one, time, moments in zip(opened, times, _moments(bare, paths), strict=True)
@@ -113,6 +115,19 @@ def _moments(model: nn.Module, paths: list[str]) -> list[TrainerOptimizer | None
             stacklevel=_STACKLEVEL,
         )
     return found
+
+
+def _warn_of_unknown_optimizer(paths: list[str]) -> None:
+    folders = [trainer for trainer in map(TrainerFolder.at, paths) if trainer is not None]
+    without = [trainer.folder for trainer in folders if trainer.optimizer_file is None]
+    if without:
+        warnings.warn(
+            f"tau: {without[0]!r} has no {OPTIMIZER_FILE}, so τ is the sum of its learning rates, "
+            "as of Adam, or of SGD without momentum, and without skipped steps. Pass tau= where it "
+            "is not.",
+            RunWarning,
+            stacklevel=_STACKLEVEL,
+        )
 
 
 def _warn_of_skipped(failures: list[tuple[str, Exception]], n_checkpoints: int) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from spectralshell.models.checkpoints.places import file_inside, has_file
 from spectralshell.models.checkpoints.shards import read_json
 from spectralshell.models.checkpoints.tensor_files import TensorFile
 from spectralshell.models.trainer_optimizer import OPTIMIZER_FILE, n_steps_taken
@@ -43,14 +44,13 @@ class TrainerFolder:
         """The optimiser's steps up to here, as the Trainer counts them."""
         step = self._state.get("global_step")
         if type(step) is not int or step < 0:
-            raise ValueError(f"state: {self._file(STATE_FILE)!r} has no 'global_step'.")
+            raise ValueError(f"state: {STATE_FILE} in {self.folder!r} has no 'global_step'.")
         return step
 
     @property
     def optimizer_file(self) -> str | None:
         """The file with the optimiser's moments, None where only the model was saved."""
-        path = self._file(OPTIMIZER_FILE)
-        return path if os.path.isfile(path) else None
+        return self._file(OPTIMIZER_FILE)
 
     @property
     def history(self) -> pd.DataFrame:
@@ -85,8 +85,7 @@ class TrainerFolder:
 
     @cached_property
     def _state(self) -> dict[str, Any]:
-        path = self._file(STATE_FILE)
-        return dict(read_json(path, f"the file {path!r}"))
+        return self._read(STATE_FILE)
 
     @property
     def _logged(self) -> dict[int, dict[str, Any]]:
@@ -130,23 +129,25 @@ class TrainerFolder:
 
     @property
     def _version(self) -> int:
-        path = self._file(_CONFIG)
-        if not os.path.isfile(path):
-            return 0
-        version = str(read_json(path, f"the file {path!r}").get("transformers_version", ""))
-        major = version.partition(".")[0]
+        version = self._read(_CONFIG).get("transformers_version", "")
+        major = str(version).partition(".")[0]
         return int(major) if major.isdigit() else 0
 
     @property
     def _next_rate(self) -> float | None:
         path = self._file(_SCHEDULER_FILE)
-        if not os.path.isfile(path):
-            return None
-        last = TensorFile(path).content("cpu").get("_last_lr")
-        return float(last[0]) if isinstance(last, list) and last else None
+        content = TensorFile(path).content("cpu") if path is not None else {}
+        last = content.get("_last_lr") if isinstance(content, Mapping) else None
+        return _number(last[0]) if isinstance(last, list) and last else None
 
-    def _file(self, name: str) -> str:
-        return os.path.join(self.folder, name)
+    def _read(self, name: str) -> dict[str, Any]:
+        path = self._file(name)
+        return dict(read_json(path, f"the file {path!r}")) if path is not None else {}
+
+    def _file(self, name: str) -> str | None:
+        """Return the path of a file, None if there is none; ValueError if it leaves the folder."""
+        there = has_file(self.folder, name)
+        return file_inside(self.folder, name, f"the folder {self.folder!r}") if there else None
 
 
 def _number(value: Any) -> float:

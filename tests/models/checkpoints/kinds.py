@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
@@ -181,6 +181,38 @@ def of_the_base_model(folder):
     return language(language_model(1), folder / "base", copied(model))
 
 
+def neox_model(seed=0):
+    from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+
+    torch.manual_seed(seed)
+    config = GPTNeoXConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=8,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
+    return GPTNeoXForCausalLM(config)
+
+
+def of_renamed_weights(folder):
+    """As the published checkpoints of Pythia: another name for the head, buffers of before."""
+    model = neox_model()
+    model.save_pretrained(folder / "model")
+    state = load_file(folder / "model" / "model.safetensors")
+    assert "embed_out.weight" in state
+    layer = "gpt_neox.layers.0.attention"
+    state |= {
+        f"{layer}.bias": torch.ones(1, 1, LENGTH, LENGTH, dtype=torch.bool),
+        f"{layer}.masked_bias": torch.tensor(-1e9),
+        f"{layer}.rotary_emb.inv_freq": torch.ones(1),
+    }
+    torch.save(state, folder / "pytorch_model.bin")
+    return language(neox_model(1), folder / "pytorch_model.bin", copied(model))
+
+
 def adapted_model(seed=0, **options):
     from peft import LoraConfig, get_peft_model
 
@@ -286,6 +318,7 @@ KINDS = {
     "index of shards": of_an_index,
     "pickled shards": of_pickled_shards,
     "base model": of_the_base_model,
+    "renamed weights": of_renamed_weights,
     "peft": of_an_adapter,
     "peft with a layer saved whole": of_an_adapter_with_a_head,
     "Lightning": of_lightning,
@@ -297,5 +330,12 @@ KINDS = {
 
 OF_LANGUAGE_MODELS = [
     *("Trainer", "Trainer with an adapter", "save_pretrained in shards", "index of shards"),
-    *("pickled shards", "base model", "peft", "peft with a layer saved whole", "hub"),
+    *(
+        "pickled shards",
+        "base model",
+        "renamed weights",
+        "peft",
+        "peft with a layer saved whole",
+        "hub",
+    ),
 ]

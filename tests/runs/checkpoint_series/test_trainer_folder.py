@@ -179,3 +179,22 @@ def test_an_older_log_whose_rates_are_those_of_their_steps_is_told_by_the_schedu
     )
     run = TrainingRun.from_checkpoints(path, language_model())
     assert run.states["tau"].tolist() == pytest.approx([trained[2].sums[-1]], abs=TOLERANCE)
+
+
+def test_without_the_optimiser_the_sum_is_taken_with_a_warning(run_folder, trained):
+    for path in run_folder.glob("checkpoint-*/optimizer.pt"):
+        path.unlink()
+    with pytest.warns(RunWarning, match=r"no optimizer\.pt, so τ is the sum"):
+        run = TrainingRun.from_checkpoints(run_folder, language_model())
+    assert run.states["tau"].tolist()[-1] == pytest.approx(trained[2].sums[-1], abs=TOLERANCE)
+    assert run.states["moments"].isna().all()
+
+
+@pytest.mark.parametrize("name", ["trainer_state.json", "optimizer.pt", "config.json"])
+def test_notes_behind_a_link_are_not_read(run_folder, name):
+    of_version(run_folder, "4.57.0")
+    path = run_folder / "checkpoint-5" / name
+    path.rename(run_folder.parent / name)
+    path.symlink_to(run_folder.parent / name)
+    with pytest.raises(ValueError, match="lies outside its folder"):
+        TrainingRun.from_checkpoints(run_folder / "checkpoint-5", language_model())
