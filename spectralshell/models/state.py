@@ -84,13 +84,15 @@ class ModelState:
         """Look at the header of a checkpoint; of a hub model that has to be fetched, later."""
         named = hub.named_by(asked)
         folder: str | None
+        mark: Any = None
         if named is None:
-            folder, mark = find_path(str(asked.path)), None
+            folder = find_path(str(asked.path))
             asked = replace(asked, path=folder)
         else:
-            folder, mark = hub.cached_folder(named), hub.stamp(named)
+            mark = hub.stamp(named)
+            folder = hub.folder_of(mark)
         if folder is None:
-            return cls(None, asked, mark or (), trainable, _unsaved_buffers(model))
+            return cls(None, asked, mark, trainable, _unsaved_buffers(model))
         source = open_checkpoint(folder, asked.key)
         matched = _match(model, source, asked, "meta")
         rest = _base(model) if isinstance(source, AdapterFolder) else _unsaved_buffers(model)

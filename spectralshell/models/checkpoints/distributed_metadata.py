@@ -132,11 +132,17 @@ def _entries(record: Any, source: str) -> list[Entry]:
     for index, place in record["storage_data"].items():
         offset = index.state.get("offset")
         places[index["fqn"], offset if offset is None else _sizes(offset)] = place
-    return [
+    entries = [
         _entry(name, _path(paths, name), plan, places, source)
         for name, plan in record["state_dict_metadata"].items()
         if type(plan).__name__ == "TensorStorageMetadata"
     ]
+    taken = {entry.path for entry in entries}
+    if len(taken) < len(entries) or any(
+        entry.path[:n] in taken for entry in entries for n in range(1, len(entry.path))
+    ):
+        raise ValueError("two tensors in one place")
+    return entries
 
 
 def _entry(
@@ -155,9 +161,8 @@ def _entry(
         place = places.get((name, offsets)) or places[name, None]
         if place.state.get("transform_descriptors"):
             raise _Refused(
-                f"state: {source} was written through an extension "
-                f"({str(place['transform_descriptors'])[:80]}), which is not known here; save it "
-                "without."
+                f"state: {source} was written through an extension, which may pack its bytes and "
+                "is not known here; save it without."
             )
         pieces.append(
             Piece(
@@ -170,7 +175,10 @@ def _entry(
 
 def _path(paths: Mapping[str, Any], name: str) -> tuple[str, ...]:
     """Return the keys from outside to inside, or the name alone where they are not told."""
-    return tuple(str(part) for part in paths.get(name, (name,)))
+    path = tuple(paths.get(name, (name,)))
+    if not path or not all(isinstance(part, (str, int)) for part in path):
+        raise TypeError("a path that is no keys")
+    return tuple(map(str, path))
 
 
 def _sizes(values: Any) -> tuple[int, ...]:

@@ -79,20 +79,23 @@ def stamp(model: HubModel) -> tuple[str, str, str]:
     if _COMMIT.fullmatch(model.revision):
         return model.repo, model.revision, model.revision
     with _as_checkpoint_error(model):
-        info = _client().HfApi().model_info(model.repo, revision=model.revision)
-    return model.repo, model.revision, str(info.sha)
+        return model.repo, model.revision, _commit_of(model)
+
+
+def folder_of(mark: tuple[str, str, str]) -> str | None:
+    """Return the folder of the commit of a stamp, None where it has to be fetched."""
+    return cached_folder(HubModel(mark[0], mark[2]))
 
 
 @contextmanager
 def fetched(model: HubModel, mark: tuple[Any, ...], keep: int | None) -> Iterator[str]:
     """Give the folder of the commit of a stamp, fetched if need be; older ones are let go first."""
-    pinned = HubModel(model.repo, mark[2])
     with _turn:
-        folder = cached_folder(pinned)
+        folder = cached_folder(HubModel(model.repo, mark[2]))
         if folder is None:
             if keep is not None:
                 _let_go(model.repo, keep - 1)
-            folder = _fetch(pinned, model)
+            folder = _fetch(model, mark[2])
         yield folder
 
 
@@ -121,27 +124,32 @@ def _repo_folder(repo: str) -> str:
     return os.path.join(_client().constants.HF_HUB_CACHE, "models--" + repo.replace("/", "--"))
 
 
-def _fetch(pinned: HubModel, model: HubModel) -> str:
-    before = _present(pinned.repo)
+def _fetch(model: HubModel, commit: str) -> str:
+    before = _present(model.repo)
     with _as_checkpoint_error(model):
-        folder = _download(pinned, model)
-    commit = os.path.basename(folder)
-    if commit not in before:
-        _fetched_here.setdefault(pinned.repo, []).append(commit)
+        # By its name where it still is that commit, so that the cache knows it by its name.
+        moved = _commit_of(model) != commit
+        folder = _download(HubModel(model.repo, commit) if moved else model)
+    if os.path.basename(folder) not in before:
+        _fetched_here.setdefault(model.repo, []).append(os.path.basename(folder))
     return folder
 
 
-def _download(pinned: HubModel, model: HubModel) -> str:
+def _commit_of(model: HubModel) -> str:
+    return str(_client().HfApi().model_info(model.repo, revision=model.revision).sha)
+
+
+def _download(model: HubModel) -> str:
     client = _client()
     for name in WEIGHT_FILES:
         try:
-            path = client.hf_hub_download(pinned.repo, name, revision=pinned.revision)
+            path = client.hf_hub_download(model.repo, name, revision=model.revision)
         except client.errors.LocalEntryNotFoundError:
             raise  # the hub cannot be reached: another name would not help
         except client.errors.EntryNotFoundError:
             continue
         for shard in _shards(path, model) if name.endswith(INDEX_ENDING) else []:
-            client.hf_hub_download(pinned.repo, shard, revision=pinned.revision)
+            client.hf_hub_download(model.repo, shard, revision=model.revision)
         return os.path.dirname(path)
     raise ValueError(
         f"state: {model.label} has none of {', '.join(WEIGHT_FILES)}; fetch it with its own tool "

@@ -145,6 +145,15 @@ def pieces(*spans):
     return change
 
 
+def overlapping(plan):
+    """Two pieces of a vector of four in one place, each as the file has it."""
+    (place,) = (p for index, p in plan.storage_data.items() if index.fqn == "model.2.bias")
+    pieces((0, 2), (0, 2))(plan)
+    for index in plan.storage_data:
+        if index.fqn == "model.0.bias":
+            plan.storage_data[index] = place
+
+
 def planned(content):
     def make(folder):
         inner = distributed(folder)
@@ -258,8 +267,22 @@ FOLDERS = {
     "plan of a list": (planned(pickle.dumps([1, 2])), "'.metadata' that is not what"),
     "plan that takes memory": (
         planned(b"\x80\x02Nr" + struct.pack("<I", 2**31 - 1) + b"."),
-        "'.metadata' that is not what",
+        "in the memo beyond the file",
     ),
+    **{
+        f"path that {name}": (
+            lambda f, path=path: replanned(
+                f, lambda plan: plan.planner_data.update({"model.0.bias": path})
+            ),
+            "'.metadata' that is not what",
+        )
+        for name, path in {
+            "is empty": (),
+            "is another's": ("model", "0.weight"),
+            "goes through another": ("model", "0.weight", "inner"),
+            "is made of lists": ([],),
+        }.items()
+    },
     "piece above": (
         lambda f: replanned(f, placed(relative_path="../outside.distcp")),
         OUTSIDE,
@@ -284,6 +307,7 @@ FOLDERS = {
     "piece missing": (lambda f: replanned(f, pieces((0, 2))), "are not all of it"),
     "piece outside": (lambda f: replanned(f, pieces((2, 4))), "lies outside it"),
     "piece of another shape": (lambda f: replanned(f, pieces((0, 2), (2, 2))), "is not the tensor"),
+    "pieces that overlap": (lambda f: replanned(f, overlapping), "overlap and leave others out"),
     "empty folder": (empty, "without a checkpoint that is known.*It holds nothing"),
     "output folder": (output_folder, "TrainingRun.from_checkpoints"),
     "several files": (several_files, "inside it: a.pt, b.pt.$"),

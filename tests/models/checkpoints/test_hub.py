@@ -38,20 +38,27 @@ class Remote:
         self.fetched = []
 
     def model_info(self, repo, revision):
-        return SimpleNamespace(sha=(self.root / "refs" / revision).read_text())
+        return SimpleNamespace(sha=self._commit(revision))
+
+    def _commit(self, revision):
+        named = self.root / "refs" / revision
+        return named.read_text() if named.exists() else revision
 
     def list_repo_refs(self, repo):
         names = [SimpleNamespace(name=path.name) for path in (self.root / "refs").iterdir()]
         return SimpleNamespace(branches=names[:1], tags=names[1:])
 
     def download(self, repo, name, revision):
-        source = self.root / "snapshots" / revision / name
+        commit = self._commit(revision)
+        source = self.root / "snapshots" / commit / name
         if not source.exists():
             raise EntryNotFoundError(name)
         own = Path(huggingface_hub.constants.HF_HUB_CACHE) / self.root.name
-        blob, target = own / "blobs" / source.resolve().name, own / "snapshots" / revision / name
-        for folder in (blob.parent, target.parent):
+        blob, target = own / "blobs" / source.resolve().name, own / "snapshots" / commit / name
+        for folder in (blob.parent, target.parent, own / "refs"):
             folder.mkdir(parents=True, exist_ok=True)
+        if commit != revision:
+            (own / "refs" / revision).write_text(commit)
         shutil.copy(source, blob)
         target.symlink_to(Path("../../blobs") / blob.name)
         self.fetched.append((name, revision))
@@ -127,10 +134,17 @@ def test_what_was_let_go_is_fetched_again_at_the_same_commit(cache, remote):
         check_equal(snapshot, language_model(step))
         assert len(commits_in(cache)) == 1
     commit = one.state.stamp[2]
-    (remote.root / "refs" / "step10").write_text(other.state.stamp[2])  # a tag that is moved
     check_equal(other, language_model(20))
+    (remote.root / "refs" / "step10").write_text(other.state.stamp[2])  # a tag that is moved
     check_equal(one, language_model(10))
     assert commits_in(cache) == {commit}
+
+
+def test_what_was_fetched_is_found_by_its_name_without_a_network(cache, remote, monkeypatch):
+    Snapshot(language_model(), *BATCH, state=f"{REPO}@step10").load_state()
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.HfApi", None)
+    check_equal(Snapshot(language_model(), *BATCH, state=f"{REPO}@step10"), language_model(10))
 
 
 def test_without_keep_all_stay(cache, remote):
@@ -156,13 +170,29 @@ def test_a_fetched_revision_of_another_model_is_named_when_it_is_read(cache, rem
 
 
 def test_keys_are_the_same_before_and_after_it_is_fetched(cache, remote):
-    state = Snapshot(language_model(), *BATCH, state=f"{REPO}@step10").state
+    half = language_model(3).to(torch.bfloat16)
+    put_into_cache(remote.root.parent, REPO, "half", half)
+    state = Snapshot(language_model(), *BATCH, state=f"{REPO}@half").state
     before = joblib.hash(state)
     state.load(language_model())
+    assert state.narrow == ("bfloat16",)
     assert joblib.hash(state) == before
     assert pickle.loads(pickle.dumps(state)).stamp == state.stamp
-    again = Snapshot(language_model(), *BATCH, state=f"{REPO}@step10").state
+    again = Snapshot(language_model(), *BATCH, state=f"{REPO}@half").state
+    assert again.narrow == ("bfloat16",)
     assert joblib.hash(again) == before
+
+
+def test_a_revision_that_was_there_in_part_stays(cache, remote):
+    commit = (remote.root / "refs" / "step10").read_text()
+    folder = cache / "models--org--model" / "snapshots" / commit
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text("{}")
+    for step in (10, 20, 30):
+        state = Checkpoint(f"{REPO}@step{step}", keep=1)
+        Snapshot(language_model(), *BATCH, state=state).load_state()
+    assert len(commits_in(cache)) == 2
+    assert commit in commits_in(cache)
 
 
 def test_a_path_that_exists_is_no_hub_model(cache, tmp_path, monkeypatch):

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from spectralshell import ShellEnergyEstimator, Snapshot
+from spectralshell.models.checkpoints.opened import as_checkpoint, open_checkpoint
 from tests.models.checkpoints.kinds import KINDS, OF_LANGUAGE_MODELS
 
 
@@ -70,7 +71,8 @@ def test_a_file_that_is_written_again_is_an_error(made, name):
     kind = made(name)
     snapshot = Snapshot(kind.model, *kind.batch, state=kind.state)
     before = joblib.hash(snapshot.state)
-    for file in (path for path, *_ in snapshot.state.stamp):
+    asked = as_checkpoint(kind.state)
+    for file in open_checkpoint(str(asked.path), asked.key).files:
         status = _touched(file)
         again = Snapshot(kind.model, *kind.batch, state=kind.state)
         with pytest.raises(ValueError, match="was changed after the snapshot was made"):
