@@ -64,6 +64,9 @@ PUBLIC_NAMES = {
         "ToeplitzDiagnostic",
         "ShellFluxEstimator",
     },
+    "spectralshell.runs": {"TrainingRecorder", "TrainingRun"},
+    "spectralshell.runs.callbacks.lightning": {"TrainingRecorderCallback"},
+    "spectralshell.runs.callbacks.transformers": {"TrainingRecorderCallback"},
     "spectralshell.krylov": {
         "block_ritz_pairs",
         "compress",

@@ -11,7 +11,7 @@ import pytest
 import spectralshell
 
 ROOT = Path(__file__).parent.parent
-PARTS = ("datasets", "displays", "dynamics", "krylov", "operators", "shells")
+PARTS = ("datasets", "displays", "dynamics", "krylov", "operators", "runs", "shells")
 GALLERY = sorted((ROOT / "docs" / "examples").glob("plot_*.py"))
 CITING = {"docs/theory.rst": 8, "docs/user_guide/refusals.rst": 25}
 CITED_TESTS = [

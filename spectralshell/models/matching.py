@@ -24,11 +24,6 @@ class Matched:
     narrow: tuple[str, ...]
 
 
-def match_state(model: nn.Module, tensors: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Return the tensors of a whole state by the model's names, in its dtypes."""
-    return match(model, tensors).state
-
-
 def match(
     model: nn.Module,
     tensors: Mapping[str, Any],

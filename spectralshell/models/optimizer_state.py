@@ -14,13 +14,16 @@ from safetensors.torch import load_file, safe_open
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from spectralshell.models.state import tied_groups
+from spectralshell.models.ties import tied_groups
 
 KIND = "spectralshell optimizer state"
 """What the metadata of a file of moments say it is."""
 
 _SEPARATOR = "/"
 """Between the key of a moment and the parameter's name: ``exp_avg/layer.weight``."""
+
+_LONGEST = 160
+"""Letters of another library's message that are passed on."""
 
 Moments = dict[str, dict[str, Tensor]]
 
@@ -109,8 +112,9 @@ class OptimizerState:
         content: Mapping[str, Any],
         names: Sequence[Sequence[str]] | None,
     ) -> OptimizerState:
-        groups = content.get("param_groups")
-        if not isinstance(content.get("state"), Mapping) or not isinstance(groups, Sequence):
+        groups: Any = content.get("param_groups")
+        whole = isinstance(content.get("state"), Mapping) and isinstance(groups, Sequence)
+        if not whole or not all(isinstance(group.get("params"), list) for group in groups):
             raise ValueError(
                 "optimizer: the mapping is not the state_dict() of a torch optimiser: it has no "
                 f"'state' and 'param_groups', but {sorted(map(str, content))[:5]}."
@@ -149,7 +153,7 @@ class OptimizerState:
         except Exception as error:  # whatever the reader raises on a file that is not what it seems
             raise ValueError(
                 f"optimizer: {path!r} is neither a file of moments of a recorder nor a "
-                f"state_dict() that weights_only reads ({str(error).splitlines()[0][:160]})."
+                f"state_dict() that weights_only reads ({_first_line(error)})."
             ) from error
         if not isinstance(content, Mapping):
             raise ValueError(
@@ -263,7 +267,7 @@ def _described(path: str, metadata: Mapping[str, str]) -> dict[str, Any]:
         content = json.loads(metadata["optimizer"])
         return {
             "name": str(content["name"]),
-            "groups": list(content["groups"]),
+            "groups": [dict(group) for group in content["groups"]],
             "group_of": {str(k): int(v) for k, v in content["group_of"].items()},
         }
     except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -280,6 +284,11 @@ def _metadata_of(path: str) -> dict[str, str] | None:
             return file.metadata() or {}
     except (OSError, SafetensorError):
         return None
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).splitlines() or [type(error).__name__]
+    return lines[0][:_LONGEST]
 
 
 def _by_parameter(flat: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

@@ -47,9 +47,12 @@ def _sgd(now: Settings, past: Follow) -> tuple[float, float]:
 
 def _adam(now: Settings, past: Follow) -> tuple[float, float]:
     beta = now["beta1"]
-    share = beta * (0.0 if math.isnan(past.share) else past.share) + (1 - beta)
-    # The bias correction undoes the share, unless β1 changes on the way.
-    return now["lr"] * (share / (1 - beta ** (past.n_steps + 1))), share
+    corrected = 1 - beta ** (past.n_steps + 1)
+    if math.isnan(past.share) or past.share == 1 - beta**past.n_steps:
+        # β1 was the same all along: the bias correction undoes the share to the last bit.
+        return now["lr"], corrected
+    share = beta * past.share + (1 - beta)
+    return now["lr"] * (share / corrected), share
 
 
 def _rmsprop(now: Settings, past: Follow) -> tuple[float, float]:

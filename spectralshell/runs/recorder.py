@@ -25,7 +25,7 @@ from spectralshell.runs.effective_time import EffectiveTime, unwrap_optimizer
 from spectralshell.runs.history import HISTORY, HistoryFile
 from spectralshell.runs.loop_measures import LoopMeasures
 from spectralshell.runs.probe_batches import read_probe_batches
-from spectralshell.runs.resume import RunToResume
+from spectralshell.runs.resume import RunToResume, steps_of
 from spectralshell.runs.run_card import CARD, write_card
 from spectralshell.runs.schedule import Schedule
 from spectralshell.runs.state_files import StateFiles
@@ -192,8 +192,13 @@ class TrainingRecorder:
 
     # Life
 
-    def open(self) -> Self:
+    def open(self, *, fallback_step: int | None = None) -> Self:
         """Begin or continue the run, as entering the context does.
+
+        Parameters
+        ----------
+        fallback_step : int, optional
+            Where a run goes on if neither the model nor the optimiser tells.
 
         Returns
         -------
@@ -219,7 +224,7 @@ class TrainingRecorder:
         self.directory.mkdir(parents=True, exist_ok=True)
         self._lock = DirectoryLock(self.directory)
         try:
-            self._begin(continues=exists and self._resume)
+            self._begin(exists and self._resume, fallback_step)
         except BaseException:
             self._release()
             raise
@@ -230,6 +235,17 @@ class TrainingRecorder:
     def close(self) -> None:
         """End the recording: write what is in memory, and the last state where it is due."""
         self._end(completed=True)
+
+    def abandon(self) -> int:
+        """End the recording after a failure: write what is in memory, and no last state.
+
+        Returns
+        -------
+        int
+            Steps that were counted.
+        """
+        self._end(completed=False)
+        return self.step
 
     def __enter__(self) -> Self:
         return self.open()
@@ -316,12 +332,12 @@ class TrainingRecorder:
 
     # The steps
 
-    def _begin(self, *, continues: bool) -> None:
+    def _begin(self, continues: bool, fallback_step: int | None) -> None:
         time = EffectiveTime(self.optimizer, self._given_tau)
         seconds = 0.0
         if continues:
             run = self._to_resume()
-            step = run.find_step(self.model, self.optimizer, self._step)
+            step = run.find_step(self.model, self.optimizer, self._step, fallback_step)
             seconds = run.go_on(step, time)
             self._history.resume(step)
             self._files.create()
@@ -333,7 +349,6 @@ class TrainingRecorder:
             self._files.create()
             self._measures.create()
             self._history.create()
-            write_card(self.directory, self.model, self.optimizer, self.name)
         self._buffer = StepBuffer(time)
         self._seconds_before = seconds
         self._share = TimeShare(self._max_overhead)
@@ -341,6 +356,14 @@ class TrainingRecorder:
         self._write_soon = False
         if not continues:
             self._keep(first=True)
+            # The last of its files: a kill before it leaves no run.
+            write_card(
+                self.directory,
+                self.model,
+                self.optimizer,
+                name=self.name,
+                steps_before=steps_of(self.optimizer) or 0,
+            )
             self._share = TimeShare(self._max_overhead)  # the loop begins here
         self._due = self._schedule.next_after(time.n_steps)
 
@@ -492,13 +515,14 @@ def _writes_here() -> bool:
 
 
 def _check_not_sharded(model: nn.Module) -> None:
-    for name, tensor in model.named_parameters():
-        if hasattr(tensor, "full_tensor"):
-            raise ValueError(
-                f"model: {name!r} is sharded over processes, and one of them holds a part only. "
-                "Save checkpoints with torch.distributed.checkpoint and read them with "
-                "TrainingRun.from_checkpoints."
-            )
+    parts = [name for name, tensor in model.named_parameters() if hasattr(tensor, "full_tensor")]
+    kinds = [type(module).__name__ for module in model.modules()]
+    if parts or "FullyShardedDataParallel" in kinds:
+        raise ValueError(
+            f"model: {type(model).__name__} is sharded over processes, each of which holds a part "
+            "only. Save checkpoints with torch.distributed.checkpoint and read them with "
+            "TrainingRun.from_checkpoints."
+        )
 
 
 def _bytes_of(model: nn.Module, moments: OptimizerState | None) -> int:

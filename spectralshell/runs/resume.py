@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from spectralshell.models.checkpoints.opened import read_checkpoint
-from spectralshell.models.matching import match_state
 from spectralshell.models.optimizer_state import OptimizerState
+from spectralshell.models.state import ModelState
 from spectralshell.models.ties import tied_groups
 from spectralshell.runs.effective_time import EffectiveTime, Follow
 from spectralshell.runs.history import read_rows
 from spectralshell.runs.run_card import check_card
 from spectralshell.runs.state_files import StateFiles
+from spectralshell.warning_categories import RunWarning
 
 _BY_THEMSELVES = "Restore one of its states with restore(), or begin another directory."
 
@@ -24,7 +25,7 @@ class RunToResume:
     """A run on disk, checked against the model."""
 
     def __init__(self, directory: Path, model: nn.Module, files: StateFiles, history: Path) -> None:
-        check_card(directory, model)
+        self._steps_before = int(check_card(directory, model).get("steps_before", 0))
         self._files = files
         self._rows = read_rows(history)
         self._last = int(self._rows["step"][-1]) if len(self._rows) else 0
@@ -33,32 +34,39 @@ class RunToResume:
 
     def restore_last(self, model: nn.Module, optimizer: Optimizer) -> int:
         """Load the last whole state into model and optimiser, and return its step."""
-        problems = []
         for step in reversed(self._steps):
+            self._check_moments_kept(optimizer, step)
             try:
-                state = match_state(model, read_checkpoint(self._files.path(step)))
                 self._files.record(step)
-                moments = self._moments(model, optimizer, step)
+                state = ModelState.from_argument(model, self._files.path(step)).load(model)
+                path = self._files.moments_path(step)
+                moments = OptimizerState.from_argument(model, path if path.exists() else None)
             except ValueError as error:
-                problems.append(str(error))
+                warnings.warn(f"{error} The state before is restored.", RunWarning, stacklevel=3)
                 continue
             if moments is not None:
                 moments.load_into(model, optimizer)  # raises where it does not fit
             _load_state(model, state)
             return step
         raise ValueError(
-            "restore() found no state that can be loaded"
-            + (f": {problems[0]}" if problems else "; none was kept")
-            + ". Restore a checkpoint of your own, and pass its step=."
+            "restore() found no state of the run that can be loaded. Restore a checkpoint of your "
+            "own, and pass its step=."
         )
 
-    def find_step(self, model: nn.Module, optimizer: Optimizer, given: int | None) -> int:
-        """Return the step that the model is at."""
+    def find_step(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        given: int | None,
+        fallback: int | None = None,
+    ) -> int:
+        """Return the step that the model is at: given, or that of the state that it equals, ..."""
         step = given
         if step is None:
             step = self._equal_state(model)
         if step is None:
-            step = _steps_of(model, optimizer)
+            counted = steps_of(optimizer)
+            step = fallback if counted is None else counted - self._steps_before
         if step is None:
             raise ValueError(
                 "resume: the model equals no state of the run, and the optimiser counts no steps; "
@@ -99,21 +107,23 @@ class RunToResume:
         own = {names[0]: tensor.detach() for names, tensor in tied_groups(model)}
         for step in reversed(self._steps):
             try:
-                state = match_state(model, read_checkpoint(self._files.path(step)))
+                state = ModelState.from_argument(model, self._files.path(step)).load(model)
             except ValueError:
                 continue
             if all(torch.equal(tensor.cpu(), state[name].cpu()) for name, tensor in own.items()):
                 return step
         return None
 
-    def _moments(self, model: nn.Module, optimizer: Optimizer, step: int) -> OptimizerState | None:
-        path = self._files.moments_path(step)
-        if path.exists():
-            return OptimizerState.from_argument(model, path)
-        plain = all(group.get("momentum", 1.0) == 0 for group in optimizer.param_groups)
-        if step == 0 or (plain and isinstance(optimizer, torch.optim.SGD)):
-            return None
-        raise ValueError(f"the moments of step {step} were not kept (moments=False)")
+    def _check_moments_kept(self, optimizer: Optimizer, step: int) -> None:
+        """Raise ValueError where the optimiser needs moments that were not written."""
+        plain = isinstance(optimizer, torch.optim.SGD) and not any(
+            group["momentum"] for group in optimizer.param_groups
+        )
+        if step > 0 and not plain and not self._files.moments_path(step).exists():
+            raise ValueError(
+                f"restore() needs the moments of step {step}, which were not kept "
+                "(moments=False). Restore a checkpoint of your own, and pass its step=."
+            )
 
 
 def _load_state(model: nn.Module, state: dict[str, torch.Tensor]) -> None:
@@ -122,7 +132,7 @@ def _load_state(model: nn.Module, state: dict[str, torch.Tensor]) -> None:
             own.copy_(state[names[0]])
 
 
-def _steps_of(model: nn.Module, optimizer: Optimizer) -> int | None:
+def steps_of(optimizer: Optimizer) -> int | None:
     """Return the steps that the optimiser itself counts, None where it counts none."""
     held = [optimizer.state.get(p, {}) for p in optimizer.param_groups[0]["params"]]
     counts = [int(one["step"]) for one in held if "step" in one]

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
-from spectralshell.models.state import tied_groups
+from spectralshell.models.ties import tied_groups
 from spectralshell.runs.atomic_files import replace_file
 
 CARD = "run.json"
@@ -18,14 +18,22 @@ _VERSION = 1
 _MAX_NAMES = 4
 
 
-def write_card(directory: Path, model: nn.Module, optimizer: Optimizer, name: str | None) -> None:
-    """Write the card of a new run."""
+def write_card(
+    directory: Path,
+    model: nn.Module,
+    optimizer: Optimizer,
+    *,
+    name: str | None,
+    steps_before: int,
+) -> None:
+    """Write the card of a new run. ``steps_before``: what the optimiser counted when it began."""
     content = {
         "kind": _KIND,
         "version": _VERSION,
         "name": name,
         "model": type(model).__name__,
         "optimizer": type(optimizer).__name__,
+        "steps_before": steps_before,
         "tensors": _tensors_of(model),
     }
     text = json.dumps(content, indent=1)

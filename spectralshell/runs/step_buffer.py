@@ -59,10 +59,11 @@ class StepBuffer:
             self._log_comes_first = not self._any_step
         if self._log_comes_first:
             self._waiting = dict(values)
-        elif self._steps and not self._steps[-1].logged:
-            self._steps[-1].logged = dict(values)
-            self._steps[-1].written = False
-        # Else the scaler skipped the step that these values are of.
+        elif self._steps:
+            # The first value counts: a later one is of a step that the scaler skipped.
+            last = self._steps[-1]
+            last.written = last.written and values.keys() <= last.logged.keys()
+            last.logged = {**values, **last.logged}
 
     def settle(self) -> None:
         """Count all steps; each device is waited for once. Those that were skipped go."""

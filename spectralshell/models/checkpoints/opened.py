@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from torch import Tensor
-
 from spectralshell.models.checkpoints.folders import Source, open_file, open_folder
 from spectralshell.models.checkpoints.places import find_path, stamp_of
 from spectralshell.models.checkpoints.request import Checkpoint
@@ -21,11 +19,6 @@ def open_checkpoint(path: str, key: str | None = None) -> Source:
     """Return how the file or folder at a path is read; only indexes and plans are read now."""
     found = find_path(path)
     return open_folder(found, key) if os.path.isdir(found) else open_file(found, key)
-
-
-def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """Return the tensors of a checkpoint by the names that it has for them."""
-    return open_checkpoint(os.fspath(path)).tensors("cpu")
 
 
 def stamp(source: Source) -> tuple[Any, ...]:
