@@ -47,8 +47,8 @@ model = GPT2LMHeadModel(
 out = tempfile.TemporaryDirectory()
 arguments = TrainingArguments(
     out.name,
-    max_steps=120,
-    save_steps=40,
+    max_steps=60,
+    save_steps=20,
     logging_steps=1,
     per_device_train_batch_size=8,
     learning_rate=0.01,
@@ -82,7 +82,7 @@ run.states[["step", "tau", "bytes"]]
 # %%
 # The rates fall linearly, so τ does not grow with the steps alone.
 
-run.history[["step", "tau", "lr", "loss"]].iloc[::40]
+run.history[["step", "tau", "lr", "loss"]].iloc[::20]
 
 # %%
 # The measure

@@ -212,10 +212,11 @@ def _as_checkpoint_error(model: HubModel) -> Iterator[None]:
             f"state: {model.label} is not in the cache {_client().constants.HF_HUB_CACHE!r}, and "
             "the hub cannot be reached or HF_HUB_OFFLINE is set; fetch it once while online."
         ) from error
-    except (errors.HfHubHTTPError, OSError) as error:
-        raise ValueError(
-            f"state: {model.label} could not be fetched ({str(error).splitlines()[0][:160]})."
-        ) from error
+    except Exception as error:  # whatever its client, and the one below that, raise
+        if str(error).startswith("state: "):
+            raise
+        what = (str(error) or type(error).__name__).splitlines()[0][:160]
+        raise ValueError(f"state: {model.label} could not be fetched ({what}).") from error
 
 
 def _client() -> Any:

@@ -9,7 +9,13 @@ import huggingface_hub
 import joblib
 import pytest
 import torch
-from huggingface_hub.errors import EntryNotFoundError
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    HfHubHTTPError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 
 from spectralshell import Checkpoint, Snapshot
 from spectralshell.models.checkpoints import hub
@@ -145,6 +151,29 @@ def test_what_was_fetched_is_found_by_its_name_without_a_network(cache, remote, 
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.HfApi", None)
     check_equal(Snapshot(language_model(), *BATCH, state=f"{REPO}@step10"), language_model(10))
+
+
+FAULTS = {
+    "no such revision": (RevisionNotFoundError, "has no revision 'step10'"),
+    "no such model": (RepositoryNotFoundError, "no hub model 'org/model' that you may read"),
+    "server": (HfHubHTTPError, r"could not be fetched \(told\)"),
+    "network": (RuntimeError, r"could not be fetched \(told\)"),
+    "offline": (LocalEntryNotFoundError, "is not in the cache"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_what_the_hub_refuses_is_named(cache, remote, monkeypatch, fault):
+    kind, message = FAULTS[fault]
+    error = kind.__new__(kind, "told")  # its own constructor asks for a response
+    error.args = ("told",)
+
+    def fail(*arguments, **options):
+        raise error
+
+    monkeypatch.setattr(remote, "model_info", fail)
+    with pytest.raises((ValueError, FileNotFoundError), match=f"state: .*{message}"):
+        Snapshot(language_model(), *BATCH, state=f"{REPO}@step10")
 
 
 def test_without_keep_all_stay(cache, remote):
