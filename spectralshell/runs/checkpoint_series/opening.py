@@ -14,7 +14,6 @@ from spectralshell.models.state import ModelState, unwrap
 from spectralshell.models.trainer_optimizer import OPTIMIZER_FILE, TrainerOptimizer
 from spectralshell.runs.checkpoint_series.places import Place, find_places, step_of
 from spectralshell.runs.checkpoint_series.times import read_times
-from spectralshell.runs.checkpoint_series.trainer_folder import TrainerFolder
 from spectralshell.runs.history import COLUMNS
 from spectralshell.runs.saved_states import SavedState
 from spectralshell.statuses import skipped
@@ -74,16 +73,16 @@ def open_series(
         raise failures[0][1]
     opened.sort(key=lambda one: one.step)
     _check_steps(opened)
-    steps, paths = [one.step for one in opened], [one.place.path for one in opened]
-    times = read_times(tau, steps, paths)
+    steps, found = [one.step for one in opened], [one.place for one in opened]
+    times = read_times(tau, steps, found)
     if tau is None:
-        _warn_of_unknown_optimizer(paths)
+        _warn_of_unknown_optimizer(found)
     saved = [
         SavedState(one.step, time, one.state, moments)
-        for one, time, moments in zip(opened, times, _moments(bare, paths), strict=True)
+        for one, time, moments in zip(opened, times, _moments(bare, found), strict=True)
     ]
     _warn_of_skipped(failures, len(places))
-    return CheckpointSeries(saved, _history(saved, paths), _left_out(failures))
+    return CheckpointSeries(saved, _history(saved, found[-1]), _left_out(failures))
 
 
 def _check_steps(opened: list[_Opened]) -> None:
@@ -95,13 +94,12 @@ def _check_steps(opened: list[_Opened]) -> None:
             )
 
 
-def _moments(model: nn.Module, paths: list[str]) -> list[TrainerOptimizer | None]:
+def _moments(model: nn.Module, places: list[Place]) -> list[TrainerOptimizer | None]:
     """Return the optimiser's state beside each checkpoint; warn once where it cannot be matched."""
     found: list[TrainerOptimizer | None] = []
     problems: list[str] = []
-    for path in paths:
-        trainer = TrainerFolder.at(path)
-        file = None if trainer is None else trainer.optimizer_file
+    for place in places:
+        file = None if place.trainer is None else place.trainer.optimizer_file
         try:
             found.append(None if file is None else TrainerOptimizer.of(model, file))
         except (ValueError, OSError) as error:
@@ -109,17 +107,17 @@ def _moments(model: nn.Module, paths: list[str]) -> list[TrainerOptimizer | None
             problems.append(str(error))
     if problems:
         warnings.warn(
-            f"{problems[0]} So the moments of {len(problems)} of {len(paths)} checkpoints are left "
-            "out.",
+            f"{problems[0]} So the moments of {len(problems)} of {len(places)} checkpoints are "
+            "left out.",
             RunWarning,
             stacklevel=_STACKLEVEL,
         )
     return found
 
 
-def _warn_of_unknown_optimizer(paths: list[str]) -> None:
-    folders = [trainer for trainer in map(TrainerFolder.at, paths) if trainer is not None]
-    without = [trainer.folder for trainer in folders if trainer.optimizer_file is None]
+def _warn_of_unknown_optimizer(places: list[Place]) -> None:
+    trainers = [place.trainer for place in places if place.trainer is not None]
+    without = [trainer.folder for trainer in trainers if trainer.optimizer_file is None]
     if without:
         warnings.warn(
             f"tau: {without[0]!r} has no {OPTIMIZER_FILE}, so τ is the sum of its learning rates, "
@@ -150,10 +148,10 @@ def _left_out(failures: list[tuple[str, Exception]]) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["path", "status"])
 
 
-def _history(saved: list[SavedState], paths: list[str]) -> pd.DataFrame:
+def _history(saved: list[SavedState], last: Place) -> pd.DataFrame:
     """Return what a Trainer logged up to the last checkpoint; of others steps and times alone."""
-    trainer = TrainerFolder.at(paths[-1])
-    if trainer is not None and not trainer.history.empty:
-        return trainer.history.reindex(columns=list(COLUMNS))
+    history = pd.DataFrame() if last.trainer is None else last.trainer.history
+    if not history.empty:
+        return history.reindex(columns=list(COLUMNS))
     rows = [(one.step, one.tau) for one in saved]
     return pd.DataFrame(rows, columns=["step", "tau"]).reindex(columns=list(COLUMNS))

@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,11 @@ class Place:
         """Its path, or its name in the hub."""
         return str(self.checkpoint.path)
 
+    @cached_property
+    def trainer(self) -> TrainerFolder | None:
+        """What a Trainer noted beside it; its files are read once."""
+        return TrainerFolder.at(self.path)
+
 
 def find_places(
     checkpoints: Any, *, key: str | None, prefix: str | None, keep: int | None
@@ -56,9 +62,8 @@ def step_of(place: Place) -> int:
     """Return the step of a checkpoint: as given, noted inside, or the number in its name."""
     if place.step is not None:
         return place.step
-    trainer = TrainerFolder.at(place.path)
-    if trainer is not None:
-        return trainer.step
+    if place.trainer is not None:
+        return place.trainer.step
     if place.path.endswith(_LIGHTNING) and os.path.isfile(place.path):
         content = TensorFile(place.path).content("meta")
         step = content.get("global_step") if isinstance(content, Mapping) else None

@@ -7,7 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from spectralshell.parameter_checks import call_given, check_real
-from spectralshell.runs.checkpoint_series.trainer_folder import RatesUnknownError, TrainerFolder
+from spectralshell.runs.checkpoint_series.places import Place
+from spectralshell.runs.checkpoint_series.trainer_folder import RatesUnknownError
 
 STEPS = "steps"
 
@@ -17,10 +18,10 @@ _FORMS = (
 )
 
 
-def read_times(tau: Any, steps: Sequence[int], paths: Sequence[str]) -> list[float]:
+def read_times(tau: Any, steps: Sequence[int], places: Sequence[Place]) -> list[float]:
     """Return τ of each checkpoint, in the order of their steps."""
     if tau is None:
-        return [_noted(step, path) for step, path in zip(steps, paths, strict=True)]
+        return [_noted(step, place) for step, place in zip(steps, places, strict=True)]
     times = [check_real("tau", value) for value in _given(tau, steps)]
     for place in range(1, len(times)):
         if times[place] < times[place - 1]:
@@ -58,8 +59,8 @@ def _given(tau: Any, steps: Sequence[int]) -> Iterable[Any]:
     raise TypeError(f"tau must be {_FORMS}, got {type(tau).__name__}.")
 
 
-def _noted(step: int, path: str) -> float:
-    trainer = TrainerFolder.at(path)
+def _noted(step: int, found: Place) -> float:
+    trainer, path = found.trainer, found.path
     remedy = f"pass tau=: {_FORMS}."
     if trainer is None:
         raise ValueError(f"tau: {path!r} does not tell its learning rates; {remedy}")
