@@ -1,4 +1,4 @@
-"""What an optimiser keeps beside each parameter, matched to a model's parameters by name."""
+"""The state of an optimiser: its moments and settings, matched to a model's parameters by name."""
 
 from __future__ import annotations
 

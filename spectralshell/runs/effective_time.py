@@ -202,7 +202,10 @@ class EffectiveTime:
 
     def _increment(self) -> Any:
         if callable(self._given):
-            return _value(call_given("tau", self._given, self.optimizer))
+            increment = _value(call_given("tau", self._given, self.optimizer))
+            if isinstance(increment, Tensor) and increment.numel() == 1:
+                return increment
+            return check_real("tau, as its function gives it,", increment)
         return self._given
 
     def _after(self, now: Settings, past: Follow) -> tuple[Follow, float]:

@@ -323,6 +323,17 @@ class TrainingRecorder:
             values = checked_values({"loss": loss, "grad_norm": grad_norm, "tokens": tokens})
             self._buffer.log(values)
 
+    def keep_last(self) -> None:
+        """Keep the present state as the last one, where ``states`` is open-ended.
+
+        Closing the recorder does it; to be called before that only if the model is given other
+        weights after its last step, such as the best ones or an average.
+        """
+        if self._hook is None or not self._schedule.open_ended:
+            return
+        if self.step not in self._files.steps() and self._share.allows_a_state():
+            self._keep()
+
     def flush(self) -> None:
         """Write all steps to disk now: to be called where you save a checkpoint of your own."""
         if self._hook is None:
@@ -368,7 +379,7 @@ class TrainingRecorder:
         self._due = self._schedule.next_after(time.n_steps)
 
     def _after_step(self, *_: Any) -> None:
-        with self._share.counted(), self._tolerant("account for a step"):
+        with self._share.counted(), self._ending_at_a_failure():
             now = self._share.seconds
             self._buffer.add(self._seconds_before + now)
             late = now - self._last_write > _MOST_SECONDS
@@ -415,10 +426,8 @@ class TrainingRecorder:
         if self._hook is None:
             return
         with self._tolerant("account for the last steps"):
-            last = self.step
-            wanted = completed and self._schedule.open_ended and last not in self._files.steps()
-            if wanted and self._share.allows_a_state():
-                self._keep()
+            if completed:
+                self.keep_last()
         with self._tolerant("write the history"):
             self._write_rows(last_too=True, durable=True)
         self._release()
@@ -463,6 +472,15 @@ class TrainingRecorder:
             if strict:
                 raise
             self._tell(f"could not {doing} ({type(error).__name__}: {error})", kind=doing)
+
+    @contextmanager
+    def _ending_at_a_failure(self) -> Iterator[None]:
+        """End the recording where a step could not be counted: later ones would be wrong."""
+        try:
+            yield
+        except Exception as error:
+            self._release()
+            self._tell(f"ended: a step could not be counted ({type(error).__name__}: {error})")
 
     def _tell(self, text: str, *, kind: str | None = None) -> None:
         """Warn once of each kind."""

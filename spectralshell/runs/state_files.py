@@ -54,19 +54,22 @@ class StateFiles:
     ) -> None:
         """Write a state, its moments first: a state that is there is whole."""
         step = int(record["n_steps"])
-        if optimizer is not None:
-            tensors = {name: _on_disk(t) for name, t in packed(optimizer.moments or {}).items()}
-            texts = description(optimizer)
-            replace_file(self.moments_path(step), lambda to: save_file(tensors, to, texts))
-        tensors = {names[0]: _on_disk(tensor) for names, tensor in tied_groups(model)}
-        texts = {
-            "kind": _KIND,
-            "step": str(step),
-            "tau": repr(record["tau"]),
-            "tau_weight_decay": repr(record["tau_weight_decay"]),
-            "effective_time": json.dumps(record),
-        }
-        replace_file(self.path(step), lambda to: save_file(tensors, to, texts))
+        try:
+            if optimizer is not None:
+                _write(
+                    self.moments_path(step), packed(optimizer.moments or {}), description(optimizer)
+                )
+            texts = {
+                "kind": _KIND,
+                "step": str(step),
+                "tau": repr(record["tau"]),
+                "tau_weight_decay": repr(record["tau_weight_decay"]),
+                "effective_time": json.dumps(record),
+            }
+            _write(self.path(step), {names[0]: t for names, t in tied_groups(model)}, texts)
+        except BaseException:
+            self.drop(step)
+            raise
 
     def n_bytes(self, step: int) -> int:
         """Return the size of a state with its moments."""
@@ -120,6 +123,11 @@ class StateFiles:
                 )
             )
         return found
+
+
+def _write(path: Path, tensors: Mapping[str, Tensor], texts: dict[str, str]) -> None:
+    plain = {name: _on_disk(tensor) for name, tensor in tensors.items()}
+    replace_file(path, lambda to: save_file(plain, to, texts))
 
 
 def _on_disk(tensor: Tensor) -> Tensor:

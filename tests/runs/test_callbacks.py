@@ -5,6 +5,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 from spectralshell.runs import TrainingRecorder, TrainingRun
@@ -97,7 +98,11 @@ def _trainer(tmp_path, callback, **options):
         **{"save_strategy": "no", **options},
     )
     trainer = transformers.Trainer(
-        model=model, args=arguments, train_dataset=_data(), callbacks=[callback]
+        model=model,
+        args=arguments,
+        train_dataset=_data(),
+        eval_dataset=_data()[:4],
+        callbacks=[callback],
     )
     trainer.remove_callback(transformers.PrinterCallback)
     return trainer
@@ -141,14 +146,28 @@ def test_a_trainer_gives_the_run_of_the_plain_loop(tmp_path, quiet_libraries):
 def test_a_trainer_that_resumes_goes_on_with_its_run(tmp_path, quiet_libraries):
     from spectralshell.runs.callbacks.transformers import TrainingRecorderCallback
 
-    saving = {"save_strategy": "steps", "save_steps": 5}
+    saving = {
+        "save_strategy": "steps",
+        "save_steps": 5,
+        "eval_strategy": "steps",
+        "eval_steps": 5,
+        "load_best_model_at_end": True,
+        "greater_is_better": True,  # the best is an early one, not to be taken for the last
+    }
     _trainer(tmp_path, TrainingRecorderCallback(tmp_path / "run"), **saving).train()
     whole = TrainingRun(tmp_path / "run", _Net())
+    saved = [load_file(path) for path in whole.states["path"]]
     resumed = _trainer(tmp_path, TrainingRecorderCallback(tmp_path / "run"), **saving)
     resumed.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-5"))
     run = TrainingRun(tmp_path / "run", _Net())
     np.testing.assert_array_equal(run.history["tau"], whole.history["tau"])
     assert run.states["step"].tolist() == whole.states["step"].tolist()
+    for state, path in zip(saved, run.states["path"], strict=True):
+        again = load_file(path)
+        assert all(torch.equal(state[name], again[name]) for name in state)
+    plain = _plain_run(tmp_path / "plain", decay_of_bias=0.0)
+    last = load_file(plain.states["path"].iloc[-1])
+    torch.testing.assert_close(saved[-1], last)
 
 
 def _lightning_module(lightning):

@@ -81,6 +81,14 @@ def test_going_on_drops_later_rows(tmp_path):
     assert history.n_bytes == (tmp_path / "h").stat().st_size
 
 
+def test_what_a_failed_write_left_is_written_over(tmp_path):
+    history = _written(tmp_path / "h", [1, 2])
+    with open(tmp_path / "h", "ab") as stream:
+        stream.write(b"SSH1 and a part of a block")
+    history.append(_rows([3]))
+    assert read_rows(tmp_path / "h")["step"].tolist() == [1, 2, 3]
+
+
 def test_a_million_steps_open_fast(tmp_path):
     _written(tmp_path / "h", *np.split(np.arange(1, 1_000_001), 4000))
     began = time.process_time()

@@ -8,6 +8,7 @@ import pandas as pd
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from spectralshell import ShellEnergyEstimator
 from spectralshell.runs import TrainingRecorder, TrainingRun
@@ -90,7 +91,18 @@ def _trained(directory=None, *, estimator=None):
     return [*model.state_dict().values(), *grads], draws, optimizer
 
 
-@pytest.mark.parametrize("estimator", [None, ShellEnergyEstimator(n_steps=5)])
+class _Draws:
+    """An estimator that takes from every source of random numbers."""
+
+    def __init__(self):
+        self.fitted_ = True
+
+    def transform(self, X):
+        torch.rand(3), random.random(), np.random.rand()  # noqa: NPY002
+        return pd.DataFrame({"tau": [s.tau for s in X]})
+
+
+@pytest.mark.parametrize("estimator", [None, ShellEnergyEstimator(n_steps=5), _Draws()])
 def test_training_is_the_same_to_the_last_bit(tmp_path, estimator):
     (plain, draws, _), (recorded, other, optimizer) = (
         _trained(),
@@ -129,6 +141,28 @@ def test_logging_takes_no_graph_and_no_later_value(tmp_path):
         with pytest.raises(TypeError, match="tokens must be a number"):
             recorder.log(tokens="many")
     assert _run(tmp_path).history["loss"].tolist() == [3.0]
+
+
+class _ReadsNothing(TorchDispatchMode):
+    """Fails where a tensor's value is asked for, which on a GPU waits for all that came before."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        assert function is not torch.ops.aten._local_scalar_dense.default
+        return function(*args, **(kwargs or {}))
+
+
+def test_no_value_is_read_at_a_step(tmp_path):
+    model = make_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.02, fused=True)
+    with TrainingRecorder(model, optimizer, tmp_path, states=[]) as recorder:
+        optimizer.found_inf = torch.tensor(0.0)  # as a scaler sets it
+        with _ReadsNothing():
+            for step in range(5):
+                take_step(model, optimizer, step, recorder)
+        del optimizer.found_inf
+        with pytest.raises(AssertionError), _ReadsNothing():
+            torch.ones(1).item()  # it would be seen
+    assert len(_run(tmp_path).history) == 5
 
 
 def test_the_buffer_is_written_on_the_way(tmp_path):
@@ -214,6 +248,28 @@ def test_a_measure_that_fails_lets_training_go_on(tmp_path):
     with pytest.warns(RunWarning, match="could not measure a state .*no luck"):
         record(tmp_path, 6, estimator=Fails(), probe_batches=batches)
     assert len(_run(tmp_path).history) == 6
+
+
+@pytest.mark.parametrize("bad", [lambda _: "much", lambda _: 1 / 0], ids=["a word", "an error"])
+def test_a_step_that_cannot_be_counted_ends_the_recording(tmp_path, bad):
+    with pytest.warns(RunWarning, match="ended: a step could not be counted"):
+        model, optimizer, _ = record(tmp_path, 5, tau=bad)
+    assert not optimizer._optimizer_step_post_hooks
+    assert float(optimizer.state[model[0].weight]["step"]) == 5
+    assert _run(tmp_path).history.empty
+
+
+def test_the_last_state_is_that_of_the_last_step(tmp_path):
+    model = make_model()
+    optimizer = make_optimizer(model)
+    with TrainingRecorder(model, optimizer, tmp_path, states="every:100") as recorder:
+        take_step(model, optimizer, 0)
+        trained = model[0].weight.detach().clone()
+        recorder.keep_last()
+        with torch.no_grad():
+            model[0].weight.zero_()  # as an average or the best weights are loaded
+    last = _run(tmp_path).snapshots([(torch.ones(4, 3), torch.zeros(4, 1))])[-1].load_state()
+    assert torch.equal(last["0.weight"], trained)
 
 
 @pytest.mark.parametrize("full_from", ["replace", "write"])

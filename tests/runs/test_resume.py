@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from spectralshell.runs import TrainingRecorder, TrainingRun
+from spectralshell.runs.history import HistoryFile
 from spectralshell.warning_categories import RunWarning
 from tests.runs.loops import make_model, make_optimizer, record, take_step
 
@@ -144,6 +145,29 @@ def test_restoring_gives_model_optimiser_and_place(tmp_path):
         assert all(torch.equal(saved[key], loaded[key]) for key in saved)
     assert held.param_groups[0]["lr"] == optimizer.param_groups[0]["lr"]
     assert held.param_groups[0]["betas"] == optimizer.param_groups[0]["betas"]
+
+
+def test_what_came_after_the_restored_step_is_dropped(tmp_path):
+    record(tmp_path, 40, states="every:5")
+    model = make_model()
+    state = load_file(tmp_path / "states" / "step-0000000020.safetensors")
+    model.load_state_dict(state, strict=False)
+    with TrainingRecorder(
+        model, make_optimizer(model), tmp_path, states="every:5", resume=True
+    ) as recorder:
+        assert recorder.step == 20
+    run = TrainingRun(tmp_path, model)
+    assert run.history["step"].iloc[-1] == 20
+    assert run.states["step"].tolist() == [0, 5, 10, 15, 20]
+    assert len(list((tmp_path / "moments").iterdir())) == 5
+
+
+def test_a_state_whose_row_was_lost_is_not_gone_on_from(tmp_path):
+    record(tmp_path, 10)
+    HistoryFile(tmp_path / "history.bin").resume(8)
+    model = make_model()
+    assert TrainingRun(tmp_path, model).states["step"].iloc[-1] == 10  # still read
+    assert TrainingRecorder(model, make_optimizer(model), tmp_path, resume=True).restore() == 7
 
 
 def test_a_new_directory_begins_at_zero(tmp_path):

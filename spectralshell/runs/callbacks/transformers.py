@@ -55,6 +55,7 @@ class TrainingRecorderCallback(TrainerCallback):
         self._directory = directory
         self._options = options
         self._tokens = 0
+        self._ended = False
         self.recorder: TrainingRecorder | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **about: Any) -> None:
@@ -68,6 +69,7 @@ class TrainingRecorderCallback(TrainerCallback):
             about["model"], about["optimizer"], self._directory, **options
         )
         self.recorder.open(fallback_step=state.global_step or None)
+        self._ended = False
         self._tokens = state.num_input_tokens_seen
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -89,7 +91,15 @@ class TrainingRecorderCallback(TrainerCallback):
         if self.recorder is not None:
             self.recorder.flush()
 
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Keep the last state before the Trainer may load the best one."""
+        if self.recorder is not None and control.should_training_stop:
+            self.recorder.keep_last()
+            self._ended = True
+
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Close the recorder."""
-        if self.recorder is not None:
+        """Close the recorder; the model may be the best one by now, not the last."""
+        if self.recorder is not None and self._ended:
+            self.recorder.abandon()
+        elif self.recorder is not None:
             self.recorder.close()
