@@ -70,28 +70,21 @@ class TrainerOptimizer(OptimizerState):
 
 
 def group_names(model: nn.Module, content: Mapping[str, Any], path: str) -> list[list[str]]:
-    """Return the names of each group's parameters; ValueError if none or several orders fit."""
+    """Return the names of each group's parameters; ValueError if no order of a Trainer's fits."""
     groups = content["param_groups"]
     held = [list(group["params"]) for group in groups]
     if all("param_names" in group for group in groups):
         return [list(group["param_names"]) for group in groups]
     shapes = _shapes(content["state"])
     named = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    fitting: list[list[list[str]]] = []
     for order in _orders(model, list(named)):
-        if order not in fitting and _fits(order, held, named, shapes):
-            fitting.append(order)
-    if len(fitting) == 1:
-        return fitting[0]
-    why = (
-        "several orders of the model's parameters fit it"
-        if fitting
-        else f"its groups of {', '.join(str(len(keys)) for keys in held)} parameters are not those "
-        f"that a Trainer makes of {type(model).__name__}"
-    )
+        if _fits(order, held, named, shapes):
+            return order  # the others have groups of other sizes
     raise ValueError(
-        f"optimizer: {path!r} does not tell which parameter is which: {why}. Pass the optimiser "
-        "itself, with its state loaded."
+        f"optimizer: {path!r} does not tell which parameter is which: its groups of "
+        f"{', '.join(str(len(keys)) for keys in held)} parameters are not those that a Trainer "
+        f"makes of {type(model).__name__}, or their shapes are not. Pass the optimiser itself, "
+        "with its state loaded."
     )
 
 

@@ -1,5 +1,6 @@
 """Folders of a real Trainer: effective time out of its logs, moments by name."""
 
+import itertools
 import json
 import shutil
 
@@ -87,22 +88,38 @@ def test_moments_that_cannot_be_matched_are_left_out_with_a_warning(run_folder):
     assert run.states["moments"].isna().all()
 
 
-def test_two_orders_that_fit_are_refused(tmp_path):
-    """Where norms are called so, the rules of different versions part, and shapes do not tell."""
-    model = torch.nn.ModuleDict(
-        {"a_norm": torch.nn.Linear(2, 2, bias=False), "b": torch.nn.Linear(2, 2, bias=False)}
-    )
-    model.c_norm = torch.nn.Linear(2, 2, bias=False)
-    optimizer = torch.optim.AdamW([{"params": [model["b"].weight]}, {"params": []}])
-    state = optimizer.state_dict()
-    state["param_groups"][1]["params"] = [1, 2]
-    torch.save(state, tmp_path / "optimizer.pt")
-    found = TrainerOptimizer.of(model, str(tmp_path / "optimizer.pt"))
-    assert list(found.group_of) == ["b.weight", "a_norm.weight", "c_norm.weight"]
-    single = {"state": {}, "param_groups": [{"params": [0, 1, 2]}]}
-    torch.save(single, tmp_path / "optimizer.pt")
-    found = TrainerOptimizer.of(model, str(tmp_path / "optimizer.pt"))
-    assert list(found.group_of) == ["a_norm.weight", "b.weight", "c_norm.weight"]
+ORDERS = {
+    "norms by name": ([1, 2], ["b.weight", "a_norm.weight", "c_norm.weight"]),
+    "before": ([3, 0], ["a_norm.weight", "b.weight", "c_norm.weight"]),
+    "one group": ([3], ["a_norm.weight", "b.weight", "c_norm.weight"]),
+}
+
+
+def three_layers():
+    names = ("a_norm", "b", "c_norm")
+    return torch.nn.ModuleDict({name: torch.nn.Linear(2, 2, bias=False) for name in names})
+
+
+def save_groups(path, sizes, shape=(2, 2)):
+    ends = np.cumsum([0, *sizes])
+    groups = [{"params": list(range(a, b))} for a, b in itertools.pairwise(ends)]
+    state = {key: {"exp_avg": torch.ones(shape)} for key in range(sum(sizes))}
+    torch.save({"state": state, "param_groups": groups}, path)
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_the_rules_of_versions_are_told_apart_by_the_sizes_of_groups(tmp_path, order):
+    sizes, names = ORDERS[order]
+    save_groups(tmp_path / "optimizer.pt", sizes)
+    found = TrainerOptimizer.of(three_layers(), str(tmp_path / "optimizer.pt"))
+    assert list(found.group_of) == names
+
+
+@pytest.mark.parametrize(("sizes", "shape"), [([2, 1], (2, 2)), ([1, 1], (2, 2)), ([3], (4,))])
+def test_groups_that_a_trainer_does_not_make_are_refused(tmp_path, sizes, shape):
+    save_groups(tmp_path / "optimizer.pt", sizes, shape)
+    with pytest.raises(ValueError, match="does not tell which parameter is which"):
+        TrainerOptimizer.of(three_layers(), str(tmp_path / "optimizer.pt"))
 
 
 def changed(folder, step, change):
