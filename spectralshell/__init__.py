@@ -18,10 +18,12 @@ from spectralshell.estimators import (
     cross_validate_exponent,
     largest_q_within_one_se,
 )
+from spectralshell.models.checkpoints.request import Checkpoint
 from spectralshell.shells import ShellPartition, SpectralMeasure
 from spectralshell.snapshots import Snapshot, make_snapshots
 
 __all__ = [
+    "Checkpoint",
     "CoherenceDisplay",
     "ExponentDisplay",
     "GRSDTailFitter",

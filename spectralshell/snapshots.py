@@ -44,9 +44,10 @@ class Snapshot:
         Effective training time, the sum of learning rates.
     batch : int or str, default=0
         Label of the data batch, the group in cross-validation.
-    state : None, mapping or path, default=None
+    state : None, mapping, path or Checkpoint, default=None
         None copies the model's present parameters and buffers; a mapping of names to tensors is
-        copied; the path of a safetensors or ``weights_only`` checkpoint is read when it is needed.
+        copied; the path of a checkpoint, a file or a folder, or a :class:`Checkpoint` is read when
+        it is needed.
     name : str, optional
         A label for runs measured side by side.
     n_samples : int, optional
@@ -243,7 +244,7 @@ def make_snapshots(
         The position becomes the snapshot's ``batch``.
     tau : float, default=0.0
         Effective training time of the state.
-    state : None, mapping or path, default=None
+    state : None, mapping, path or Checkpoint, default=None
         As for :class:`Snapshot`.
     name, n_samples, class_axis, optimizer : optional
         As for :class:`Snapshot`, the same for all of them.

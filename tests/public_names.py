@@ -5,6 +5,7 @@ PUBLIC_NAMES = {
         "SpectralMeasure",
         "TailFitDisplay",
         "largest_q_within_one_se",
+        "Checkpoint",
         "CoherenceDisplay",
         "ToeplitzDisplay",
         "JacobianBlockDiagnostic",

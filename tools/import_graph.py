@@ -37,7 +37,7 @@ ORDER_WITHIN = {"operators": ("jacobian", "layers", "motion")}
 """Sub-folders in the order of the data flow: none imports one to its right."""
 
 OUTSIDE = {
-    "models": {"numpy", "safetensors", "torch"},
+    "models": {"huggingface_hub", "numpy", "safetensors", "torch", "transformers"},
     "krylov": {"numpy", "scipy", "torch"},
     "shells": {"numpy", "pandas", "pyarrow", "scipy"},
     "dynamics": {"numpy", "scipy"},

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from spectralshell.models.guard import continued, guarded, renew
-from spectralshell.models.state import tied_groups, unwrap
+from spectralshell.models.state import unwrap
+from spectralshell.models.ties import tied_groups
 
 _MAX_NAMES = 8
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, safe_open
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from spectralshell.models.state import tied_groups
+from spectralshell.models.ties import tied_groups
 
 KIND = "spectralshell optimizer state"
 """What the metadata of a file of moments say it is."""

@@ -3,52 +3,57 @@
 from __future__ import annotations
 
 import os
-import warnings
+import weakref
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from spectralshell.models.checkpoints import (
-    find_checkpoint,
-    listed,
-    read_checkpoint,
-    read_header,
-    tensors_of,
-)
+from spectralshell.models.checkpoints import hub
+from spectralshell.models.checkpoints.adapters import AdapterFolder
+from spectralshell.models.checkpoints.folders import Source
+from spectralshell.models.checkpoints.opened import as_checkpoint, open_checkpoint, stamp
+from spectralshell.models.checkpoints.places import find_path
+from spectralshell.models.checkpoints.request import Checkpoint
 from spectralshell.models.guard import exclusive
-
-_WRAPPER_PREFIXES = ("module.", "_orig_mod.")
+from spectralshell.models.matching import Matched, match
+from spectralshell.models.ties import tied_groups
 
 
 class ModelState:
-    """A model state that several snapshots share: tensors in memory, or a file read when needed.
-
-    ``trainable``: all names of what requires gradients now. ``unsaved``: buffers not in a file.
-    """
+    """A model state that several snapshots share: tensors in memory, or files read when needed."""
 
     def __init__(
         self,
         tensors: dict[str, Tensor] | None = None,
-        path: str | None = None,
+        checkpoint: Checkpoint | None = None,
+        stamp: tuple[Any, ...] = (),
         trainable: Iterable[str] = (),
         unsaved: dict[str, Tensor] | None = None,
         narrow: Iterable[str] = (),
     ) -> None:
         self.tensors = tensors
+        self.checkpoint = checkpoint
+        # Files overwritten later are an error, not a silent change of the measurement.
+        self.stamp = stamp
         # Half types of a checkpoint where the model's are wider.
         self.narrow = tuple(narrow)
+        # All names of what requires gradients now.
         self.trainable = frozenset(trainable)
+        # What is not in the files: buffers, or the base of an adapter.
         self.unsaved = unsaved or {}
-        self.path = path
-        # A file overwritten later is an error, not a silent change of the measurement.
-        self.stamp = _file_stamp(path) if path is not None else None
         self._versions = self._present_versions()
+
+    @property
+    def path(self) -> str | None:
+        """The file, folder or hub model that the state is read from; None for one in memory."""
+        return None if self.checkpoint is None else str(self.checkpoint.path)
 
     @classmethod
     def from_argument(cls, model: nn.Module, state: Any) -> ModelState:
-        """Build from the ``state`` argument of a snapshot: None, a mapping, or a path."""
+        """Build from a snapshot's ``state``: None, a mapping, a path, or a Checkpoint."""
         if isinstance(state, ModelState):
             return state
         with exclusive():
@@ -63,24 +68,35 @@ class ModelState:
         if state is None:
             return cls(tensors=copy_state(model), trainable=trainable)
         if isinstance(state, Mapping):
-            matched = match_state(model, state)
+            matched = match(model, state)
             # A state_dict aliases the live parameters: copy, or training would move the snapshot.
-            copies = {name: tensor.clone() for name, tensor in matched.items()}
-            return cls(tensors=copies, trainable=trainable, narrow=_narrow_types(model, state))
-        if isinstance(state, (str, os.PathLike)):
-            path = find_checkpoint(state)
-            header = read_header(path)
-            match_state(model, header, f"the checkpoint {path!r}", header=True)
-            return cls(
-                path=path,
-                trainable=trainable,
-                unsaved=_unsaved_buffers(model),
-                narrow=_narrow_types(model, header),
-            )
+            copies = {name: tensor.clone() for name, tensor in matched.state.items()}
+            return cls(tensors=copies, trainable=trainable, narrow=matched.narrow)
+        if isinstance(state, (str, os.PathLike, Checkpoint)):
+            return cls._opened(model, as_checkpoint(state), trainable)
         raise TypeError(
             "state must be None, a mapping of names to tensors, or the path of a checkpoint, got "
             f"{type(state).__name__}."
         )
+
+    @classmethod
+    def _opened(cls, model: nn.Module, asked: Checkpoint, trainable: list[str]) -> ModelState:
+        """Look at the header of a checkpoint; of a hub model that has to be fetched, later."""
+        named = hub.named_by(asked)
+        folder: str | None
+        mark: Any = None
+        if named is None:
+            folder = find_path(str(asked.path))
+            asked = replace(asked, path=folder)
+        else:
+            mark = hub.stamp(named)
+            folder = hub.folder_of(mark)
+        if folder is None:
+            return cls(None, asked, mark, trainable, _unsaved_buffers(model))
+        source = open_checkpoint(folder, asked.key)
+        matched = _match(model, source, asked, "meta")
+        rest = _base(model) if isinstance(source, AdapterFolder) else _unsaved_buffers(model)
+        return cls(None, asked, mark or stamp(source), trainable, rest, matched.narrow)
 
     def check_unchanged(self) -> None:
         """Raise ValueError naming a tensor that was written to; files are looked at when read."""
@@ -95,173 +111,100 @@ class ModelState:
         named = self.tensors or {}
         return {name: -1 if t.is_inference() else t._version for name, t in named.items()}
 
+    def __getstate__(self) -> dict[str, Any]:
+        # Of a hub model they are known when it has been fetched; two states do not differ by that.
+        found = self.checkpoint is not None and hub.named_by(self.checkpoint) is not None
+        return vars(self) | ({"narrow": ()} if found else {})
+
     def __setstate__(self, attributes: dict[str, Any]) -> None:
         self.__dict__.update(attributes)
         # Version counters start anew in an unpickled tensor.
         self._versions = self._present_versions()
 
     def load(self, model: nn.Module) -> dict[str, Tensor]:
-        """Return the state by canonical name; a file is read anew at every call."""
-        if self.tensors is not None:
-            return dict(self.tensors)
-        path = str(self.path)
-        content = read_checkpoint(path)
-        if _file_stamp(path) != self.stamp:
+        """Return the state by canonical name; files are read anew at every call."""
+        if self.tensors is not None or self.checkpoint is None:
+            return dict(self.tensors or {})
+        named = hub.named_by(self.checkpoint)
+        if named is not None:
+            with hub.fetched(named, self.stamp, self.checkpoint.keep) as folder:
+                source = open_checkpoint(folder, self.checkpoint.key)
+                return self._loaded(model, source)
+        path = str(self.checkpoint.path)
+        try:
+            source = open_checkpoint(path, self.checkpoint.key)
+            before = stamp(source)
+            loaded = self._loaded(model, source) if before == self.stamp else {}
+            unchanged = before == self.stamp == stamp(source)
+        except OSError as error:
+            raise ValueError(
+                f"state: the checkpoint {path!r} cannot be read any more ({error})."
+            ) from error
+        if not unchanged:
             raise ValueError(
                 f"state: the checkpoint {path!r} was changed after the snapshot was made; make the "
                 "snapshot again."
             )
-        with exclusive():
-            return match_state(model, content, f"the checkpoint {path!r}") | self.unsaved
+        return loaded
+
+    def _loaded(self, model: nn.Module, source: Source) -> dict[str, Tensor]:
+        assert self.checkpoint is not None
+        matched = _match(model, source, self.checkpoint, "cpu")
+        self.narrow = matched.narrow
+        if isinstance(source, AdapterFolder):
+            return self.unsaved | matched.state
+        return matched.state | self.unsaved
+
+
+def _match(model: nn.Module, source: Source, asked: Checkpoint, device: str) -> Matched:
+    tensors = source.tensors(device)
+    header, partial = device == "meta", isinstance(source, AdapterFolder)
+    with exclusive():
+        if isinstance(source, AdapterFolder):
+            tensors = source.named_for(model, tensors)
+        return match(
+            model, tensors, source.label, prefix=asked.prefix, header=header, partial=partial
+        )
+
+
+_Copies = weakref.WeakKeyDictionary[nn.Module, dict[str, Tensor]]
+
+_bases, _buffers = _Copies(), _Copies()
+"""Copies that all states read for a model share while it stays the same."""
+
+
+def _base(model: nn.Module) -> dict[str, Tensor]:
+    """Return a copy of a model's state, on which an adapter is read."""
+    return _shared(_bases, model, {names[0]: own.detach() for names, own in tied_groups(model)})
 
 
 def _unsaved_buffers(model: nn.Module) -> dict[str, Tensor]:
     saved = set(model.state_dict(keep_vars=True))
-    return {
-        names[0]: own.detach().clone()
-        for names, own in tied_groups(model)
-        if saved.isdisjoint(names)
-    }
+    own = {n[0]: own.detach() for n, own in tied_groups(model) if saved.isdisjoint(n)}
+    return _shared(_buffers, model, own)
+
+
+def _shared(copies: _Copies, model: nn.Module, present: dict[str, Tensor]) -> dict[str, Tensor]:
+    known = copies.get(model)
+    if known is None or not _equal(known, present):
+        known = copies[model] = {name: tensor.clone() for name, tensor in present.items()}
+    return known
+
+
+def _equal(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
+    return one.keys() == other.keys() and all(
+        t.dtype == other[n].dtype
+        and t.device == other[n].device
+        and not t.is_meta
+        and torch.equal(t, other[n])
+        for n, t in one.items()
+    )
 
 
 def copy_state(model: nn.Module) -> dict[str, Tensor]:
     """Copy a model's parameters and buffers, each tied tensor once, under its first name."""
     with torch.inference_mode(False):  # its tensors could never take part in a derivative
         return {names[0]: tensor.detach().clone() for names, tensor in tied_groups(model)}
-
-
-def match_state(
-    model: nn.Module,
-    tensors: Mapping[str, Any],
-    source: str = "the mapping",
-    *,
-    header: bool = False,
-) -> dict[str, Tensor]:
-    """Return a checkpoint's tensors in the model's dtypes, each tied one once, by its first name.
-
-    Any of its names is enough. Unsaved buffers come from the model. A header has no values.
-    """
-    available = _strip_prefixes(tensors_of(tensors, source), model)
-    saved = set(model.state_dict(keep_vars=True))
-    state: dict[str, Tensor] = {}
-    missing: list[str] = []
-    wrong_shapes: list[str] = []
-    known: set[str] = set()
-    for names, own in tied_groups(model):
-        known.update(names)
-        present = [name for name in names if name in available]
-        if not present:
-            if saved.isdisjoint(names):
-                state[names[0]] = own.detach().clone()
-            else:
-                missing.append(names[0])
-            continue
-        value = available[present[0]]
-        _check_layout(f"state: {present[0]!r} in {source}", value, own, header)
-        if value.shape != own.shape:
-            wrong_shapes.append(f"{present[0]} {tuple(value.shape)} instead of {tuple(own.shape)}")
-            continue
-        _check_tied_values(available, present, source)
-        state[names[0]] = _converted(f"state: {present[0]!r} in {source}", value.detach(), own)
-    unexpected = [key for key in available if key not in known and not key.endswith("_extra_state")]
-    problems = [
-        f"{label}: {listed(items)}"
-        for label, items in (
-            ("missing keys", missing),
-            ("unexpected keys", unexpected),
-            ("different shapes", wrong_shapes),
-        )
-        if items
-    ]
-    if problems:
-        raise ValueError(
-            f"state: {source} does not fit {type(model).__name__}; "
-            + "; ".join(problems)
-            + ". Pass a checkpoint of this architecture."
-        )
-    return state
-
-
-def _check_layout(what: str, value: Tensor, own: Tensor, header: bool) -> None:
-    """Raise ValueError for a tensor that is not the dense array of numbers that the model has."""
-    if value.is_nested or value.layout != torch.strided:
-        raise ValueError(f"{what} is not dense ({value.layout}); pass a dense tensor.")
-    if value.is_meta and not (header or own.is_meta):
-        raise ValueError(f"{what} is on the meta device and holds no values; load them first.")
-
-
-def _converted(what: str, value: Tensor, own: Tensor) -> Tensor:
-    """Return a checkpoint's tensor in the dtype of the model's own; ValueError if it cannot be."""
-    if value.is_quantized:  # its scale is in the tensor
-        value = value.dequantize()
-    if value.dtype == own.dtype:
-        return value
-    floating = value.is_floating_point() and value.dtype.itemsize > 1
-    if own.is_floating_point() and not (floating or value.is_complex()):
-        raise ValueError(
-            f"{what} has dtype {value.dtype} where the model has {own.dtype}: what its numbers "
-            "mean depends on a scale that is not known here. Convert it to floating numbers first, "
-            "as the tool does that wrote it."
-        )
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of the imaginary part, which is refused below
-        converted = value.to(own.dtype)
-    if own.is_floating_point() or own.is_complex():
-        fits = own.is_complex() or not value.is_complex()
-    else:
-        fits = value.is_meta or torch.equal(converted.to(value.dtype), value)
-    if not fits:
-        raise ValueError(
-            f"{what} has dtype {value.dtype} and values that do not fit into {own.dtype}, which "
-            "the model has; save it in the model's type."
-        )
-    return converted
-
-
-def _narrow_types(model: nn.Module, tensors: Mapping[str, Any]) -> list[str]:
-    """Return the floating types of a checkpoint that are narrower than the model's, by name."""
-    available = _strip_prefixes(tensors_of(tensors, "the mapping"), model)
-    own = {name: tensor.dtype for names, tensor in tied_groups(model) for name in names}
-    found = {
-        value.dtype
-        for name, value in available.items()
-        if name in own and value.is_floating_point() and value.dtype.itemsize < own[name].itemsize
-    }
-    # A checkpoint in single precision is what it is; half has lost digits that the model shows.
-    return sorted(str(d).removeprefix("torch.") for d in found if d.itemsize < 4)
-
-
-def _strip_prefixes(tensors: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    own = {name for names, _ in tied_groups(model) for name in names}
-    stripped = True
-    while stripped:
-        stripped = False
-        for prefix in _WRAPPER_PREFIXES:
-            wrapped = tensors and all(key.startswith(prefix) for key in tensors)
-            if wrapped and not any(name.startswith(prefix) for name in own):
-                tensors = {key.removeprefix(prefix): value for key, value in tensors.items()}
-                stripped = True
-    return tensors
-
-
-def _check_tied_values(available: Mapping[str, Tensor], names: list[str], source: str) -> None:
-    first = available[names[0]]
-    for name in names[1:]:
-        other = available[name]
-        if other.is_meta:  # a header
-            continue
-        if other is not first and not (
-            other.shape == first.shape and torch.equal(other, first.to(other.device))
-        ):
-            raise ValueError(
-                f"state: {names[0]!r} and {name!r} are one tied tensor in the model, but differ in "
-                f"{source}; tie them in the checkpoint or untie them in the model."
-            )
-
-
-def _file_stamp(path: str) -> tuple[int, int]:
-    status = os.stat(path)
-    return status.st_size, status.st_mtime_ns
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -276,26 +219,6 @@ def unwrap(model: nn.Module) -> nn.Module:
             model = model._orig_mod  # type: ignore[assignment]
         else:
             return model
-
-
-def tied_groups(model: nn.Module) -> list[tuple[list[str], Tensor]]:
-    """Return the names of each parameter and buffer, tied ones together, with its tensor.
-
-    Tied is what is one object, or another view of the same memory.
-    """
-    groups: dict[Any, tuple[list[str], Tensor]] = {}
-    for named in (
-        model.named_parameters(remove_duplicate=False),
-        model.named_buffers(remove_duplicate=False),
-    ):
-        for name, tensor in named:
-            if nn.parameter.is_lazy(tensor):
-                raise ValueError(
-                    f"model: {name!r} is a lazy parameter without a shape; run the model once on "
-                    "data first."
-                )
-            groups.setdefault(_identity(tensor), ([], tensor))[0].append(name)
-    return list(groups.values())
 
 
 def _check_shared_memory(model: nn.Module) -> None:
@@ -357,10 +280,3 @@ def _places(tensor: Tensor) -> Tensor:
     for length, stride in zip(tensor.shape, tensor.stride(), strict=True):
         places = places[..., None] + stride * torch.arange(length)
     return places.flatten()
-
-
-def _identity(tensor: Tensor) -> Any:
-    if tensor.is_meta or tensor.layout != torch.strided or tensor.numel() == 0:
-        return id(tensor)  # no memory to compare
-    place = (tensor.device, tensor.data_ptr())
-    return (isinstance(tensor, nn.Parameter), *place, tensor.shape, tensor.stride(), tensor.dtype)

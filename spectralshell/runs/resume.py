@@ -10,7 +10,8 @@ from torch import nn
 from torch.optim import Optimizer
 
 from spectralshell.models.optimizer_state import OptimizerState
-from spectralshell.models.state import ModelState, tied_groups
+from spectralshell.models.state import ModelState
+from spectralshell.models.ties import tied_groups
 from spectralshell.runs.effective_time import EffectiveTime, Follow
 from spectralshell.runs.history import read_rows
 from spectralshell.runs.run_card import check_card

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
-from spectralshell.models.state import tied_groups
+from spectralshell.models.ties import tied_groups
 from spectralshell.runs.atomic_files import replace_file
 
 CARD = "run.json"

@@ -14,7 +14,7 @@ from safetensors.torch import safe_open, save_file
 from torch import Tensor, nn
 
 from spectralshell.models.optimizer_state import OptimizerState, description, packed
-from spectralshell.models.state import tied_groups
+from spectralshell.models.ties import tied_groups
 from spectralshell.runs.atomic_files import remove_unfinished, replace_file
 from spectralshell.runs.saved_states import SavedState
 from spectralshell.warning_categories import RunWarning

@@ -11,6 +11,7 @@ import pandas as pd
 from torch import nn
 
 from spectralshell.models.state import unwrap
+from spectralshell.runs.checkpoint_series.opening import no_failures, open_series
 from spectralshell.runs.history import HISTORY, history_frame, read_rows
 from spectralshell.runs.loop_measures import LoopMeasures
 from spectralshell.runs.probe_batches import read_probe_batches
@@ -87,6 +88,89 @@ class TrainingRun:
         self._directory: Path | None = place
 
     @classmethod
+    def from_checkpoints(
+        cls,
+        checkpoints: Any,
+        model: nn.Module,
+        *,
+        tau: Any = None,
+        key: str | None = None,
+        prefix: str | None = None,
+        on_error: str = "raise",
+        name: str | None = None,
+        keep: int | None = None,
+    ) -> TrainingRun:
+        """Open checkpoints that someone else wrote as the states of a run.
+
+        Parameters
+        ----------
+        checkpoints : str, path, list or mapping
+            A pattern (``"out/checkpoint-*"``), the output folder of a Trainer, a list of what
+            ``Snapshot(state=)`` takes, or a mapping of steps to such. Revisions of a hub model:
+            ``"org/model@step*"``, or a list of ``"org/model@step1000"``.
+        model : torch.nn.Module
+            The network that the checkpoints are states of.
+        tau : optional
+            Effective times: a mapping of steps to them, a sequence in the order of the steps, a
+            function of the step, or ``"steps"`` for τ = step. None reads the learning rates that a
+            Trainer logged, which takes ``logging_steps=1``.
+        key, prefix, keep : optional
+            As for :class:`spectralshell.Checkpoint`, the same for all checkpoints.
+        on_error : {"raise", "skip"}, default="raise"
+            What to do about a checkpoint that cannot be read or does not fit: ``"skip"`` leaves it
+            out, with a warning and a row in ``left_out``.
+        name : str, optional
+            A label for runs measured side by side.
+
+        Returns
+        -------
+        TrainingRun
+            Its states are sorted by step: the number that a Trainer or Lightning noted, else that
+            in the name of the file or folder. Moments of a Trainer's optimiser are found beside
+            the weights and read when they are needed.
+
+        Raises
+        ------
+        TypeError, ValueError
+            If a checkpoint is broken or does not fit the model, two are of one step, or the rates
+            do not tell τ; the message says what is missing.
+        FileNotFoundError
+            If nothing fits the pattern.
+
+        Warns
+        -----
+        RunWarning
+            Of checkpoints that are skipped, and of moments that cannot be matched to the model.
+
+        Notes
+        -----
+        Only headers are read: names, shapes and types. A revision of the hub that is not in the
+        cache is asked for its commit, and fetched when it is measured.
+
+        Examples
+        --------
+        >>> import os, tempfile, torch
+        >>> folder, model = tempfile.mkdtemp(), torch.nn.Linear(3, 2)
+        >>> for step in (100, 20):
+        ...     torch.save(model.state_dict(), os.path.join(folder, f"step-{step}.pt"))
+        >>> run = TrainingRun.from_checkpoints(folder + "/step-*.pt", model, tau="steps")
+        >>> run.states["step"].tolist()
+        [20, 100]
+        """
+        series = open_series(
+            checkpoints,
+            model,
+            tau=tau,
+            key=key,
+            prefix=prefix,
+            on_error=on_error,
+            keep=keep,
+        )
+        run = cls._of_states(model, series.saved, series.history, name=name)
+        run.left_out = series.left_out
+        return run
+
+    @classmethod
     def _of_states(
         cls,
         model: nn.Module,
@@ -110,6 +194,7 @@ class TrainingRun:
         self.model = unwrap(model)
         self.name = name
         self.history = history
+        self.left_out = no_failures()
         self._directory = None
         self._saved = sorted(saved, key=lambda one: one.step)
 

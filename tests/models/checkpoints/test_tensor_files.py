@@ -15,6 +15,7 @@ from safetensors.torch import save, save_file
 from torch import nn
 
 from spectralshell import Snapshot
+from spectralshell.models.checkpoints.tensor_files import TensorFile
 from spectralshell.operators import build_kernel
 
 MODEL = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
@@ -194,10 +195,13 @@ def test_wrong_keys_are_found_when_the_snapshot_is_made(tmp_path, form):
 def test_values_are_not_read_for_the_keys(tmp_path, monkeypatch):
     path = tmp_path / "model.pt"
     path.write_bytes(ARCHIVE)
-    read = []
-    monkeypatch.setattr("spectralshell.models.state.read_checkpoint", read.append)
+    devices = []
+    read = TensorFile.content
+    monkeypatch.setattr(
+        TensorFile, "content", lambda file, device: devices.append(device) or read(file, device)
+    )
     Snapshot(MODEL, *BATCH, state=path)
-    assert read == []
+    assert devices == ["meta"]
 
 
 def counting_model():
