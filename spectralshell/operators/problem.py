@@ -25,6 +25,7 @@ from spectralshell.models.function import (
 from spectralshell.models.trace import first_nonfinite_module, first_random_module
 from spectralshell.operators.jacobian.ladder import is_out_of_memory
 from spectralshell.operators.jacobian.linearizations import VectorFunction
+from spectralshell.operators.own_loss import compare_with_own_loss
 from spectralshell.parameter_checks import check_integer
 from spectralshell.residuals import Residual, Targets, resolve_residual
 from spectralshell.statuses import checkpoint_in, measured_in
@@ -228,6 +229,7 @@ def pose_problem(
     _check_finite_state(state, trainable)
     _check_finite_inputs(snapshot.inputs)
     working, notes = _working_dtype(dtype, state, where)
+    notes += snapshot.notes
     if snapshot.state.narrow:
         notes += (checkpoint_in(", ".join(snapshot.state.narrow), _short(working)),)
     function = ModelFunction(snapshot.model, state, names, where, working)
@@ -235,6 +237,7 @@ def pose_problem(
     n_samples = snapshot.n_samples
     if n_samples is None:
         n_samples = _count_outputs(function, inputs)
+    notes += compare_with_own_loss(snapshot, function, inputs, n_samples)
     whole = chunk_size is None or chunk_size >= n_samples
     return KernelProblem(
         function=function,
