@@ -19,7 +19,7 @@ from spectralshell.operators.jacobian.linearizations import (
     record,
 )
 from spectralshell.operators.kernel_operator import Jacobian, Part
-from spectralshell.operators.layers.assembly import entry_samples
+from spectralshell.operators.layers.assembly import row_samples
 from spectralshell.operators.problem import Evaluation
 
 NOISE_FLOOR = {torch.float64: 4e-15, torch.float32: 6e-7}
@@ -42,6 +42,10 @@ _WHOLE_FLOPS = 1e9
 ten times slower than in float32."""
 
 _FEWEST_SAMPLES = 8
+
+WHOLE_OUTPUTS = 2**23
+"""Numbers of outputs of the samples that are compared, which float64 takes a dozen arrays of. More
+only of a single sample: eight sequences of a large vocabulary would take gigabytes."""
 
 NOISE_SAMPLES = 4
 """Samples of which a matrix is compared."""
@@ -76,9 +80,13 @@ def measure_rounding(jacobian: Jacobian, evaluation: Evaluation) -> Rounding:
     # A step of the power method: the noise is relative to the largest eigenvalue.
     w = image_u / norm_u
     image_w = jacobian.product(w)
-    scaled = 3.0 * jacobian.product(w / 3.0)
+    # Numbers, not vectors, are kept: those of outputs times a vocabulary are large.
+    linear = float((image_w - 3.0 * jacobian.product(w / 3.0)).norm())
+    symmetric = abs(float(u @ image_w) - float(w @ image_u))
+    del image_u
     n_probes = 3
     largest, mode, image = max(float(image_w.norm()), norm_u), w, image_w
+    del w
     for _ in range(_NORM_STEPS - 2):
         if not 0.0 < float(image.norm()) < float("inf"):
             break
@@ -86,9 +94,8 @@ def measure_rounding(jacobian: Jacobian, evaluation: Evaluation) -> Rounding:
         image = jacobian.product(mode)
         n_probes += 1
         largest = max(largest, float(image.norm()))
-    linear = float((image_w - scaled).norm()) / largest
-    symmetric = abs(float(u @ image_w) - float(w @ image_u)) / largest
-    defect = max(linear, symmetric)
+    del image
+    defect = max(linear, symmetric) / largest
     if not defect <= _NOISE_LIMIT[dtype]:
         raise ValueError(
             f"model: products with its kernel are not repeatable and symmetric (relative defect "
@@ -96,7 +103,9 @@ def measure_rounding(jacobian: Jacobian, evaluation: Evaluation) -> Rounding:
             "lower the precision inside, by autocast or a cast of its own."
         )
     if dtype == torch.float32 and problem.function.device.type != "mps":
-        error, n_compared = _error_norm(jacobian, evaluation, mode + u, image_w)
+        start = mode + u
+        del mode, u
+        error, n_compared = _error_norm(jacobian, evaluation, start, image_w)
         defect, n_probes = max(defect, error / largest), n_probes + n_compared
     return Rounding(largest, max(floor, _NOISE_MARGIN * defect), n_probes)
 
@@ -111,9 +120,9 @@ def _error_norm(
     norm, n_probes = 0.0, 0
     try:
         entries, exact = _in_double(jacobian, evaluation, image)
-        # Rounding goes with the entries: the norm grows to all samples at most as their number.
-        growth = len(start) / len(entries)
         vector = start[entries]
+        # Rounding goes with the entries: the norm grows to all samples at most as their number.
+        growth = len(start) / len(vector)
         for _ in range(_ERROR_STEPS):
             size = float(vector.norm())
             if size == 0.0:
@@ -132,7 +141,7 @@ def _error_norm(
 
 def _in_double(
     jacobian: Jacobian, evaluation: Evaluation, image: Tensor
-) -> tuple[Tensor, Jacobian]:
+) -> tuple[Tensor | slice, Jacobian]:
     """Return J in float64 of all samples, or those that are largest in a product, and its rows."""
     problem = evaluation.problem
     function = problem.function.in_double()
@@ -145,8 +154,9 @@ def _in_double(
 
     share = _WHOLE_FLOPS / max(evaluation.forward_flops, 1.0)
     n_few = max(_FEWEST_SAMPLES, ceil(share * problem.n_samples))
+    n_few = min(n_few, samples_of(evaluation, WHOLE_OUTPUTS))
     if n_few >= problem.n_samples:
-        entries = torch.arange(len(image), device=image.device)
+        entries: Tensor | slice = slice(None)
         parts = [
             Part(places, linearize(evaluation.vector_function(chunk, function)))
             for places, chunk in evaluation.chunks_with_entries()
@@ -156,6 +166,11 @@ def _in_double(
         vector = _joined(evaluation, chosen, function)
         parts = [Part(slice(0, len(entries)), linearize(vector))]
     return entries, Jacobian(function, parts, reads_model=jacobian.reads_model)
+
+
+def samples_of(evaluation: Evaluation, n_outputs: int) -> int:
+    """Return how many samples have so many outputs, at least one."""
+    return max(1, n_outputs * evaluation.problem.n_samples // max(evaluation.outputs.numel(), 1))
 
 
 def measure_exact_noise(evaluation: Evaluation, matrix: Tensor) -> float:
@@ -203,11 +218,15 @@ def _largest_samples(
     evaluation: Evaluation, weights: Tensor, n_few: int
 ) -> tuple[list[int], Tensor]:
     """Return the samples whose entries weigh most, in their order, and their entries' places."""
-    samples = entry_samples(evaluation).to(weights.device)
+    samples, row_size = row_samples(evaluation)
+    samples = samples.to(weights.device)
     n_samples = evaluation.problem.n_samples
-    sizes = weights.new_zeros(n_samples).index_add_(0, samples, weights)
+    sizes = weights.new_zeros(n_samples)
+    sizes.index_add_(0, samples, weights.reshape(len(samples), row_size).sum(1))
     chosen = sizes.topk(min(n_few, n_samples)).indices.sort().values
-    return chosen.tolist(), torch.isin(samples, chosen).nonzero().reshape(-1)
+    rows = torch.isin(samples, chosen).nonzero()
+    entries = rows * row_size + torch.arange(row_size, device=rows.device)
+    return chosen.tolist(), entries.reshape(-1)
 
 
 def _joined(

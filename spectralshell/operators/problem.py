@@ -85,8 +85,8 @@ class KernelProblem:
             with function.continued():
                 outputs, flops = _evaluate_twice(function, self.inputs, self.n_samples, size)
             targets = self.read_targets(residual, outputs)
-            error, values = _error_and_values(residual, outputs, targets)
-            evaluation = Evaluation(self, size, outputs, targets, error, values, flops)
+            error = _scaled_error(residual, outputs, targets)
+            evaluation = Evaluation(self, size, outputs, targets, error, flops)
             if size is not None:
                 _check_parts(evaluation, evaluation.chunks())
             if residual.is_callable:
@@ -111,10 +111,15 @@ class Evaluation:
     targets: Targets
     # e / √N in float64.
     residual_vector: Tensor
-    # What J differentiates, without 1/√N.
-    values: Tensor
     # Operations of matrix products and convolutions in one evaluation.
     flops: float
+
+    @property
+    def values(self) -> Tensor:
+        """What J differentiates, without 1/√N, in float64: not kept, for it may be large."""
+        wide = widen(self.outputs.detach())
+        targets = self.targets.to(wide.device, wide.dtype)
+        return self.problem.residual.jacobian_of(wide, targets).detach()
 
     @property
     def scale(self) -> float:
@@ -161,8 +166,8 @@ class Evaluation:
                 "model: the outputs hold NaN or infinite values where the parameters were "
                 "displaced to; take a smaller step."
             )
-        error, values = _error_and_values(problem.residual, outputs, self.targets)
-        return replace(self, problem=problem, outputs=outputs, residual_vector=error, values=values)
+        error = _scaled_error(problem.residual, outputs, self.targets)
+        return replace(self, problem=problem, outputs=outputs, residual_vector=error)
 
     def count_entries(self, chunk: Chunk) -> int:
         """Return the number of the chunk's entries in the residual."""
@@ -508,7 +513,8 @@ def _check_repeatable(
 def _differ(outputs: Tensor, again: Tensor, tolerance: float) -> bool:
     if outputs.shape != again.shape:
         return True
-    return not float((outputs - again).abs().max()) <= tolerance * float(outputs.abs().max())
+    difference = float((outputs - again).abs_().max())
+    return not difference <= tolerance * float(outputs.abs().max())
 
 
 def _evaluate_chunks(function: ModelFunction, inputs: Any, bounds: list[tuple[int, int]]) -> Tensor:
@@ -596,12 +602,12 @@ def _take_samples(inputs: Any, positions: slice, n_samples: int) -> Any:
     return map_tensors(take, inputs)
 
 
-def _error_and_values(
-    residual: Residual, outputs: Tensor, targets: Targets
-) -> tuple[Tensor, Tensor]:
+def _scaled_error(residual: Residual, outputs: Tensor, targets: Targets) -> Tensor:
+    """Return e / √N in float64."""
     wide = widen(outputs.detach())
     exact = targets.to(wide.device, wide.dtype)
-    error = residual.error(wide, exact).detach().double().reshape(-1) * targets.n_rows**-0.5
+    error: Tensor = residual.error(wide, exact).detach().double().reshape(-1)
+    error = error * targets.n_rows**-0.5
     if error.numel() == 0:
         raise ValueError("residual: the error vector is empty; return one entry per sample.")
     if not error.is_meta and not bool(torch.isfinite(error).all()):
@@ -609,7 +615,7 @@ def _error_and_values(
             f"residual {residual.name!r} holds NaN or infinite values although the outputs are "
             "finite; check the targets and the residual."
         )
-    return error, residual.jacobian_of(wide, exact).detach()
+    return error
 
 
 def _uneven_parts(evaluation: Evaluation) -> list[Chunk]:
