@@ -16,7 +16,7 @@ from torch import Tensor
 
 _TOKEN_NDIM = 3
 
-_BLOCK = 2**22
+_BLOCK = 2**20
 """Numbers of log-probabilities that are made at a time: one array of them beside the outputs, of
 tokens times vocabulary, would fill the memory before anything else does."""
 

@@ -566,8 +566,7 @@ def plan_lanczos(
 ) -> LanczosPlan:
     """Choose the largest chunks that fit in ``max_bytes``, or ``chunk_size`` where it is given.
 
-    If nothing fits, the plan is that for single samples. Where the basis itself is not needed, it
-    may be one of parameter vectors.
+    If nothing fits, for single samples. A basis not needed may be one of parameter vectors.
     """
     n, n_parameters = footprint.n_entries, footprint.n_parameters
     large = 8 * n * min(n_steps, n) > _LARGE_BASIS

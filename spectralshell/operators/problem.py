@@ -242,7 +242,8 @@ def pose_problem(
     n_samples = snapshot.n_samples
     if n_samples is None:
         n_samples = _count_outputs(function, inputs)
-    notes += compare_with_own_loss(snapshot, function, inputs, n_samples)
+    if snapshot.labels_moved is not None:
+        notes += compare_with_own_loss(snapshot, function, inputs, n_samples)
     whole = chunk_size is None or chunk_size >= n_samples
     return KernelProblem(
         function=function,
