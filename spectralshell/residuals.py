@@ -16,6 +16,10 @@ from torch import Tensor
 
 _TOKEN_NDIM = 3
 
+_BLOCK = 2**20
+"""Numbers of log-probabilities that are made at a time: one array of them beside the outputs, of
+tokens times vocabulary, would fill the memory before anything else does."""
+
 IGNORED_LABEL = -100
 """Label of rows that are left out, as in ``torch.nn.functional.cross_entropy``."""
 
@@ -353,8 +357,22 @@ def _probabilities(outputs: Tensor, targets: Targets) -> Tensor:
 
 
 def _negative_log_likelihood(outputs: Tensor, targets: Targets) -> Tensor:
-    log_p: Tensor = _label_rows(outputs, targets).log_softmax(-1)
-    picked: Tensor = log_p.gather(1, targets.values.unsqueeze(1)).squeeze(1)
+    if outputs.numel() <= _BLOCK:
+        return _nll_of(_label_rows(outputs, targets), targets.values)
+    # All rows in blocks that are views, where a choice of rows would be a copy of them.
+    rows = _label_rows(outputs, replace(targets, rows=None))
+    labels = targets.values
+    if targets.rows is not None:
+        labels = labels.new_zeros(len(rows)).index_copy(0, targets.rows, labels)
+    size = max(1, _BLOCK // rows.shape[-1])
+    blocks = zip(rows.split(size), labels.split(size), strict=True)
+    nll = torch.cat([_nll_of(*block) for block in blocks])
+    return nll if targets.rows is None else nll.index_select(0, targets.rows)
+
+
+def _nll_of(rows: Tensor, labels: Tensor) -> Tensor:
+    log_p: Tensor = rows.log_softmax(-1)
+    picked: Tensor = log_p.gather(1, labels.unsqueeze(1)).squeeze(1)
     return -picked
 
 

@@ -14,9 +14,17 @@ import torch
 from torch import Tensor, nn
 
 from spectralshell.models.function import iterate_tensors
+from spectralshell.models.language import (
+    IGNORED,
+    move_by_one,
+    predicts_next_token,
+    repeats_inputs,
+    take_labels,
+)
 from spectralshell.models.optimizer_state import OptimizerState
 from spectralshell.models.state import ModelState, unwrap
 from spectralshell.parameter_checks import check_integer, check_real
+from spectralshell.statuses import labels_masked
 from spectralshell.warning_categories import SnapshotWarning
 
 _MEASURED = ("model", "inputs", "targets", "state", "n_samples", "class_axis", "optimizer")
@@ -36,10 +44,12 @@ class Snapshot:
         ``model(**inputs)``. Samples run along the first dimension of the model's outputs, and of
         the inputs that belong to them; others, such as the edges of a graph, may have another
         length. Arrays are copied to tensors.
-    targets : Tensor or array
+    targets : Tensor or array, optional
         Class labels or real values, as the residual needs them, samples first. Outputs of shape
         (B, T, V) count tokens, B T of them, with labels and real values alike. A residual that is
-        a callable receives them as they are.
+        a callable receives them as they are. None takes ``labels`` out of the inputs, a mapping as
+        Hugging Face models take it: what is under a zero attention mask is left out, and the labels
+        of a model that predicts the next token are moved by one, as its own loss does.
     tau : float, default=0.0
         Effective training time, the sum of learning rates.
     batch : int or str, default=0
@@ -65,22 +75,34 @@ class Snapshot:
         parameters by name. A ``state_dict()`` tells no names unless the optimiser was built on
         ``named_parameters()``: the order of the model's parameters is taken where it has one group
         of all of them, and refused otherwise.
+    shift : bool, optional
+        Whether the labels are those of the tokens themselves and have to be moved by one: the
+        output at a token is then compared with the next token's label. None asks the model's class
+        where ``targets`` is None, and moves nothing where they are given.
 
     Attributes
     ----------
     measures : dict
         Spectral measures already computed on this snapshot, by configuration. They travel with
         pickles.
+    n_labels : int or None
+        Class labels that count, those that are not −100: of a language model, its tokens.
 
     Raises
     ------
     TypeError
         If ``model`` is not a module, or inputs, targets, ``batch`` or ``name`` have a wrong type.
     ValueError
-        If ``tau`` is not finite, ``name`` is empty, inputs hold no sample, or ``state`` or
-        ``optimizer`` does not fit the model.
+        If ``tau`` is not finite, ``name`` is empty, inputs hold no sample, ``state`` or
+        ``optimizer`` does not fit the model, or there are no targets: no ``labels`` among the
+        inputs, none that count, or a model that does not say whether it predicts the next token.
     FileNotFoundError
         If ``state`` or ``optimizer`` is a path without a file.
+
+    Warns
+    -----
+    SnapshotWarning
+        If ``targets`` are the tokens of the inputs although the model predicts the next ones.
 
     Notes
     -----
@@ -107,13 +129,23 @@ class Snapshot:
     ...     _ = model.weight.add_(1.0)
     >>> bool(torch.equal(snapshot.load_state()["weight"], before))
     True
+
+    A batch with its labels inside, of a model of next tokens:
+
+    >>> batch = {"input": torch.tensor([[2, 0, 1]]), "labels": torch.tensor([[2, 0, -100]])}
+    >>> Snapshot(torch.nn.Embedding(3, 3), batch, shift=True).targets
+    tensor([[   0, -100, -100]])
     """
+
+    # Of snapshots that were pickled before there were these.
+    labels_moved: bool | None = None
+    notes: tuple[str, ...] = ()
 
     def __init__(
         self,
         model: nn.Module,
         inputs: Any,
-        targets: Any,
+        targets: Any = None,
         *,
         tau: float = 0.0,
         batch: Any = 0,
@@ -122,6 +154,7 @@ class Snapshot:
         n_samples: int | None = None,
         class_axis: int | None = None,
         optimizer: Any = None,
+        shift: bool | None = None,
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}.")
@@ -132,8 +165,13 @@ class Snapshot:
                 f"model: {type(model).__name__} holds a module compiled by torch.jit, whose "
                 "parameters cannot be exchanged; pass the model it was compiled from."
             )
-        self.inputs = _as_tensors("inputs", inputs)
-        self.targets = _as_tensors("targets", targets, strict=False)
+        if shift is not None and not isinstance(shift, bool):
+            raise TypeError(f"shift must be True, False or None, got {shift!r}.")
+        if targets is None and isinstance(inputs, Mapping):
+            inputs, targets = self._take_labels(inputs, shift)
+        else:
+            inputs, targets = _read_pair(self.model, inputs, targets, shift)
+        self.inputs, self.targets = inputs, targets
         self.tau = check_real("tau", tau)
         self.batch = _check_batch(batch)
         if name is not None and not isinstance(name, str):
@@ -183,6 +221,13 @@ class Snapshot:
         self.state.check_unchanged()
 
     @property
+    def n_labels(self) -> int | None:
+        """Number of class labels that are not −100; None where targets are something else."""
+        if not isinstance(self.targets, Tensor) or self.targets.is_floating_point():
+            return None
+        return int((self.targets != IGNORED).sum())
+
+    @property
     def label(self) -> str:
         """How messages call the snapshot: by its tau, batch, and name where it has one."""
         return label_of(self.tau, self.batch, self.name)
@@ -190,6 +235,15 @@ class Snapshot:
     def has_same(self, part: str, other: Snapshot) -> bool:
         """Tell whether ``part``, ``"inputs"`` or ``"targets"``, has the values of another's."""
         return self._recorded[part].values() == other._recorded[part].values()
+
+    def _take_labels(self, batch: Mapping[str, Any], shift: bool | None) -> tuple[Any, Any]:
+        """Return the inputs and targets of a batch with its labels inside."""
+        found = take_labels(self.model, _as_tensors("inputs", batch), shift)
+        if found.by_class:
+            self.labels_moved = found.moved
+        if found.n_masked:
+            self.notes = (labels_masked(found.n_masked),)
+        return found.inputs, found.targets
 
     def _present_data(self) -> dict[str, _DataRecord]:
         return {label: _DataRecord.of(getattr(self, label)) for label in ("inputs", "targets")}
@@ -224,9 +278,29 @@ class Snapshot:
         )
 
 
+def _read_pair(model: nn.Module, inputs: Any, targets: Any, shift: bool | None) -> tuple[Any, Any]:
+    """Return inputs and targets that were given apart, as tensors."""
+    inputs = _as_tensors("inputs", inputs)
+    targets = _as_tensors("targets", targets, strict=False)
+    if shift:
+        if not isinstance(targets, Tensor) or targets.is_floating_point():
+            raise TypeError("shift=True moves class labels, and targets are none.")
+        targets = move_by_one(targets.long())
+    if shift is None and predicts_next_token(model) and repeats_inputs(inputs, targets):
+        warnings.warn(
+            f"targets are the tokens of the inputs in their places, and {type(model).__name__} "
+            "predicts the next ones: its own loss moves labels by one, and this one does not. Pass "
+            "the batch with 'labels' inside instead of targets, or shift=True; shift=False says "
+            "that they are meant.",
+            SnapshotWarning,
+            stacklevel=3,
+        )
+    return inputs, targets
+
+
 def make_snapshots(
     model: nn.Module,
-    batches: Iterable[tuple[Any, Any]],
+    batches: Iterable[tuple[Any, Any] | Mapping[str, Any]],
     *,
     tau: float = 0.0,
     state: Any = None,
@@ -234,19 +308,20 @@ def make_snapshots(
     n_samples: int | None = None,
     class_axis: int | None = None,
     optimizer: Any = None,
+    shift: bool | None = None,
 ) -> list[Snapshot]:
     """Take one model state on several batches; the snapshots share one copy of the state.
 
     Parameters
     ----------
     model : torch.nn.Module
-    batches : iterable of (inputs, targets)
-        The position becomes the snapshot's ``batch``.
+    batches : iterable of (inputs, targets), or of mappings
+        A mapping has its ``labels`` inside. The position becomes the snapshot's ``batch``.
     tau : float, default=0.0
         Effective training time of the state.
     state : None, mapping, path or Checkpoint, default=None
         As for :class:`Snapshot`.
-    name, n_samples, class_axis, optimizer : optional
+    name, n_samples, class_axis, optimizer, shift : optional
         As for :class:`Snapshot`, the same for all of them.
 
     Returns
@@ -270,16 +345,18 @@ def make_snapshots(
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}.")
     if isinstance(batches, (str, bytes, Mapping)) or not isinstance(batches, Iterable):
         raise TypeError(
-            "batches must be an iterable of pairs (inputs, targets), got "
-            f"{type(batches).__name__}; a single batch is [(inputs, targets)]."
+            "batches must be an iterable of pairs (inputs, targets), or of mappings with 'labels', "
+            f"got {type(batches).__name__}; a single batch is [batch]."
         )
     shared = ModelState.from_argument(unwrap(model), state)
     shared_optimizer = OptimizerState.from_argument(unwrap(model), optimizer)
     snapshots = []
-    for position, pair in enumerate(batches):
+    for position, batch in enumerate(batches):
+        pair = (batch, None) if isinstance(batch, Mapping) else batch
         if not isinstance(pair, Sequence) or len(pair) != 2:
             raise TypeError(
-                f"batches[{position}] must be a pair (inputs, targets), got {type(pair).__name__}."
+                f"batches[{position}] must be a pair (inputs, targets) or a mapping with 'labels', "
+                f"got {type(pair).__name__}."
             )
         snapshots.append(
             Snapshot(
@@ -293,6 +370,7 @@ def make_snapshots(
                 n_samples=n_samples,
                 class_axis=class_axis,
                 optimizer=shared_optimizer,
+                shift=shift,
             )
         )
     if not snapshots:

@@ -46,6 +46,17 @@ def set_up_again(reason: str) -> str:
     return f"set up anew, as what held for earlier snapshots did not: {reason}"
 
 
+def labels_masked(n_labels: int) -> str:
+    """Say that labels under a zero attention mask do not count."""
+    noun = "label" if n_labels == 1 else "labels"
+    return f"{n_labels} {noun} under a zero attention mask left out"
+
+
+def own_loss_differs(own: float, measured: float) -> str:
+    """Say that a model's own loss of the labels is not the mean negative log-likelihood."""
+    return f"the model's own loss is {own:.4g}, and {measured:.4g} without what it adds"
+
+
 def smaller_chunks(n_samples: int | None) -> str:
     """Of chunks that were halved until memory sufficed."""
     return f"memory ran out: computed in chunks of {n_samples} samples"

@@ -81,6 +81,7 @@ PUBLIC_NAMES = {
         "DenseSpectrum",
         "gauss",
         "lanczos_recurrence",
+        "bidiagonal_lanczos",
         "block_lanczos",
         "radau_matrix",
         "dense_pairs",

@@ -22,10 +22,10 @@ from spectralshell.operators import build_exact_kernel
 
 PACKAGE = Path(spectralshell.__file__).parent
 MOST_FILES = {
-    "ShellEnergyEstimator.fit": 38,
+    "ShellEnergyEstimator.fit": 39,
     "GRSDTailFitter.fit": 13,
-    "ToeplitzDiagnostic.fit": 50,
-    "build_exact_kernel": 23,
+    "ToeplitzDiagnostic.fit": 51,
+    "build_exact_kernel": 25,
 }
 
 

@@ -146,7 +146,7 @@ class KernelQueriesMixin:
 
     def _find_pairs(self: Any, snapshot: Snapshot, settings: KernelSettings, k: int) -> EigenPairs:
         survey, plan = survey_spectrum(
-            snapshot, settings, probe_seed(self.random_state), self.verbose
+            snapshot, settings, probe_seed(self.random_state), self.verbose, needs_basis=True
         )
 
         def solve(plan: SolverPlan) -> EigenPairs:

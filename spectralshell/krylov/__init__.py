@@ -8,6 +8,7 @@ vector, a measure is nodes and weights. :func:`lanczos` builds the basis of one 
 :func:`dense_pairs` give the top of the spectrum with its vectors, :func:`compress` a slice in them.
 """
 
+from spectralshell.krylov.bidiagonal import bidiagonal_lanczos
 from spectralshell.krylov.block_recurrence import (
     BlockLanczosResult,
     BlockRecurrence,
@@ -34,6 +35,7 @@ __all__ = [
     "EigenPairs",
     "LanczosResult",
     "Recurrence",
+    "bidiagonal_lanczos",
     "block_lanczos",
     "block_lanczos_recurrence",
     "block_ritz_pairs",

@@ -82,7 +82,8 @@ class LanczosResult:
     norm : float
         Norm of the start vector.
     basis : Tensor of shape (n, m), float64
-        Orthonormal columns on the start vector's device; the first is start / norm.
+        Orthonormal columns on the start vector's device; the first is start / norm. Shape (n, 0)
+        where it was not kept.
     status : str
         ``"ok"``, or phrases joined by ``"; "``: ``"zero start vector"``; ``"breakdown at step k"``
         (an invariant subspace was found: the recurrence describes the start vector completely);
@@ -152,7 +153,7 @@ def lanczos_recurrence(
     n = start.shape[0]
     m = min(check_integer("n_steps", n_steps, low=0), n)
     vector = start.detach().to(torch.float64)
-    norm = _norm(vector)
+    norm = safe_norm(vector)
     # Stored by rows: a basis vector is contiguous and both passes are plain matrix products.
     rows = vector.new_zeros((m, n))
     alpha, beta = vector.new_zeros(m), vector.new_zeros(m)
@@ -165,8 +166,8 @@ def lanczos_recurrence(
         rows[step] = current
         product = checked_product("matvec", matvec(current), (n,))
         dtype = product.dtype
-        remainder, coefficient = _orthogonalize(product.to(torch.float64), rows[: step + 1])
-        length = _norm(remainder)
+        remainder, coefficient = orthogonalize(product.to(torch.float64), rows[: step + 1])
+        length = safe_norm(remainder)
         alpha[step] = torch.where(alive, coefficient, 0.0)
         beta[step] = torch.where(alive, length, 0.0)
         alive_steps[step] = alive
@@ -229,13 +230,22 @@ def lanczos(
     >>> run.status, run.exhausted, len(run.alpha)
     ('breakdown at step 3', True, 3)
     """
+    check_lanczos_arguments(start, n_steps)
+    if not bool((start != 0).any()):
+        return zero_start_result(start)
+    return truncate(lanczos_recurrence(matvec, start, n_steps, on_step=on_step))
+
+
+def check_lanczos_arguments(start: torch.Tensor, n_steps: int) -> None:
+    """Raise TypeError or ValueError if a run cannot begin with these."""
     _check_start(start)
     if not bool(torch.isfinite(start).all()):
         raise ValueError("start must be finite, got NaN or infinity; check the residual vector.")
     check_integer("n_steps", n_steps, low=0)
-    if not bool((start != 0).any()):
-        return _zero_start_result(start)
-    run = lanczos_recurrence(matvec, start, n_steps, on_step=on_step)
+
+
+def truncate(run: Recurrence) -> LanczosResult:
+    """Return a recurrence up to its breakdown, on the host; a basis that was not kept is empty."""
     m = int(run.alive.sum())
     alpha: NDArray[np.float64] = run.alpha[:m].cpu().numpy()
     beta: NDArray[np.float64] = run.beta[:m].cpu().numpy()
@@ -282,7 +292,7 @@ def checked_product(name: str, product: torch.Tensor, shape: tuple[int, ...]) ->
     return product
 
 
-def _norm(vector: torch.Tensor) -> torch.Tensor:
+def safe_norm(vector: torch.Tensor) -> torch.Tensor:
     """Euclidean norm; dividing by the largest entry keeps it from overflow and underflow."""
     largest = vector.abs().max()
     safe = torch.where(largest > 0, largest, 1.0)
@@ -290,7 +300,7 @@ def _norm(vector: torch.Tensor) -> torch.Tensor:
     return length
 
 
-def _orthogonalize(product: torch.Tensor, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def orthogonalize(product: torch.Tensor, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Project ``product`` off the rows twice; return it and its coefficient on the last row."""
     first = rows @ product
     remainder = product - first @ rows
@@ -333,7 +343,8 @@ def _describe(
     return join_statuses(phrases)
 
 
-def _zero_start_result(start: torch.Tensor) -> LanczosResult:
+def zero_start_result(start: torch.Tensor) -> LanczosResult:
+    """Return the run of a zero vector, of depth 0."""
     empty = np.zeros(0)
     basis = torch.zeros((start.shape[0], 0), dtype=torch.float64, device=start.device)
     return LanczosResult(empty, empty.copy(), 0.0, 0.0, basis, ZERO_START_VECTOR, True, 0)

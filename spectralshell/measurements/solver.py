@@ -167,10 +167,14 @@ def plan_spectrum(
     solver: str = "auto",
     n_steps: int,
     chunk_size: int | None = None,
+    needs_basis: bool = False,
 ) -> SolverPlan:
-    """Choose between the whole spectrum and Lanczos; the same arguments give the same plan."""
+    """Choose between the whole spectrum and Lanczos; the same arguments give the same plan.
+
+    ``needs_basis``: the vectors are asked for, and not the measure alone.
+    """
     exact = plan_exact(footprint, max_bytes, chunk_size)
-    lanczos = plan_lanczos(footprint, n_steps, max_bytes, chunk_size)
+    lanczos = plan_lanczos(footprint, n_steps, max_bytes, chunk_size, needs_basis=needs_basis)
     costs = {"exact": exact.cost, "lanczos": lanczos.cost}
     peaks = {"exact": exact.peak_bytes, "lanczos": lanczos.peak_bytes}
     load = f"n = {footprint.n_entries} entries"

@@ -12,6 +12,7 @@ from tqdm.auto import tqdm
 from spectralshell.krylov import (
     CumulativeBounds,
     LanczosResult,
+    bidiagonal_lanczos,
     eigenmeasure,
     gauss,
     lanczos,
@@ -50,7 +51,9 @@ def measure_spectrum(
                 measure = exact_measure(exact, exact.to_dense(), exact.noise)
         else:
             with survey.build_matrix_free(plan.lanczos.chunk_size) as kernel:
-                measure = _solve_lanczos(kernel, settings.n_steps, verbose)
+                measure = _solve_lanczos(
+                    kernel, settings.n_steps, verbose, in_parameters=plan.lanczos.in_parameters
+                )
         status = join_statuses([measure.status, plan.status])
         return replace(measure, plan=plan.as_row(), status=status)
 
@@ -63,6 +66,8 @@ def survey_spectrum(
     probe_seed: int = 0,
     verbose: int = 0,
     layers: Any = None,
+    *,
+    needs_basis: bool = False,
 ) -> tuple[KernelSurvey, SolverPlan]:
     """Evaluate a snapshot, count what its kernel or those of ``layers`` cost, choose the solver."""
     probes = torch.Generator().manual_seed(probe_seed)
@@ -76,6 +81,7 @@ def survey_spectrum(
             solver=solver,
             n_steps=settings.n_steps,
             chunk_size=survey.evaluation.chunk_size,
+            needs_basis=needs_basis,
         ),
     )
     plan.announce(snapshot, verbose)
@@ -103,14 +109,21 @@ def exact_measure(kernel: ExactKernel, matrix: torch.Tensor, noise: float) -> Sp
     )
 
 
-def _solve_lanczos(kernel: KernelOperator, n_steps: int, verbose: int) -> SpectralMeasure:
+def _solve_lanczos(
+    kernel: KernelOperator, n_steps: int, verbose: int, *, in_parameters: bool = False
+) -> SpectralMeasure:
     steps = min(n_steps, kernel.n)
     with tqdm(total=steps, desc="Lanczos", unit="step", disable=verbose < 2) as bar:
 
         def show(step: int) -> None:
             bar.update(step - bar.n)
 
-        result = lanczos(kernel.matvec, kernel.residual_vector, n_steps, on_step=show)
+        start = kernel.residual_vector
+        if in_parameters:
+            pull, push = kernel.pull_joined, kernel.push_joined
+            result = bidiagonal_lanczos(pull, push, start, n_steps, on_step=show)
+        else:
+            result = lanczos(kernel.matvec, start, n_steps, on_step=show)
     return lanczos_measure(kernel, result)
 
 

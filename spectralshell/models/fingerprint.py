@@ -102,7 +102,7 @@ def value_digest(value: Any) -> bytes:
 def _unless_too_deep(find: Callable[[], bytes]) -> bytes:
     try:
         return find()
-    except RecursionError:  # what cannot be compared is like nothing else
+    except Exception:  # too deep, or whatever an object raises: like nothing else
         return os.urandom(32)
 
 
@@ -448,7 +448,9 @@ def _file_of(module: str | None) -> str | None:
     return file if isinstance(file, str) else None
 
 
-def _is_library(module: str) -> bool:
+def _is_library(module: Any) -> bool:
+    if not isinstance(module, str):  # classes of compiled code may have a descriptor there
+        return True
     file = _file_of(module)
     if file is None:
         return module.partition(".")[0] in sys.stdlib_module_names

@@ -146,14 +146,29 @@ class ModelFunction:
         """Return the outputs with tensors of another state; those it lacks are the model's own."""
         return self._outputs(self._carrying(state), inputs)
 
-    def _outputs(self, installed: AbstractContextManager[None], inputs: Any) -> Tensor:
+    def own_loss(self, inputs: Mapping[str, Any], labels: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Return the loss that the model itself computes of labels, and its outputs; None if none.
+
+        Without a graph.
+        """
+        with torch.no_grad():
+            returned = self._call(self.installed(self.parameters), {**inputs, "labels": labels})
+        loss, outputs = getattr(returned, "loss", None), getattr(returned, "logits", None)
+        if not isinstance(loss, Tensor) or loss.numel() != 1 or not isinstance(outputs, Tensor):
+            return None
+        return loss.reshape(()), outputs
+
+    def _call(self, installed: AbstractContextManager[None], inputs: Any) -> Any:
         # A model may write to its inputs: let it write to a copy.
         fresh = map_tensors(torch.clone, inputs)
         try:
             with installed:
-                returned = _call(self.model, fresh)
+                return _call(self.model, fresh)
         finally:
             renew(self.model)  # no call reads what another has cached
+
+    def _outputs(self, installed: AbstractContextManager[None], inputs: Any) -> Tensor:
+        returned = self._call(installed, inputs)
         self.gives_logits = not isinstance(returned, Tensor)
         outputs = getattr(returned, "logits", None) if self.gives_logits else returned
         if not isinstance(outputs, Tensor):

@@ -27,14 +27,15 @@ from spectralshell.operators.layers.assembly import (
     LabelOf,
     Recording,
     UnitPlan,
-    entry_layout,
+    count_slots,
     group_units,
     plan_unit,
     record,
 )
 from spectralshell.operators.layers.rules import Affine
+from spectralshell.operators.layers.stores import EntryLayout
 from spectralshell.operators.layers.units import GRADIENTS, GRAM, operation_counts
-from spectralshell.operators.noise import NOISE_SAMPLES
+from spectralshell.operators.noise import NOISE_SAMPLES, WHOLE_OUTPUTS
 from spectralshell.operators.problem import Chunk, Evaluation
 
 DEFAULT_MEMORY = 8 * 10**9
@@ -124,6 +125,21 @@ _GRAPHS = 1.25
 
 _LANCZOS_PARAMETER_COPIES = 12
 """Own copy, pulled-back gradient and its temporaries, and those of the float64 reference."""
+
+_PASS_OUTPUTS = 4
+"""Arrays of outputs, in flight in a product: outputs, their rate, and cotangents on their way."""
+
+_COMPARED_OUTPUTS = 6
+"""The same where products are compared with float64: a stored graph, and dual numbers."""
+
+_CHECKED_OUTPUTS = 2
+"""Outputs of a second evaluation, and the difference from the first."""
+
+_VECTORS = 6
+"""Of the residual's length in float64: e, two vectors, an image, and temporaries of their sums."""
+
+_LARGE_BASIS = 2**28
+"""Bytes of a basis of output vectors from which one of parameter vectors is kept, if smaller."""
 
 _DENSE_RATE = 2e10
 """Operations a second of the orthogonalisation in float64."""
@@ -235,6 +251,8 @@ class Footprint:
     units: tuple[UnitPlan, ...]
     # Numbers of the parameters that need the gradients of each sample.
     n_others: int
+    # Numbers of the model's outputs on the whole batch.
+    n_outputs: int = 0
 
 
 def measure_footprint(evaluation: Evaluation, label_of: LabelOf) -> Footprint:
@@ -253,8 +271,10 @@ def measure_footprint(evaluation: Evaluation, label_of: LabelOf) -> Footprint:
             raise
         whole = evaluation.take(0, problem.n_samples)
         recording, held, n_samples = _record_whole(evaluation, whole, label_of)
-    layout = entry_layout(evaluation)
     function = problem.function
+    layout = EntryLayout(
+        problem.n_samples, count_slots(evaluation), None, function.dtype, function.device
+    )
     sizes = {n: p.numel() for n, p in zip(function.names, function.parameters, strict=True)}
     outputs = [use.output_shape for found in recording.units for use in found.uses]
     return Footprint(
@@ -271,6 +291,7 @@ def measure_footprint(evaluation: Evaluation, label_of: LabelOf) -> Footprint:
         n_nodes=_count_nodes(recording.entries),
         units=tuple(plan_unit(found.unit, layout, evaluation) for found in recording.units),
         n_others=sum(sizes[name] for name in recording.others),
+        n_outputs=evaluation.outputs.numel(),
     )
 
 
@@ -445,7 +466,8 @@ def _plan_chunks(footprint: Footprint, max_bytes: int, size: int) -> ExactPlan:
 
 def _fixed_bytes(footprint: Footprint) -> int:
     """Bytes of the model's own copy, and of the gradient and product that M is compared with."""
-    return _EXACT_PARAMETER_COPIES * footprint.n_parameters * footprint.itemsize
+    copies = _EXACT_PARAMETER_COPIES * footprint.n_parameters
+    return (copies + footprint.n_outputs) * footprint.itemsize
 
 
 def _passing_bytes(footprint: Footprint) -> float:
@@ -530,36 +552,59 @@ class LanczosPlan:
     peak_bytes: int
     # Seconds of the reference machine.
     cost: float
+    # Whether the basis is one of parameter vectors.
+    in_parameters: bool = False
 
 
 def plan_lanczos(
-    footprint: Footprint, n_steps: int, max_bytes: int, chunk_size: int | None = None
+    footprint: Footprint,
+    n_steps: int,
+    max_bytes: int,
+    chunk_size: int | None = None,
+    *,
+    needs_basis: bool = True,
 ) -> LanczosPlan:
     """Choose the largest chunks that fit in ``max_bytes``, or ``chunk_size`` where it is given.
 
-    If nothing fits, the plan is that for single samples.
+    If nothing fits, for single samples. A basis not needed may be one of parameter vectors.
     """
+    n, n_parameters = footprint.n_entries, footprint.n_parameters
+    large = 8 * n * min(n_steps, n) > _LARGE_BASIS
+    in_parameters = not needs_basis and large and n_parameters < n
+    length = n_parameters if in_parameters else n
     size = footprint.n_samples if chunk_size is None else chunk_size
     while (
         chunk_size is None
         and size > 1
-        and not fits(_peak_bytes(footprint, n_steps, size), max_bytes)
+        and not fits(_peak_bytes(footprint, n_steps, size, length), max_bytes)
     ):
         size = (size + 1) // 2
     whole = size >= footprint.n_samples
     return LanczosPlan(
         chunk_size=None if whole else size,
-        peak_bytes=_peak_bytes(footprint, n_steps, size),
+        peak_bytes=_peak_bytes(footprint, n_steps, size, length),
         cost=_lanczos_cost(footprint, n_steps, size),
+        in_parameters=in_parameters,
     )
 
 
-def _peak_bytes(footprint: Footprint, n_steps: int, size: int) -> int:
+def _peak_bytes(footprint: Footprint, n_steps: int, size: int, length: int) -> int:
+    """Bytes of the set-up and a run, whichever takes more; basis vectors have ``length``."""
     samples = min(size, footprint.n_samples)
+    outputs, itemsize = footprint.n_outputs, footprint.itemsize
+    of_sample = outputs / footprint.n_samples
+    parameters = _LANCZOS_PARAMETER_COPIES * footprint.n_parameters * itemsize
+    # The outputs in float64, and what the error is made of.
+    checked = (8 + _CHECKED_OUTPUTS * itemsize) * outputs + 4 * 8.0 * footprint.n_entries
     graphs = _GRAPHS * footprint.graph_bytes * samples
-    parameters = _LANCZOS_PARAMETER_COPIES * footprint.n_parameters * footprint.itemsize
-    basis = 8.0 * footprint.n_entries * (min(n_steps, footprint.n_entries) + 2)
-    return int(graphs + parameters + basis)
+    passing = _PASS_OUTPUTS * itemsize * samples * of_sample
+    vectors = 8.0 * _VECTORS * footprint.n_entries
+    basis = 8.0 * length * min(n_steps, footprint.n_entries)
+    compared = 0.0
+    if itemsize == torch.float32.itemsize:
+        compared = 8 * _COMPARED_OUTPUTS * min(outputs, max(WHOLE_OUTPUTS, of_sample))
+    running = graphs + passing + vectors + max(basis, compared)
+    return int(parameters + itemsize * outputs + max(checked, running))
 
 
 def _lanczos_cost(footprint: Footprint, n_steps: int, size: int) -> float:

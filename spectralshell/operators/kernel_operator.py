@@ -30,7 +30,7 @@ columns together are 1.2 times slower than one by one for a ResNet-18 and a GPT-
 
 _MAX_BLOCK = 64
 
-_NORM_PROBES = 3
+_NORM_PROBES = 5
 
 
 class Kernel(ABC):
@@ -118,7 +118,7 @@ class KernelOperator(Kernel):
         rounding of the products alone, not that of the model's outputs and activations.
     norm : float
         Estimate of ‖M‖, its largest eigenvalue, from below, by five steps of the power method,
-        found when it is first read (three products); 0.0 on the meta device.
+        found when it is first read (five products); 0.0 on the meta device.
     least_norm : float
         The same by two steps, which cost nothing more.
     dynamics_exact : bool
@@ -162,7 +162,7 @@ class KernelOperator(Kernel):
         )
         self._jacobian: Jacobian | None = jacobian
         self._residual = evaluation.problem.residual
-        self._values = evaluation.values
+        self._evaluation = evaluation
         self.least_norm = least_norm
         self._find_norm = find_norm
         self.noise = noise
@@ -284,6 +284,17 @@ class KernelOperator(Kernel):
         with jacobian.ready():
             return widen(jacobian.push(tuple(map(jacobian.narrow, tangents))))
 
+    def pull_joined(self, vector: Tensor) -> Tensor:
+        """Return Jᵀu as one float64 vector of all parameters; half a product, counted as one."""
+        self.n_matvecs += 1
+        return widen(torch.cat([part.reshape(-1) for part in self.rmatvec(vector)]))
+
+    def push_joined(self, tangent: Tensor) -> Tensor:
+        """Return J t in float64 for a tangent as :meth:`pull_joined` returns it."""
+        parameters = self.jacobian.parameters
+        parts = torch.split(tangent, [p.numel() for p in parameters])
+        return self.jvp([part.view_as(p) for part, p in zip(parts, parameters, strict=True)])
+
     def velocity(self) -> Parameters:
         """Return the parameter velocity dθ/dτ that the residual goes with (design table)."""
         return self.rmatvec(self._residual.velocity_cotangent(self.residual_vector))
@@ -295,8 +306,9 @@ class KernelOperator(Kernel):
 
     def error_jvp(self, tangents: Sequence[Tensor]) -> Tensor:
         """Return de/dτ in float64, shape (n,), when the parameters move along ``tangents``."""
-        rate = self.jvp(tangents).reshape(self._values.shape)
-        return self._residual.error_rate(self._values, rate).reshape(-1)
+        values = self._evaluation.values
+        rate = self.jvp(tangents).reshape(values.shape)
+        return self._residual.error_rate(values, rate).reshape(-1)
 
     def to_dense(self) -> Tensor:
         """Return M as a float64 tensor of shape (n, n): n products, and n² numbers of memory."""
@@ -399,6 +411,11 @@ class Jacobian:
         self.reads_model = reads_model
         self.rung = parts[0].linearization.name
         self.dtype = function.dtype
+
+    @property
+    def parameters(self) -> Parameters:
+        """The point at which J is taken."""
+        return self._function.parameters
 
     @contextmanager
     def ready(self) -> Iterator[None]:

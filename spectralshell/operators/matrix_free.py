@@ -20,7 +20,7 @@ from spectralshell.operators.kernel_operator import Jacobian, KernelOperator, Pa
 from spectralshell.operators.noise import Rounding, backward_reads_model, measure_rounding
 from spectralshell.operators.problem import Evaluation, KernelProblem, halve_until_it_fits
 from spectralshell.operators.set_up import SettledRung
-from spectralshell.operators.trial import Trial, norm_from, try_products
+from spectralshell.operators.trial import find_norm, try_products
 from spectralshell.statuses import set_up_again, smaller_chunks
 
 
@@ -48,7 +48,7 @@ def assemble_matrix_free(
             taken,
             built.jacobian,
             least_norm=built.trial.norm,
-            find_norm=partial(norm_from, built.trial, built.jacobian) if measured else None,
+            find_norm=partial(find_norm, built.jacobian, taken) if measured else None,
             noise=built.noise,
             refused=built.refused,
             n_probes=built.n_probes,
@@ -70,7 +70,7 @@ class _Built:
     """J of a problem, and what its tests found."""
 
     jacobian: Jacobian
-    trial: Trial
+    trial: Rounding
     noise: float
     refused: Mapping[str, str]
     n_probes: int
@@ -121,7 +121,7 @@ def _choose_rung(evaluation: Evaluation, rungs: Sequence[str] | None, *, measure
     parts, steps = _climb(evaluation, rungs)
     reads_model = backward_reads_model(evaluation, parts)
     jacobian = Jacobian(evaluation.problem.function, parts, reads_model=reads_model)
-    trial, whole = Trial(), Rounding()
+    trial, whole = Rounding(), Rounding()
     if measured:
         trial = try_products(jacobian, evaluation)
         whole = measure_rounding(jacobian, evaluation)

@@ -19,7 +19,7 @@ from spectralshell.operators.jacobian.linearizations import (
     record,
 )
 from spectralshell.operators.kernel_operator import Jacobian, Part
-from spectralshell.operators.layers.assembly import entry_samples
+from spectralshell.operators.layers.assembly import row_samples
 from spectralshell.operators.problem import Evaluation
 
 NOISE_FLOOR = {torch.float64: 4e-15, torch.float32: 6e-7}
@@ -42,6 +42,10 @@ _WHOLE_FLOPS = 1e9
 ten times slower than in float32."""
 
 _FEWEST_SAMPLES = 8
+
+WHOLE_OUTPUTS = 2**23
+"""Numbers of outputs of the samples that are compared, which float64 takes a dozen arrays of. More
+only of a single sample: eight sequences of a large vocabulary would take gigabytes."""
 
 NOISE_SAMPLES = 4
 """Samples of which a matrix is compared."""
@@ -79,9 +83,13 @@ def measure_rounding(jacobian: Jacobian, evaluation: Evaluation) -> Rounding:
     # A step of the power method: the noise is relative to the largest eigenvalue.
     w = image_u / norm_u
     image_w = jacobian.product(w)
-    scaled = 3.0 * jacobian.product(w / 3.0)
+    # Numbers, not vectors, are kept: those of outputs times a vocabulary are large.
+    linear = float((image_w - 3.0 * jacobian.product(w / 3.0)).norm())
+    symmetric = abs(float(u @ image_w) - float(w @ image_u))
+    del image_u
     n_probes = 3
     largest, mode, image = max(float(image_w.norm()), norm_u), w, image_w
+    del w
     for _ in range(NORM_STEPS - 2):
         if not 0.0 < float(image.norm()) < float("inf"):
             break
@@ -89,9 +97,8 @@ def measure_rounding(jacobian: Jacobian, evaluation: Evaluation) -> Rounding:
         image = jacobian.product(mode)
         n_probes += 1
         largest = max(largest, float(image.norm()))
-    linear = float((image_w - scaled).norm()) / largest
-    symmetric = abs(float(u @ image_w) - float(w @ image_u)) / largest
-    defect = max(linear, symmetric)
+    del image
+    defect = max(linear, symmetric) / largest
     if not defect <= _NOISE_LIMIT[dtype]:
         raise ValueError(
             f"model: products with its kernel are not repeatable and symmetric (relative defect "
@@ -99,7 +106,9 @@ def measure_rounding(jacobian: Jacobian, evaluation: Evaluation) -> Rounding:
             "lower the precision inside, by autocast or a cast of its own."
         )
     if dtype == torch.float32 and problem.function.device.type != "mps":
-        error, n_compared = _error_norm(jacobian, evaluation, mode + u, image_w)
+        start = mode + u
+        del mode, u
+        error, n_compared = _error_norm(jacobian, evaluation, start, image_w)
         defect, n_probes = max(defect, error / largest), n_probes + n_compared
     return Rounding(largest, max(floor, NOISE_MARGIN * defect), n_probes)
 
@@ -114,9 +123,9 @@ def _error_norm(
     norm, n_probes = 0.0, 0
     try:
         entries, exact, _ = in_double(jacobian, evaluation, image, _FEWEST_SAMPLES)
-        # Rounding goes with the entries: the norm grows to all samples at most as their number.
-        growth = len(start) / len(entries)
         vector = start[entries]
+        # Rounding goes with the entries: the norm grows to all samples at most as their number.
+        growth = len(start) / len(vector)
         for _ in range(ERROR_STEPS):
             size = float(vector.norm())
             if size == 0.0:
@@ -134,7 +143,7 @@ def _error_norm(
 
 def in_double(
     jacobian: Jacobian, evaluation: Evaluation, image: Tensor, fewest: int
-) -> tuple[Tensor, Jacobian, list[int] | None]:
+) -> tuple[Tensor | slice, Jacobian, list[int] | None]:
     """Return rows, J in float64 of them, and their samples: None for all.
 
     Of large models those that are largest in a product, and at least so many.
@@ -143,6 +152,7 @@ def in_double(
     function = problem.function.in_double()
     share = _WHOLE_FLOPS / max(evaluation.forward_flops, 1.0)
     n_few = max(fewest, ceil(share * problem.n_samples))
+    n_few = min(n_few, samples_of(evaluation, WHOLE_OUTPUTS))
     if n_few >= problem.n_samples:
         parts = [
             Part(
@@ -153,8 +163,7 @@ def in_double(
             )
             for places, chunk in evaluation.chunks_with_entries()
         ]
-        entries = torch.arange(len(image), device=image.device)
-        return entries, Jacobian(function, parts, reads_model=jacobian.reads_model), None
+        return slice(None), Jacobian(function, parts, reads_model=jacobian.reads_model), None
     chosen, entries = _largest_samples(evaluation, image.square(), n_few)
     return entries, of_samples(jacobian, evaluation, chosen, function), chosen
 
@@ -175,6 +184,11 @@ def _reference(
     rung = DoubleReverse if jacobian.rung.startswith("double-vjp") else ForwardMode
     streamed = evaluation.chunk_size is not None
     return record(rung.name, rung, vector, function.parameters, streamed=streamed)
+
+
+def samples_of(evaluation: Evaluation, n_outputs: int) -> int:
+    """Return how many samples have so many outputs, at least one."""
+    return max(1, n_outputs * evaluation.problem.n_samples // max(evaluation.outputs.numel(), 1))
 
 
 def measure_exact_noise(evaluation: Evaluation, matrix: Tensor) -> float:
@@ -222,11 +236,15 @@ def _largest_samples(
     evaluation: Evaluation, weights: Tensor, n_few: int
 ) -> tuple[list[int], Tensor]:
     """Return the samples whose entries weigh most, in their order, and their entries' places."""
-    samples = entry_samples(evaluation).to(weights.device)
+    samples, row_size = row_samples(evaluation)
+    samples = samples.to(weights.device)
     n_samples = evaluation.problem.n_samples
-    sizes = weights.new_zeros(n_samples).index_add_(0, samples, weights)
+    sizes = weights.new_zeros(n_samples)
+    sizes.index_add_(0, samples, weights.reshape(len(samples), row_size).sum(1))
     chosen = sizes.topk(min(n_few, n_samples)).indices.sort().values
-    return chosen.tolist(), torch.isin(samples, chosen).nonzero().reshape(-1)
+    rows = torch.isin(samples, chosen).nonzero()
+    entries = rows * row_size + torch.arange(row_size, device=rows.device)
+    return chosen.tolist(), entries.reshape(-1)
 
 
 def _joined(

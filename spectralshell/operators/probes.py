@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from spectralshell.models.caches import StaleStateError, check_caches, check_loading
 from spectralshell.models.function import ModelFunction, Parameters, widen
 from spectralshell.operators.jacobian.linearizations import PullBack
+from spectralshell.operators.noise import WHOLE_OUTPUTS, samples_of
 from spectralshell.operators.problem import Chunk, Evaluation
 from spectralshell.statuses import outputs_change_otherwise, zero_jacobian_of
 
@@ -118,6 +119,7 @@ def _probe(evaluation: Evaluation) -> _Finding:
         functions.insert(0, function.in_double())
     share = _WHOLE_FLOPS / max(evaluation.forward_flops, 1.0)
     n_few = max(_FEWEST_SAMPLES, int(share * problem.n_samples))
+    n_few = min(n_few, samples_of(evaluation, WHOLE_OUTPUTS))
     attempts = [(f, n_few) for f in functions]
     if n_few < problem.n_samples:  # samples that the others belong to, as the nodes of a graph
         attempts += [(f, problem.n_samples) for f in functions]
@@ -135,7 +137,8 @@ def _probe_briefly(evaluation: Evaluation, step: float) -> _Finding | None:
     if function.dtype == torch.float32 and _has_double(function):
         function = function.in_double()
     try:
-        finding = _Comparison(evaluation, function, _PAIR, n_cotangents=1).find([step])
+        n_few = min(_PAIR, samples_of(evaluation, WHOLE_OUTPUTS))
+        finding = _Comparison(evaluation, function, n_few, n_cotangents=1).find([step])
     except _FAILURES:
         return None
     return finding if finding.defect == 0.0 else None

@@ -23,8 +23,10 @@ from spectralshell.models.function import (
     widen,
 )
 from spectralshell.models.trace import first_nonfinite_module, first_random_module
+from spectralshell.operators.finite import check_finite_inputs, check_finite_state
 from spectralshell.operators.jacobian.ladder import is_out_of_memory
 from spectralshell.operators.jacobian.linearizations import VectorFunction
+from spectralshell.operators.own_loss import compare_with_own_loss
 from spectralshell.operators.set_up import SetUp, set_up_of
 from spectralshell.parameter_checks import check_integer
 from spectralshell.residuals import Residual, Targets, resolve_residual
@@ -43,9 +45,6 @@ _REPEAT_TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
 
 _COUPLING_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
 """Relative difference of a sample's output alone and in company: above that of other kernels."""
-
-_MAX_SAMPLES = 5
-"""Positions that a message names."""
 
 _CHUNK_TOLERANCE = 1e-10
 """Relative difference of float64 errors from the same outputs: far above rounding."""
@@ -93,8 +92,8 @@ class KernelProblem:
                 )
             self.set_up.repeats.add(size)
             targets = self.read_targets(residual, outputs)
-            error, values = _error_and_values(residual, outputs, targets)
-            evaluation = Evaluation(self, size, outputs, targets, error, values, flops)
+            error = _scaled_error(residual, outputs, targets)
+            evaluation = Evaluation(self, size, outputs, targets, error, flops)
             if size is not None:
                 _check_parts(evaluation, evaluation.chunks())
             if residual.is_callable:
@@ -119,10 +118,15 @@ class Evaluation:
     targets: Targets
     # e / √N in float64.
     residual_vector: Tensor
-    # What J differentiates, without 1/√N.
-    values: Tensor
     # Operations of matrix products and convolutions in one evaluation.
     flops: float
+
+    @property
+    def values(self) -> Tensor:
+        """What J differentiates, without 1/√N, in float64: not kept, for it may be large."""
+        wide = widen(self.outputs.detach())
+        targets = self.targets.to(wide.device, wide.dtype)
+        return self.problem.residual.jacobian_of(wide, targets).detach()
 
     @property
     def scale(self) -> float:
@@ -169,8 +173,8 @@ class Evaluation:
                 "model: the outputs hold NaN or infinite values where the parameters were "
                 "displaced to; take a smaller step."
             )
-        error, values = _error_and_values(problem.residual, outputs, self.targets)
-        return replace(self, problem=problem, outputs=outputs, residual_vector=error, values=values)
+        error = _scaled_error(problem.residual, outputs, self.targets)
+        return replace(self, problem=problem, outputs=outputs, residual_vector=error)
 
     def count_entries(self, chunk: Chunk) -> int:
         """Return the number of the chunk's entries in the residual."""
@@ -234,9 +238,10 @@ def pose_problem(
     where = _resolve_device(device, snapshot.model, state)
     _check_values(snapshot, state, without=where.type == "meta" and device != "auto")
     trainable = {name for name, _ in snapshot.model.named_parameters()}
-    _check_finite_state(state, trainable)
-    _check_finite_inputs(snapshot.inputs)
+    check_finite_state(state, trainable)
+    check_finite_inputs(snapshot.inputs)
     working, notes = _working_dtype(dtype, state, where)
+    notes += snapshot.notes
     if snapshot.state.narrow:
         notes += (checkpoint_in(", ".join(snapshot.state.narrow), _short(working)),)
     function = ModelFunction(snapshot.model, state, names, where, working)
@@ -244,6 +249,8 @@ def pose_problem(
     n_samples = snapshot.n_samples
     if n_samples is None:
         n_samples = _count_outputs(function, inputs)
+    if snapshot.labels_moved is not None:
+        notes += compare_with_own_loss(snapshot, function, inputs, n_samples)
     whole = chunk_size is None or chunk_size >= n_samples
     set_up = set_up_of(
         function,
@@ -379,48 +386,6 @@ def _short(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _check_finite_state(state: Mapping[str, Tensor], parameters: set[str]) -> None:
-    """Raise ValueError naming the first tensor of a state with NaN (or, a parameter, infinity).
-
-    Buffers may be infinite: attention masks are.
-    """
-    for name, tensor in state.items():
-        if tensor.is_meta or not tensor.is_floating_point():
-            continue
-        bad = ~torch.isfinite(tensor) if name in parameters else torch.isnan(tensor)
-        if bool(bad.any()):
-            raise ValueError(
-                f"model: {name!r} holds NaN or infinite values ({int(bad.sum())} of "
-                f"{tensor.numel()}); measure a state from before the run diverged."
-            )
-
-
-def _check_finite_inputs(inputs: Any, label: str = "inputs") -> None:
-    """Raise ValueError naming the first floating input that holds NaN, and in which samples."""
-    if isinstance(inputs, Mapping):
-        for key, value in inputs.items():
-            _check_finite_inputs(value, f"{label}[{key!r}]")
-    elif isinstance(inputs, (tuple, list)):
-        for position, value in enumerate(inputs):
-            _check_finite_inputs(value, f"{label}[{position}]")
-    elif isinstance(inputs, Tensor) and inputs.is_floating_point() and not inputs.is_meta:
-        where = _samples_with_nan(inputs)
-        if where:
-            raise ValueError(f"{label} hold NaN{where}; remove those samples.")
-
-
-def _samples_with_nan(tensor: Tensor) -> str:
-    """Return in which of the first dimension a tensor holds NaN, "" if nowhere."""
-    bad = torch.isnan(tensor)
-    if not bool(bad.any()):
-        return ""
-    if tensor.ndim == 0:
-        return ", a single number"
-    found = torch.nonzero(bad.reshape(bad.shape[0], -1).any(dim=1)).flatten().tolist()
-    more = f" and {len(found) - _MAX_SAMPLES} more" if len(found) > _MAX_SAMPLES else ""
-    return f" in samples {', '.join(map(str, found[:_MAX_SAMPLES]))}{more}"
-
-
 def _drawing(
     generator: torch.Generator | None, device: torch.device, dtype: torch.dtype
 ) -> Callable[[int], Tensor]:
@@ -525,7 +490,8 @@ def _check_repeatable(
 def _differ(outputs: Tensor, again: Tensor, tolerance: float) -> bool:
     if outputs.shape != again.shape:
         return True
-    return not float((outputs - again).abs().max()) <= tolerance * float(outputs.abs().max())
+    difference = float((outputs - again).abs_().max())
+    return not difference <= tolerance * float(outputs.abs().max())
 
 
 def _evaluate_chunks(function: ModelFunction, inputs: Any, bounds: list[tuple[int, int]]) -> Tensor:
@@ -613,12 +579,12 @@ def _take_samples(inputs: Any, positions: slice, n_samples: int) -> Any:
     return map_tensors(take, inputs)
 
 
-def _error_and_values(
-    residual: Residual, outputs: Tensor, targets: Targets
-) -> tuple[Tensor, Tensor]:
+def _scaled_error(residual: Residual, outputs: Tensor, targets: Targets) -> Tensor:
+    """Return e / √N in float64."""
     wide = widen(outputs.detach())
     exact = targets.to(wide.device, wide.dtype)
-    error = residual.error(wide, exact).detach().double().reshape(-1) * targets.n_rows**-0.5
+    error: Tensor = residual.error(wide, exact).detach().double().reshape(-1)
+    error = error * targets.n_rows**-0.5
     if error.numel() == 0:
         raise ValueError("residual: the error vector is empty; return one entry per sample.")
     if not error.is_meta and not bool(torch.isfinite(error).all()):
@@ -626,7 +592,7 @@ def _error_and_values(
             f"residual {residual.name!r} holds NaN or infinite values although the outputs are "
             "finite; check the targets and the residual."
         )
-    return error, residual.jacobian_of(wide, exact).detach()
+    return error
 
 
 def _uneven_parts(evaluation: Evaluation) -> list[Chunk]:

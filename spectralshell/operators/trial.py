@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
@@ -37,15 +35,7 @@ _SMALL_FLOPS = 1e8
 _FEWEST_SAMPLES = 2
 
 
-@dataclass(frozen=True)
-class Trial(Rounding):
-    """‖M‖ from below by two steps of the power method, and the noise that one product shows."""
-
-    # M times the mode that the first step found.
-    image: Tensor | None = None
-
-
-def try_products(jacobian: Jacobian, evaluation: Evaluation) -> Trial:
+def try_products(jacobian: Jacobian, evaluation: Evaluation) -> Rounding:
     """Compare M with ⟨Jᵀv, Jᵀw⟩ and float64; DifferentiationError where it is not the first.
 
     v is always the same, so no result depends on what was measured before. Cost: three products.
@@ -53,7 +43,7 @@ def try_products(jacobian: Jacobian, evaluation: Evaluation) -> Trial:
     function = evaluation.problem.function
     floor = NOISE_FLOOR[function.dtype]
     if function.device.type == "meta":
-        return Trial(noise=floor)
+        return Rounding(noise=floor)
     v = _draw_unit(evaluation.residual_vector)
     with jacobian.ready():
         pulled = jacobian.pull(jacobian.narrow(v))
@@ -62,7 +52,7 @@ def try_products(jacobian: Jacobian, evaluation: Evaluation) -> Trial:
         image = widen(jacobian.push(pulled))
     size = float(image.norm())
     if size == 0.0:
-        return Trial(noise=floor, n_probes=1)
+        return Rounding(noise=floor, n_probes=1)
     # A step of the power method and a random vector: errors go with the largest mode, or do not.
     start = image / size + v
     with jacobian.ready():
@@ -80,20 +70,19 @@ def try_products(jacobian: Jacobian, evaluation: Evaluation) -> Trial:
     norm = max(size, float((image_of_start - image).norm()))
     error, n_probes = _claimed_error(jacobian, evaluation, start, image_of_start)
     noise = max(NOISE_MARGIN * defect, error) / norm
-    return Trial(norm, max(floor, noise), 2 + n_probes, image_of_start - image)
+    return Rounding(norm, max(floor, noise), 2 + n_probes)
 
 
-def norm_from(trial: Trial, jacobian: Jacobian) -> float:
-    """Return ‖M‖ from below by five steps of the power method, two of which a trial took."""
-    largest, image = trial.norm, trial.image
-    if image is None:
-        return largest
-    for _ in range(NORM_STEPS - 2):
-        size = float(image.norm())
+def find_norm(jacobian: Jacobian, evaluation: Evaluation) -> float:
+    """Return ‖M‖ from below by five steps of the power method, the first two those of a trial."""
+    largest, vector = 0.0, _draw_unit(evaluation.residual_vector)
+    for _ in range(NORM_STEPS):
+        vector = jacobian.product(vector)
+        size = float(vector.norm())
         if not 0.0 < size < float("inf"):
             break
-        image = jacobian.product(image / size)
-        largest = max(largest, float(image.norm()))
+        largest = max(largest, size)
+        vector = vector / size
     return largest
 
 
@@ -121,7 +110,7 @@ def _claimed_error(
             part = start[entries] / start[entries].norm()
             error = float((few.product(part) - exact.product(part)).norm())
             # Rounding goes with the entries: the norm grows to all samples at most as they do.
-            return _ONE_STEP_MARGIN * error * len(start) / len(entries), 2
+            return _ONE_STEP_MARGIN * error * len(start) / len(part), 2
         vector = (image - exact.product(start)) / start.norm()
         if evaluation.forward_flops > _SMALL_FLOPS:
             return _ONE_STEP_MARGIN * float(vector.norm()), 1

@@ -17,6 +17,7 @@ from sklearn.pipeline import make_pipeline
 
 from spectralshell import GRSDTailFitter, ShellEnergyEstimator, cross_validate_exponent
 from spectralshell.datasets import load_digits_trajectory
+from spectralshell.operators.set_up import forget_set_ups
 from tests.device import place_snapshot, place_trajectory
 
 Q = [1.2, 1.3, 1.4, 1.5, 1.6, 1.7, 1.8, 1.9, 2.0, 2.2]
@@ -210,6 +211,7 @@ def test_search_over_q_multiplies_as_often_as_one_fit(X, pipe, tmp_path, n_jobs)
         for snapshot in snapshots:
             snapshot.measures.clear()
         log.unlink()
+        forget_set_ups()
     search = GridSearchCV(
         pipe,
         {"shellenergyestimator__q": Q},

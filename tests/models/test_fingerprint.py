@@ -71,3 +71,22 @@ def test_a_circle_comes_to_an_end():
     rows = [[0] for _ in range(MANY)]
     rows[5].append(rows)
     assert value_digest(rows)
+
+
+def test_objects_of_compiled_classes_are_digested():
+    model = nn.Linear(3, 2)
+    model.generator = np.random.default_rng(0)  # its metaclass has a descriptor for its module
+    assert model_digest(model) == model_digest(model)
+
+
+class Stubborn:
+    """Answers to nothing."""
+
+    def __getattribute__(self, name):
+        raise LookupError(name)
+
+
+def test_what_cannot_be_looked_at_is_like_nothing_else():
+    model = nn.Linear(3, 2)
+    model.stubborn = Stubborn()
+    assert model_digest(model) != model_digest(model)

@@ -301,8 +301,8 @@ def _column_ranges(n_columns: int, width: int) -> Iterator[range]:
 def entry_layout(evaluation: Evaluation) -> EntryLayout:
     """Return how the residual's entries are spread over samples and slots."""
     problem = evaluation.problem
-    samples, slots = _places(evaluation, evaluation.targets.rows, problem.n_samples)
-    n_slots = int(slots.max()) + 1
+    n_slots = count_slots(evaluation)
+    samples, slots = _places(evaluation)
     table = samples * n_slots + slots
     everywhere = len(table) == problem.n_samples * n_slots
     kept = None if everywhere else table.to(problem.function.device)
@@ -311,27 +311,32 @@ def entry_layout(evaluation: Evaluation) -> EntryLayout:
     )
 
 
-def entry_samples(evaluation: Evaluation) -> Tensor:
-    """Return the sample that each entry of the residual belongs to, on the CPU."""
-    return _places(evaluation, evaluation.targets.rows, evaluation.problem.n_samples)[0]
+def count_slots(evaluation: Evaluation) -> int:
+    """Return the entries of the sample that has most."""
+    samples, row_size = row_samples(evaluation)
+    return int(torch.bincount(samples).max()) * row_size
+
+
+def row_samples(evaluation: Evaluation) -> tuple[Tensor, int]:
+    """Return the sample of each row of the residual, on the CPU, and the entries of a row."""
+    targets, n_samples = evaluation.targets, evaluation.problem.n_samples
+    per_sample = targets.rows_per_sample if targets.is_labels else 1
+    kept = torch.arange(n_samples * per_sample) if targets.rows is None else targets.rows.cpu()
+    return kept // per_sample, evaluation.residual_vector.numel() // len(kept)
 
 
 def _slots(evaluation: Evaluation, chunk: Chunk) -> Tensor:
     """Return the slot of each entry of a chunk, on the CPU, where labels have values."""
-    samples, slots = _places(evaluation, evaluation.targets.rows, evaluation.problem.n_samples)
+    samples, slots = _places(evaluation)
     inside = (samples >= chunk.samples.start) & (samples < chunk.samples.stop)
     return slots[inside]
 
 
-def _places(evaluation: Evaluation, rows: Tensor | None, n_samples: int) -> tuple[Tensor, Tensor]:
-    """Return the sample and the slot of each entry of the first ``n_samples`` samples' rows."""
-    values, labelled = evaluation.values, evaluation.targets.is_labels
-    row_size = values.shape[1:].numel()
-    per_sample = evaluation.targets.rows_per_sample if labelled else 1
-    kept = torch.arange(n_samples * per_sample) if rows is None else rows.cpu()
-    samples = kept // per_sample
-    counts = torch.bincount(samples, minlength=n_samples)
+def _places(evaluation: Evaluation) -> tuple[Tensor, Tensor]:
+    """Return the sample and the slot of each entry of the residual."""
+    samples, row_size = row_samples(evaluation)
+    counts = torch.bincount(samples)
     before = torch.cumsum(counts, 0) - counts
-    positions = torch.arange(len(kept)) - before[samples]
+    positions = torch.arange(len(samples)) - before[samples]
     slots = positions[:, None] * row_size + torch.arange(row_size)
     return samples.repeat_interleave(row_size), slots.reshape(-1)
