@@ -129,7 +129,7 @@ _LANCZOS_PARAMETER_COPIES = 12
 _PASS_OUTPUTS = 4
 """Arrays of outputs, in flight in a product: outputs, their rate, and cotangents on their way."""
 
-_COMPARED_OUTPUTS = 6
+_COMPARED_OUTPUTS = 8
 """The same where products are compared with float64: a stored graph, and dual numbers."""
 
 _CHECKED_OUTPUTS = 2

@@ -76,6 +76,8 @@ def try_products(jacobian: Jacobian, evaluation: Evaluation) -> Rounding:
 def find_norm(jacobian: Jacobian, evaluation: Evaluation) -> float:
     """Return ‖M‖ from below by five steps of the power method, the first two those of a trial."""
     largest, vector = 0.0, _draw_unit(evaluation.residual_vector)
+    if vector.is_meta:
+        return largest
     for _ in range(NORM_STEPS):
         vector = jacobian.product(vector)
         size = float(vector.norm())

@@ -382,7 +382,7 @@ def test_an_adapter_that_does_not_fit_is_named(tmp_path, kind):
     model, path = make(tmp_path)
     rows = torch.zeros(1, 4, dtype=torch.long)
     with pytest.raises(ValueError, match=message):
-        Snapshot(model, {"input_ids": rows}, rows, state=path)
+        Snapshot(model, {"input_ids": rows, "labels": rows}, state=path)
 
 
 REQUESTS = {

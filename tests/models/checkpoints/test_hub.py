@@ -24,7 +24,7 @@ from tests.models.checkpoints.kinds import SHARD_SIZE, copied, language_model, p
 
 REPO = "org/model"
 ROWS = torch.zeros(1, 4, dtype=torch.long)
-BATCH = ({"input_ids": ROWS}, ROWS)
+BATCH = ({"input_ids": ROWS, "labels": ROWS}, None)
 STEPS = range(0, 50, 10)
 
 
