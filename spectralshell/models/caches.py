@@ -46,15 +46,18 @@ class StaleStateError(ValueError):
     """A model computes with what it kept from other weights than those asked for."""
 
 
-def check_caches(function: ModelFunction, inputs: Any) -> bool:
+def check_caches(
+    function: ModelFunction, inputs: Any, examined: set[tuple[str, str]] | None = None
+) -> bool:
     """Raise StaleStateError naming a module that computes with what it kept from other weights.
 
     True if it keeps what these samples do not make it read. Cost: one call of them, or some more.
+    What is ``examined``, by module and attribute, is passed over, and what is found is added.
     """
     with function.guard():  # gradients stay enabled, for some models differentiate inside
         kept = Holdings(function.model).kept
         merged = list(_merged_modules(function.model))
-        return _Search(function, inputs, kept).run(merged)
+        return _Search(function, inputs, kept).run(merged, set() if examined is None else examined)
 
 
 def check_loading(function: ModelFunction, inputs: Any) -> None:
@@ -127,7 +130,7 @@ class _Search:
         self._kept = kept
         self._own = {_place(p): name for name, p in function.model.named_parameters()}
 
-    def run(self, merged: list[tuple[str, nn.Module]]) -> bool:
+    def run(self, merged: list[tuple[str, nn.Module]], examined: set[tuple[str, str]]) -> bool:
         """Raise for what is stale; return whether something was not read."""
         reading = _Reading()
         plain = self._call(self._here, reading=reading)
@@ -154,6 +157,7 @@ class _Search:
                     "forward."
                 )
         some_unread = sum(map(len, groups.values())) < len(self._kept)
+        groups = {key: g for key, g in groups.items() if not {_place_of(k) for k in g} <= examined}
         if not groups:
             return some_unread
         self._there = _moved(self._function, self._here)
@@ -164,6 +168,7 @@ class _Search:
         for group in [*apart[:_MOST_GROUPS], *([rest] if rest else [])]:
             if torch.isfinite(filled.outputs).all():
                 self._examine(group, filled, plain.names)
+                examined.update(map(_place_of, group))
         return some_unread
 
     def _check_apart(self, kept: Kept) -> None:
@@ -292,6 +297,10 @@ class _Search:
     def _buffer_name(self, link: Link) -> str | None:
         prefix = self._buffers.get(id(link.home))
         return None if prefix is None else f"{prefix}{link.key}"
+
+
+def _place_of(kept: Kept) -> tuple[str, str]:
+    return kept.module, kept.label
 
 
 def _empty(group: list[Kept]) -> None:

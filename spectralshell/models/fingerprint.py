@@ -275,12 +275,14 @@ class _Fingerprint:
 
     def _model_parts(self, model: nn.Module) -> Iterator[bytes]:
         for kind, named in (
-            ("tensor", (*model.named_parameters(), *model.named_buffers())),
-            ("module", model.named_modules()),
+            ("tensor", model.named_parameters(remove_duplicate=False)),
+            ("tensor", model.named_buffers(remove_duplicate=False)),
+            ("module", model.named_modules(remove_duplicate=False)),
         ):
             # What the state gives counts by its name, wherever the model holds it.
             for name, part in named:
-                self._known[id(part)] = part, f"{kind} {name}".encode()
+                first = self._known.setdefault(id(part), (part, f"{kind} {name}".encode()))[1]
+                yield name.encode() + first
         for name, module in model.named_modules():
             yield name.encode()
             yield self.of(type(module))
@@ -324,9 +326,24 @@ class _Fingerprint:
             yield self.of(dict(getattr(value, "__dict__", {})))
 
     def _tensor_parts(self, tensor: Tensor) -> Iterator[bytes]:
-        # What autograd made of parameters follows from the state.
-        made = tensor.grad_fn is not None and _comes_from_parameters(tensor)
+        # What autograd made of the model's parameters follows from the state.
+        made = tensor.grad_fn is not None and self._comes_from_state(tensor)
         yield from [str(tensor.shape).encode()] if made else _tensor_parts(tensor)
+
+    def _comes_from_state(self, tensor: Tensor) -> bool:
+        """Tell whether all leaves of what autograd made are parameters of the model."""
+        nodes, seen = [tensor.grad_fn], set()
+        while nodes:
+            node = nodes.pop()
+            if node is None or node in seen:
+                continue
+            seen.add(node)
+            if hasattr(node, "variable"):
+                _, known = self._known.get(id(node.variable), (None, b""))
+                if not known.startswith(b"tensor "):
+                    return False
+            nodes += [following for following, _ in node.next_functions]
+        return True
 
     def _reference_parts(self, reference: weakref.ref[Any]) -> Iterator[bytes]:
         yield self.of(reference())
@@ -526,17 +543,3 @@ def _plain_bytes(container: Any) -> bytes | None:
             return marshal.dumps(container, _MARSHAL_VERSION)
         level = gc.get_referents(*nested)
     return None  # so deep, or a circle
-
-
-def _comes_from_parameters(tensor: Tensor) -> bool:
-    """Tell whether all leaves of what autograd made are parameters."""
-    nodes, seen = [tensor.grad_fn], set()
-    while nodes:
-        node = nodes.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if hasattr(node, "variable") and not isinstance(node.variable, nn.Parameter):
-            return False
-        nodes += [following for following, _ in node.next_functions]
-    return True

@@ -210,6 +210,7 @@ class Holdings:
             if value is not None:
                 path = (Link(module._buffers, buffer),)
                 self.kept.append(Kept(name, type(module), value, path))
+                self._keep_values(value)
         for key, value in attributes.items():
             if key not in _BOOKKEEPING:
                 visit(value, (Link(attributes, key),))

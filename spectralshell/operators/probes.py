@@ -72,6 +72,7 @@ def probed(evaluation: Evaluation) -> Evaluation:
     if finding is None:
         finding = _probe(evaluation)
         set_up.telling_step = finding.step if finding.defect == 0.0 else None
+        set_up.tells_clearly = finding.clear
     notes = list(problem.notes)
     silent = _zero_on_batch(evaluation, finding)
     if silent:
@@ -84,19 +85,21 @@ def probed(evaluation: Evaluation) -> Evaluation:
 
 def _check_state(evaluation: Evaluation) -> None:
     """Raise ValueError if the model computes with what it kept from other weights."""
-    problem = evaluation.problem
+    problem, set_up = evaluation.problem, evaluation.problem.set_up
     n_whole = min(evaluation.chunk_size or problem.n_samples, problem.n_samples)
-    for n_samples in dict.fromkeys((min(_PAIR, n_whole), n_whole)):
+    usual = (min(_PAIR, n_whole), n_whole)
+    for n_samples in dict.fromkeys(usual if set_up.read_on is None else (set_up.read_on,)):
         inputs = evaluation.take(0, n_samples).inputs
         try:
             check_loading(problem.function, inputs)
-            if problem.set_up.keeps_nothing or not check_caches(problem.function, inputs):
-                break
+            some_unread = check_caches(problem.function, inputs, set_up.examined)
+            set_up.read_on = n_samples
+            if not some_unread:
+                return
         except StaleStateError:
             raise
         except _FAILURES:  # of some samples alone, as the nodes of a graph
             continue
-    problem.set_up.keeps_nothing = True
 
 
 @dataclass(frozen=True)
@@ -109,6 +112,8 @@ class _Finding:
     whole: bool = True
     # That told most; None if J could not be compared at all.
     step: float | None = None
+    # Whether neither rounding nor a jump may hide a difference there.
+    clear: bool = True
 
 
 def _probe(evaluation: Evaluation) -> _Finding:
@@ -141,7 +146,8 @@ def _probe_briefly(evaluation: Evaluation, step: float) -> _Finding | None:
         finding = _Comparison(evaluation, function, n_few, n_cotangents=1).find([step])
     except _FAILURES:
         return None
-    return finding if finding.defect == 0.0 else None
+    clear = finding.clear or not evaluation.problem.set_up.tells_clearly
+    return finding if clear and finding.defect == 0.0 else None
 
 
 def _has_double(function: ModelFunction) -> bool:
@@ -189,7 +195,7 @@ class _Comparison:
                 if not any(bool(part.any()) for part in parts)
             )
             compare = partial(self._compare, centre, cotangents, gradients)
-            defect, telling, least = 0.0, None, inf
+            defect, telling, least, clear = 0.0, None, inf, False
             for step in steps:
                 keep_zeros = step == _OTHER_STEPS[self._function.dtype][0]
                 tangents = self._draw_tangents(keep_zeros=keep_zeros)
@@ -198,7 +204,7 @@ class _Comparison:
                     telling, least = step, found.size
                 if found.unclear:
                     continue
-                telling = step
+                telling, clear = step, True
                 if found.certain:  # along another direction too, or it is an accident
                     others = self._draw_tangents(keep_zeros=keep_zeros)
                     again = compare(others, step)
@@ -206,7 +212,7 @@ class _Comparison:
                     stays = coarse.size >= _STAIRS * again.size
                     defect = max(found.size, again.size) if again.certain and stays else 0.0
                 break
-        return _Finding(defect, silent, self._whole, telling)
+        return _Finding(defect, silent, self._whole, telling, clear)
 
     def _differentiate(self) -> tuple[Tensor, list[Tensor], list[Parameters]]:
         """Return f(θ), some u and their Jᵀu."""

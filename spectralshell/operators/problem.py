@@ -80,17 +80,11 @@ class KernelProblem:
         return self.residual.dynamics_exact and self.jacobian_defect == 0.0
 
     def evaluate(self, size: int | None) -> Evaluation:
-        """Evaluate the model in chunks of ``size`` samples, and check what comes back.
-
-        Twice, where it is not settled that outputs repeat and samples do not interact.
-        """
+        """Evaluate the model in chunks of ``size`` samples, twice, and check what comes back."""
         function, residual = self.function, self.residual
         with function.guard():
             with function.continued():
-                outputs, flops = _evaluate_checked(
-                    function, self.inputs, self.n_samples, size, once=size in self.set_up.repeats
-                )
-            self.set_up.repeats.add(size)
+                outputs, flops = _evaluate_twice(function, self.inputs, self.n_samples, size)
             targets = self.read_targets(residual, outputs)
             error = _scaled_error(residual, outputs, targets)
             evaluation = Evaluation(self, size, outputs, targets, error, flops)
@@ -400,12 +394,12 @@ def _drawing(
     return draw
 
 
-def _evaluate_checked(
-    function: ModelFunction, inputs: Any, n_samples: int, size: int | None, *, once: bool
+def _evaluate_twice(
+    function: ModelFunction, inputs: Any, n_samples: int, size: int | None
 ) -> tuple[Tensor, float]:
     """Return outputs, samples first, and operations of an evaluation in chunks, which is checked.
 
-    Unless ``once``, again with chunks that begin elsewhere: every sample has other company.
+    The second time chunks begin elsewhere, so that every sample has other company.
     """
     bounds = _chunk_bounds(n_samples, size)
     with _OperationCounter() as counter:
@@ -430,8 +424,6 @@ def _evaluate_checked(
             f"model: the outputs hold NaN or infinite values, first in {where}; check inputs and "
             "weights."
         )
-    if once:
-        return outputs, flops
     if size is not None and _differ(
         outputs,
         _evaluate_chunks(function, inputs, _shifted_bounds(n_samples, size)),

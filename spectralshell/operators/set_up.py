@@ -1,8 +1,8 @@
 """Findings of a whole set-up that hold for the next snapshots of the model.
 
-That outputs repeat, samples do not interact, nothing is kept of other weights, which rung works,
-and that one product shows the rounding of all: these follow from the model's code and settings,
-shapes and dtypes. What values can change is looked at in every snapshot.
+That nothing is kept of other weights, which rung works, that reverse mode is the derivative, and
+that one product shows the rounding of all: these follow from the model's code and settings, shapes
+and dtypes. What values can change is looked at in every snapshot.
 """
 
 from __future__ import annotations
@@ -38,11 +38,13 @@ class SettledRung:
 class SetUp:
     """What is settled so far; shared by the snapshots that have its key."""
 
-    # Chunk sizes in which outputs were evaluated twice.
-    repeats: set[int | None] = field(default_factory=set)
-    keeps_nothing: bool = False
-    # Of the comparison that showed that outputs change as J says.
+    # What the model keeps and reads that is no function of its weights, by module and attribute,
+    # and the number of samples that show what it reads.
+    examined: set[tuple[str, str]] = field(default_factory=set)
+    read_on: int | None = None
+    # Of the comparison that showed that outputs change as J says, and whether it was clear.
     telling_step: float | None = None
+    tells_clearly: bool = True
     # By whether graphs are recorded anew for each product.
     rungs: dict[bool, SettledRung] = field(default_factory=dict)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 from torch import Tensor
 
@@ -51,12 +53,15 @@ def try_products(jacobian: Jacobian, evaluation: Evaluation) -> Rounding:
         check_range(pulled)
         image = widen(jacobian.push(pulled))
     size = float(image.norm())
-    if size == 0.0:
+    if size == 0.0 and inner(pulled, pulled) == 0.0:
         return Rounding(noise=floor, n_probes=1)
     # A step of the power method and a random vector: errors go with the largest mode, or do not.
-    start = image / size + v
-    with jacobian.ready():
+    start = image / (size or 1.0) + v
+    # A backward pass that reads the parameters anew, as checkpointing does, finds NaN.
+    poisoned = nullcontext() if jacobian.reads_model else function.poisoned()
+    with jacobian.ready(), poisoned:
         pulled_start = jacobian.pull(jacobian.narrow(start))
+    with jacobian.ready():
         image_of_start = widen(jacobian.push(pulled_start))
     defect = max(
         abs(float(start @ image) - inner(pulled_start, pulled)),

@@ -69,9 +69,7 @@ def measure(*arguments):
     return json.loads(done.stdout.splitlines()[-1])
 
 
-@pytest.mark.parametrize(
-    "residual", ["nll", pytest.param("cross-entropy", marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("residual", ["nll", pytest.param("cross-entropy", marks=pytest.mark.slow)])
 def test_arrays_of_tokens_times_vocabulary_are_few_and_planned(residual):
     vocabulary, n_samples, length = 20_000, 4, 128
     before, after, planned = measure(residual, 4, vocabulary, n_samples, length, "plain")

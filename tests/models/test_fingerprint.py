@@ -92,3 +92,27 @@ def test_what_cannot_be_looked_at_is_like_nothing_else():
     model = nn.Linear(3, 2)
     model.stubborn = Stubborn()
     assert model_digest(model) != model_digest(model)
+
+
+def test_where_a_module_stands_again_counts():
+    a, b = nn.Tanh(), nn.ReLU()
+    first, other = nn.Sequential(a, b, a), nn.Sequential(a, b, b)
+    assert model_digest(first) != model_digest(other)
+
+
+def test_which_weights_are_tied_counts():
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3), nn.Linear(3, 3))
+    model[1].weight = model[0].weight
+    before = model_digest(model)
+    model[1].weight = model[2].weight
+    assert model_digest(model) != before
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_what_autograd_made_of_other_weights_counts_by_value(own):
+    model, other = nn.Linear(3, 2), nn.Linear(3, 2)
+    home = model if own else other
+    model.scale = home.weight.abs().sum()
+    before = model_digest(model)
+    model.scale = 3.0 * home.weight.abs().sum()
+    assert (model_digest(model) == before) == own

@@ -185,3 +185,76 @@ def test_later_kernels_equal_the_dense_ones(kind):
     reference = dense_reference(later.model, later.inputs, later.targets, kind)["kernel"]
     difference = (kernel.to_dense().cpu() - reference).abs().max()
     assert float(difference) <= 1e-6 * float(reference.abs().max())  # it has float32 inside
+
+
+@pytest.mark.parametrize("chunk_size", [None, 2])
+def test_what_becomes_random_or_coupled_later_is_found(chunk_size):
+    noisy = branches(lambda y: y + 0.1 * torch.randn_like(y))
+    build_kernel(noisy[0], chunk_size=chunk_size)
+    with pytest.raises(ValueError, match="differ"):
+        build_kernel(noisy[1], chunk_size=chunk_size)
+
+
+def test_samples_that_interact_at_a_later_state_are_found():
+    first, other = branches(lambda y: y - y.mean(0))
+    build_kernel(first, chunk_size=2)
+    with pytest.raises(ValueError, match="depend on the other samples"):
+        build_kernel(other, chunk_size=2)
+
+
+def test_a_backward_pass_that_reads_the_model_later_is_found():
+    first, other = branches(None)
+    first.model.way = None
+
+    class Checkpointed(Branching):
+        def __init__(self):
+            super().__init__(None)
+            self.inner = nn.Linear(2, 2)
+
+        def forward(self, x):
+            y = nn.Linear.forward(self, x)
+            if self.weight.detach().flatten().tolist()[0] > 1.0:
+                return torch.utils.checkpoint.checkpoint(
+                    lambda h: torch.tanh(self.inner(h)), y, use_reentrant=False
+                )
+            return torch.tanh(self.inner(y))
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = place(Checkpointed().double())
+    state = model.state_dict() | {"weight": other.load_state()["weight"]}
+    calm = place_snapshot(model, first.inputs, first.targets)
+    later = place_snapshot(model, first.inputs, first.targets, tau=1.0, state=state)
+    alone = build_kernel(later).to_dense()
+    forget_set_ups()
+    build_kernel(calm)
+    kernel = build_kernel(later)
+    assert kernel.status.startswith("set up anew")
+    assert torch.equal(kernel.to_dense(), alone)
+
+
+class Flat(torch.autograd.Function):
+    """Its forward-mode derivative says that nothing changes."""
+
+    @staticmethod
+    def forward(x):
+        return x.sin()
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs)
+        ctx.save_for_forward(*inputs)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient * ctx.saved_tensors[0].cos()
+
+    @staticmethod
+    def jvp(ctx, tangent):
+        return torch.zeros_like(tangent)
+
+
+def test_a_rung_that_gives_zeros_later_is_found():
+    first, other = branches(Flat.apply)
+    build_kernel(first)
+    assert build_kernel(other).rung == "double-vjp"

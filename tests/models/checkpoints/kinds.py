@@ -79,7 +79,9 @@ def plain(model, state, expected):
 
 def language(model, state, expected):
     rows = torch.stack([Tokens()[index]["input_ids"] for index in range(2)])
-    return Kind(model, state, expected, ({"input_ids": rows, "labels": rows}, None), "cross-entropy")
+    return Kind(
+        model, state, expected, ({"input_ids": rows, "labels": rows}, None), "cross-entropy"
+    )
 
 
 def train_with_trainer(folder, model, n_steps=4, callbacks=(), **options):
