@@ -102,7 +102,8 @@ def _moments(model: nn.Module, places: list[Place]) -> list[TrainerOptimizer | N
         file = None if place.trainer is None else place.trainer.optimizer_file
         try:
             found.append(None if file is None else TrainerOptimizer.of(model, file))
-        except (ValueError, OSError) as error:
+        # Whatever a file of another tool raises: the weights can be measured without it.
+        except (ValueError, OSError, KeyError, TypeError, IndexError, AttributeError) as error:
             found.append(None)
             problems.append(str(error))
     if problems:
@@ -150,7 +151,10 @@ def _left_out(failures: list[tuple[str, Exception]]) -> pd.DataFrame:
 
 def _history(saved: list[SavedState], last: Place) -> pd.DataFrame:
     """Return what a Trainer logged up to the last checkpoint; of others steps and times alone."""
-    history = pd.DataFrame() if last.trainer is None else last.trainer.history
+    try:
+        history = pd.DataFrame() if last.trainer is None else last.trainer.history
+    except ValueError:  # notes that cannot be read; τ is given then
+        history = pd.DataFrame()
     if not history.empty:
         return history.reindex(columns=list(COLUMNS))
     rows = [(one.step, one.tau) for one in saved]

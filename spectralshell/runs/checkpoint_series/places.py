@@ -24,7 +24,12 @@ _WILD = re.compile(r"[*?\[]")
 
 _STEP_NUMBER = re.compile(r"(?:global_?)?(?:step|iter|checkpoint|ckpt)[-_=]?(\d+)", re.IGNORECASE)
 
+_GOES_ON = re.compile(r"[._,]\d|\.?e\d|[kmb](?![a-z])", re.IGNORECASE)
+"""What follows digits where a name writes a number in another way: 1_000, 1.5, 1e4, 10k."""
+
 _LIGHTNING = ".ckpt"
+
+_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", _LIGHTNING)
 
 
 @dataclass(frozen=True)
@@ -103,7 +108,7 @@ def _matching(pattern: str) -> list[str]:
     if named is not None:
         return [pattern]
     path = os.path.expanduser(pattern)
-    if os.path.isdir(path) and not TrainerFolder.at(path):
+    if os.path.isdir(path):  # a Trainer may have noted its state in its output folder too
         inner = sorted(glob.glob(os.path.join(glob.escape(path), _CHECKPOINTS)))
         return inner or [path]
     found = [path] if os.path.exists(path) else sorted(glob.glob(path))
@@ -131,11 +136,15 @@ def _number_in(path: str) -> int:
     named = hub.named_by(Checkpoint(path))
     names = [named.revision] if named else [Path(path).name, Path(path).parent.name]
     for name in names:
-        stepped = _STEP_NUMBER.findall(name)
-        numbers = stepped or re.findall(r"\d+", re.sub(r"-\d+-of-\d+", "", name))
-        if len(set(numbers)) == 1:
-            return int(numbers[0])
-        if numbers:
+        for suffix in _SUFFIXES:
+            name = name.removesuffix(suffix)
+        name = re.sub(r"-\d+-of-\d+", "", name)
+        found = list(_STEP_NUMBER.finditer(name)) or list(re.finditer(r"(\d+)", name))
+        if any(_GOES_ON.match(name, number.end()) for number in found):
+            break
+        if len({number[1] for number in found}) == 1:
+            return int(found[0][1])
+        if found:
             break
     raise ValueError(
         f"checkpoints: the step of {path!r} is not told by its name; pass a mapping of steps to "

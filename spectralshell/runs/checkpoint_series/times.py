@@ -21,14 +21,16 @@ _FORMS = (
 def read_times(tau: Any, steps: Sequence[int], places: Sequence[Place]) -> list[float]:
     """Return τ of each checkpoint, in the order of their steps."""
     if tau is None:
-        return [_noted(step, place) for step, place in zip(steps, places, strict=True)]
-    times = [check_real("tau", value) for value in _given(tau, steps)]
+        times = [_noted(step, place) for step, place in zip(steps, places, strict=True)]
+        cause = "the checkpoints seem to be of more than one run; pass those of one, or tau="
+    else:
+        times = [check_real("tau", value) for value in _given(tau, steps)]
+        cause = "pass effective times that grow with the steps"
     for place in range(1, len(times)):
         if times[place] < times[place - 1]:
             raise ValueError(
                 f"tau goes back from {times[place - 1]:g} at step {steps[place - 1]} to "
-                f"{times[place]:g} at step {steps[place]}; pass effective times that grow with the "
-                "steps."
+                f"{times[place]:g} at step {steps[place]}; {cause}."
             )
     return times
 
@@ -69,6 +71,9 @@ def _noted(step: int, found: Place) -> float:
             f"tau: {path!r} notes step {trainer.step}, and {step} was given for it; {remedy}"
         )
     try:
-        return math.fsum(trainer.rates())
+        rates = trainer.rates()
+        if len(rates) and min(rates) < 0.0:
+            raise RatesUnknownError("a logged learning rate is negative")
+        return math.fsum(rates)
     except RatesUnknownError as error:
         raise ValueError(f"tau: {path!r}: {error}; {remedy}") from error

@@ -62,7 +62,7 @@ class TrainerFolder:
         try:
             tau = np.cumsum(self.rates())
             frame.insert(1, "tau", [tau[step - 1] for step in frame["step"]])
-        except RatesUnknownError:
+        except ValueError:  # of a file beside it as well: the weights may be whole
             frame.insert(1, "tau", np.nan)
         return frame
 
@@ -116,7 +116,10 @@ class TrainerFolder:
         if self.optimizer_file is None:
             return
         content = TensorFile(self.optimizer_file).content("meta")
-        group = content["param_groups"][0]
+        groups = content.get("param_groups") if isinstance(content, Mapping) else None
+        group = groups[0] if isinstance(groups, list) and groups else None
+        if not isinstance(group, Mapping):
+            raise RatesUnknownError(f"{OPTIMIZER_FILE} is no state of an optimiser")
         if group.get("momentum"):
             raise RatesUnknownError(
                 f"the optimiser has momentum {group['momentum']}, so that τ is not the sum of rates"

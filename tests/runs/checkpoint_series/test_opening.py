@@ -91,7 +91,13 @@ def test_the_step_is_the_number_in_the_name(tmp_path, name):
     assert opened([path]).states["step"].tolist() == [NAMES[name]]
 
 
-@pytest.mark.parametrize("name", ["model.pt", "epoch_3_of_10.pt", "step1_step2.pt"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("model.pt", "epoch_3_of_10.pt", "step1_step2.pt"),
+        *("step_10k.pt", "step1e4.pt", "step_1_000.pt", "step-1.2M.pt", "tokens-5B.pt"),
+    ],
+)
 def test_a_name_that_does_not_tell_the_step_is_refused(tmp_path, name):
     (tmp_path / "none").mkdir()
     torch.save(copied(MODEL), tmp_path / "none" / name)
@@ -186,3 +192,8 @@ def test_a_model_is_asked_for(folder):
 )
 def test_times_are_given_in_several_forms(folder, tau):
     assert opened(folder / "step-*.pt", tau=tau).states["tau"].tolist() == [0.0, 1.0, 2.0, 3.0]
+
+
+def test_the_version_of_a_name_is_not_its_step(tmp_path):
+    torch.save(state_of(0), tmp_path / "v1.5-step-300.pt")
+    assert opened(tmp_path / "*.pt").states["step"].tolist() == [300]

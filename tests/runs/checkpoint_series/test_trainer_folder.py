@@ -3,6 +3,7 @@
 import itertools
 import json
 import shutil
+import warnings
 
 import numpy as np
 import pytest
@@ -215,3 +216,60 @@ def test_notes_behind_a_link_are_not_read(run_folder, name):
     path.symlink_to(run_folder.parent / name)
     with pytest.raises(ValueError, match="lies outside its folder"):
         TrainingRun.from_checkpoints(run_folder / "checkpoint-5", language_model())
+
+
+def test_an_output_folder_with_a_state_of_its_own_is_still_its_checkpoints(run_folder):
+    # save_state() at the end of a script writes it.
+    shutil.copy(run_folder / "checkpoint-5" / "trainer_state.json", run_folder)
+    run = TrainingRun.from_checkpoints(run_folder, language_model())
+    assert run.states["step"].tolist() == [2, 4, 5]
+
+
+def of_another_run(folder):
+    def faster(state):
+        for entry in state["log_history"]:
+            if "learning_rate" in entry:
+                entry["learning_rate"] *= 10.0
+
+    changed(folder, 4, faster)
+
+
+def with_a_negative_rate(folder):
+    changed(folder, 5, lambda state: state["log_history"][1].update(learning_rate=-1.0))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (of_another_run, "tau goes back.*more than one run"),
+        (with_a_negative_rate, "a logged learning rate is negative"),
+    ],
+)
+def test_logs_that_do_not_belong_together_are_refused(run_folder, change, message):
+    change(run_folder)
+    with pytest.raises(ValueError, match=message):
+        TrainingRun.from_checkpoints(run_folder, language_model())
+
+
+NO_OPTIMIZERS = [{"foo": 1}, [1], {"param_groups": [1, 2]}]
+
+
+@pytest.mark.parametrize("content", NO_OPTIMIZERS, ids=str)
+def test_a_file_that_is_no_optimiser_leaves_the_weights(run_folder, content):
+    torch.save(content, run_folder / "checkpoint-5" / "optimizer.pt")
+    with pytest.warns(RunWarning, match="moments of 1 of 3 checkpoints are left out"):
+        run = TrainingRun.from_checkpoints(run_folder, language_model(), tau="steps")
+    assert run.states["moments"].notna().tolist() == [True, True, False]
+    with pytest.raises(ValueError, match="no state of an optimiser"):
+        TrainingRun.from_checkpoints(run_folder / "checkpoint-5", language_model())
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "config.json"])
+def test_a_side_file_that_was_cut_off_leaves_the_weights(run_folder, name):
+    of_version(run_folder, "4.40.0")
+    path = run_folder / "checkpoint-5" / name
+    path.write_bytes(path.read_bytes()[:40])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RunWarning)
+        run = TrainingRun.from_checkpoints(run_folder, language_model(), tau="steps")
+    assert run.states["step"].tolist() == [2, 4, 5]
