@@ -230,6 +230,7 @@ class TrainingRecorder:
         except BaseException:
             self._release()
             raise
+        self._step = None  # it was where this opening went on; the next one finds its own
         _OPEN[str(self.directory.resolve())] = self
         self._hook = self.optimizer.register_step_post_hook(self._after_step)
         return self
@@ -482,6 +483,8 @@ class TrainingRecorder:
         try:
             yield
         except Exception as error:
+            with self._tolerant("write the history"):
+                self._history.append(self._buffer.take_counted(), durable=True)
             self._release()
             self._tell(f"ended: a step could not be counted ({type(error).__name__}: {error})")
 

@@ -147,6 +147,19 @@ def test_restoring_gives_model_optimiser_and_place(tmp_path):
     assert held.param_groups[0]["betas"] == optimizer.param_groups[0]["betas"]
 
 
+def test_a_recorder_that_is_opened_again_goes_on_where_it_ended(tmp_path):
+    record(tmp_path, 10)
+    model = make_model()
+    optimizer = make_optimizer(model)
+    recorder = TrainingRecorder(model, optimizer, tmp_path, resume=True)
+    recorder.restore()
+    for steps in (range(10, 15), range(15, 20)):
+        with recorder:
+            for step in steps:
+                take_step(model, optimizer, step, recorder)
+    assert TrainingRun(tmp_path, model).history["step"].tolist() == list(range(1, 21))
+
+
 def test_what_came_after_the_restored_step_is_dropped(tmp_path):
     record(tmp_path, 40, states="every:5")
     model = make_model()
