@@ -221,6 +221,8 @@ class TrainingRecorder:
                 f"directory: {str(self.directory)!r} holds a run already. Pass resume=True to go "
                 "on with it, overwrite=True to remove it, or another directory."
             )
+        if not exists and not self._overwrite:
+            self._check_nothing_is_lost()
         self.directory.mkdir(parents=True, exist_ok=True)
         self._lock = DirectoryLock(self.directory)
         try:
@@ -228,6 +230,7 @@ class TrainingRecorder:
         except BaseException:
             self._release()
             raise
+        self._step = None  # it was where this opening went on; the next one finds its own
         _OPEN[str(self.directory.resolve())] = self
         self._hook = self.optimizer.register_step_post_hook(self._after_step)
         return self
@@ -281,6 +284,7 @@ class TrainingRecorder:
         if not self._resume:
             raise ValueError("restore() needs resume=True, or the run would not go on.")
         if not (self.directory / CARD).exists():
+            self._check_nothing_is_lost()
             return 0
         self._step = self._to_resume().restore_last(self.model, self.optimizer)
         return self._step
@@ -479,6 +483,8 @@ class TrainingRecorder:
         try:
             yield
         except Exception as error:
+            with self._tolerant("write the history"):
+                self._history.append(self._buffer.take_counted(), durable=True)
             self._release()
             self._tell(f"ended: a step could not be counted ({type(error).__name__}: {error})")
 
@@ -497,6 +503,21 @@ class TrainingRecorder:
 
     def _to_resume(self) -> RunToResume:
         return RunToResume(self.directory, self.model, self._files, self._history.path)
+
+    def _check_nothing_is_lost(self) -> None:
+        """Raise ValueError where files would go that no kill at the beginning of a run left."""
+        found = self._files.later_than_the_first()
+        history = self._history.path
+        if history.exists() and history.stat().st_size:
+            found = [history, *found]
+        if found:
+            names = ", ".join(str(path.relative_to(self.directory)) for path in found[:4])
+            raise ValueError(
+                f"directory: {str(self.directory)!r} has no {CARD}, but holds {names}"
+                + (" ..." if len(found) > 4 else "")
+                + f", which a new run would remove. Bring its {CARD} back, pass overwrite=True to "
+                "remove them, or pass another directory."
+            )
 
     def _remove_all(self) -> None:
         (self.directory / CARD).unlink(missing_ok=True)

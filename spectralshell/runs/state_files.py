@@ -71,6 +71,13 @@ class StateFiles:
             self.drop(step)
             raise
 
+    def later_than_the_first(self) -> list[Path]:
+        """Return the files of states and moments but those that a run begins with."""
+        first = {self.path(0), self.moments_path(0)}
+        found = [path for folder in self._folders for path in folder.glob(f"step-*{_SUFFIX}")]
+        numbered = [p for p in found if p.stem.removeprefix("step-").isdigit()]
+        return sorted(path for path in numbered if path not in first)
+
     def n_bytes(self, step: int) -> int:
         """Return the size of a state with its moments."""
         paths = (self.path(step), self.moments_path(step))
@@ -86,7 +93,8 @@ class StateFiles:
         kept = {later for later in self.steps() if later <= step}
         for folder in self._folders:
             for path in folder.glob(f"step-*{_SUFFIX}"):
-                if int(path.stem.removeprefix("step-")) not in kept:
+                number = path.stem.removeprefix("step-")
+                if number.isdigit() and int(number) not in kept:
                     path.unlink(missing_ok=True)
 
     def record(self, step: int) -> dict[str, Any]:

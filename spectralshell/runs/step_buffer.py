@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -85,7 +86,16 @@ class StepBuffer:
     def take(self, *, last_too: bool) -> Rows:
         """Return the rows to be written; :meth:`written` takes them out."""
         self.settle()
-        steps = self._closed(last_too)
+        return self._rows_of(self._closed(last_too))
+
+    def take_counted(self) -> Rows:
+        """Count what can be, and return the rows before the first step that cannot."""
+        with suppress(Exception):  # the caller tells of the failure that led here
+            self.settle()
+        steps = [step for step in self._steps if step.counted is not None and not step.written]
+        return self._rows_of(steps)
+
+    def _rows_of(self, steps: Sequence[_Step]) -> Rows:
         values = on_the_cpu([step.logged.get(key, np.nan) for step in steps for key in LOGGED])
         rows = np.zeros(len(steps), dtype=ROW)
         for position, step in enumerate(steps):

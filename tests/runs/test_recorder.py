@@ -259,6 +259,13 @@ def test_a_step_that_cannot_be_counted_ends_the_recording(tmp_path, bad):
     assert _run(tmp_path).history.empty
 
 
+def test_steps_before_one_that_cannot_be_counted_are_written(tmp_path):
+    increments = iter([0.5, 0.5, 0.5, "much", 0.5])
+    with pytest.warns(RunWarning, match="ended: a step could not be counted"):
+        record(tmp_path, 5, kind="adam", states=[], tau=lambda _: next(increments))
+    assert _run(tmp_path).history["tau"].tolist() == [0.5, 1.0, 1.5]
+
+
 def test_the_last_state_is_that_of_the_last_step(tmp_path):
     model = make_model()
     optimizer = make_optimizer(model)

@@ -147,6 +147,19 @@ def test_restoring_gives_model_optimiser_and_place(tmp_path):
     assert held.param_groups[0]["betas"] == optimizer.param_groups[0]["betas"]
 
 
+def test_a_recorder_that_is_opened_again_goes_on_where_it_ended(tmp_path):
+    record(tmp_path, 10)
+    model = make_model()
+    optimizer = make_optimizer(model)
+    recorder = TrainingRecorder(model, optimizer, tmp_path, resume=True)
+    recorder.restore()
+    for steps in (range(10, 15), range(15, 20)):
+        with recorder:
+            for step in steps:
+                take_step(model, optimizer, step, recorder)
+    assert TrainingRun(tmp_path, model).history["step"].tolist() == list(range(1, 21))
+
+
 def test_what_came_after_the_restored_step_is_dropped(tmp_path):
     record(tmp_path, 40, states="every:5")
     model = make_model()
@@ -269,3 +282,27 @@ def test_two_recorders_do_not_write_to_one_directory(tmp_path):
                 os._exit(0 if "another recorder is writing" in str(error) else 1)
             os._exit(2)
         assert os.waitpid(child, 0)[1] == 0
+
+
+@pytest.mark.parametrize("options", [{}, {"resume": True}])
+def test_files_without_a_card_are_not_removed(tmp_path, options):
+    record(tmp_path / "lost", 10)
+    (tmp_path / "lost" / "run.json").unlink()
+    (tmp_path / "own" / "states").mkdir(parents=True)
+    (tmp_path / "own" / "states" / "step-100.safetensors").write_text("mine")
+    before = _files(tmp_path)
+    for name, held in (("lost", "history.bin"), ("own", "step-100")):
+        with pytest.raises(ValueError, match=f"{name}' has no run.json, but holds .*{held}"):
+            record(tmp_path / name, 3, **options)
+    assert _files(tmp_path) == before
+    record(tmp_path / "lost", 3, overwrite=True)
+    assert TrainingRun(tmp_path / "lost", make_model()).states["step"].tolist() == [0, 1, 2, 3]
+
+
+def test_states_of_other_names_are_passed_over(tmp_path):
+    (tmp_path / "states").mkdir()
+    other = tmp_path / "states" / "step-final.safetensors"
+    other.write_text("mine")
+    record(tmp_path, 3)
+    assert other.read_text() == "mine"
+    assert TrainingRun(tmp_path, make_model()).states["step"].tolist() == [0, 1, 2, 3]
