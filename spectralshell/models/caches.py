@@ -51,8 +51,7 @@ def check_caches(
 ) -> bool:
     """Raise StaleStateError naming a module that computes with what it kept from other weights.
 
-    True if it keeps what these samples do not make it read. Cost: one call of them, or some more.
-    What is ``examined``, by module and attribute, is passed over, and what is found is added.
+    True if it keeps what these samples do not make it read. ``examined`` is passed over, added to.
     """
     with function.guard():  # gradients stay enabled, for some models differentiate inside
         kept = Holdings(function.model).kept

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+import sys
 import warnings
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import TracebackType
+from types import FrameType, TracebackType
 from typing import Any, Self
 
 import torch
@@ -37,6 +38,9 @@ _MOST_ROWS = 256
 
 _MOST_SECONDS = 10.0
 """Time before they are written, so that slow steps are not lost in hundreds."""
+
+_WRAPPER = "wrapper"
+"""What torch calls the function that it puts around a step."""
 
 _OPEN: weakref.WeakValueDictionary[str, TrainingRecorder] = weakref.WeakValueDictionary()
 
@@ -382,7 +386,9 @@ class TrainingRecorder:
             self._share = TimeShare(self._max_overhead)  # the loop begins here
         self._due = self._schedule.next_after(time.n_steps)
 
-    def _after_step(self, *_: Any) -> None:
+    def _after_step(self, optimizer: Optimizer, *_: Any) -> None:
+        if _is_within_a_step(optimizer):
+            return
         with self._share.counted(), self._ending_at_a_failure():
             now = self._share.seconds
             self._buffer.add(self._seconds_before + now)
@@ -415,7 +421,7 @@ class TrainingRecorder:
         with self._tolerant("keep a state", strict=first):
             moments = None
             if self._with_moments:
-                moments = OptimizerState.of_optimizer(self.model, self.optimizer, copy=False)
+                moments = self._moments_of_parameters()
             if self._makes_room(moments):
                 self._files.save(self.model, time.record(), moments)
                 # The step stays open until the next one; then its row may follow its state.
@@ -442,6 +448,18 @@ class TrainingRecorder:
         if self._lock is not None:
             self._lock.release()
         self._hook = self._lock = None
+
+    def _moments_of_parameters(self) -> OptimizerState | None:
+        """Return what the optimiser keeps, None where it is not of the parameters' shapes."""
+        moments = OptimizerState.of_optimizer(self.model, self.optimizer, copy=False)
+        try:
+            moments.check(self.model)
+        except ValueError as error:
+            self._tell(
+                f"keeps no moments of {type(self.optimizer).__name__} ({error})", kind="moments"
+            )
+            return None
+        return moments
 
     # Room
 
@@ -530,6 +548,22 @@ class TrainingRecorder:
         other = _OPEN.pop(str(self.directory.resolve()), None)
         if other is not None and other is not self:
             other._end(completed=False)
+
+
+def _is_within_a_step(optimizer: Optimizer) -> bool:
+    """Tell whether a step was called by another one, as where a subclass calls that of its base.
+
+    torch calls hooks for both.
+    """
+    frame: FrameType | None = sys._getframe(2)
+    wrapper, n_steps = sys._getframe(2).f_code, 0
+    if wrapper.co_name != _WRAPPER:
+        return False
+    while frame is not None:
+        if frame.f_code is wrapper and frame.f_locals["args"][0] is optimizer:
+            n_steps += 1
+        frame = frame.f_back
+    return n_steps > 1
 
 
 def _check_they_belong_together(model: nn.Module, optimizer: Optimizer) -> None:

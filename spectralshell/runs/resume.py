@@ -35,6 +35,8 @@ class RunToResume:
     def restore_last(self, model: nn.Module, optimizer: Optimizer) -> int:
         """Load the last whole state into model and optimiser, and return its step."""
         for step in reversed(self._steps):
+            if step == 0 and len(self._steps) > 1:
+                break  # to begin again, and drop the run, is not to restore it
             self._check_moments_kept(optimizer, step)
             try:
                 self._files.record(step)
@@ -49,8 +51,8 @@ class RunToResume:
             _load_state(model, state)
             return step
         raise ValueError(
-            "restore() found no state of the run that can be loaded. Restore a checkpoint of your "
-            "own, and pass its step=."
+            "restore() found no state of the run after the first that can be loaded. Restore a "
+            "checkpoint of your own, and pass its step=."
         )
 
     def find_step(
@@ -121,8 +123,9 @@ class RunToResume:
         )
         if step > 0 and not plain and not self._files.moments_path(step).exists():
             raise ValueError(
-                f"restore() needs the moments of step {step}, which were not kept "
-                "(moments=False). Restore a checkpoint of your own, and pass its step=."
+                f"restore() needs the moments of step {step}, which were not kept (moments=False, "
+                "or they are not of the parameters' shapes). Restore a checkpoint of your own, and "
+                "pass its step=."
             )
 
 

@@ -402,3 +402,36 @@ def test_wrong_parameters_are_named(tmp_path, options, error, message):
     with pytest.raises(error, match=message):
         TrainingRecorder(directory=tmp_path / "run", **arguments)
     assert not (tmp_path / "run").exists()
+
+
+class Factored(torch.optim.SGD):
+    """Keeps the means of rows, as Adafactor does."""
+
+    def step(self, closure=None):
+        with torch.no_grad():
+            for group in self.param_groups:
+                for p in group["params"]:
+                    if p.grad is not None and p.ndim > 1:
+                        self.state[p]["row"] = p.grad.square().mean(1)
+        return super().step(closure)
+
+
+def test_moments_of_other_shapes_are_told_and_left_out(tmp_path):
+    model = torch.nn.Linear(3, 2)
+    optimizer = Factored(model.parameters(), lr=0.1, momentum=0.9)
+
+    def train(n_steps, **options):
+        with TrainingRecorder(model, optimizer, tmp_path / "run", tau=0.1, **options):
+            for _ in range(n_steps):
+                model(torch.ones(4, 3)).square().mean().backward()
+                optimizer.step()
+
+    with pytest.warns(RunWarning, match="keeps no moments of Factored"):
+        train(5)
+    run = TrainingRun(tmp_path / "run", model)
+    batch = (torch.ones(4, 3), torch.zeros(4, 2))
+    assert len(run.snapshots([batch])) == len(run.states) > 1
+    recorder = TrainingRecorder(model, optimizer, tmp_path / "run", tau=0.1, resume=True)
+    with pytest.raises(ValueError, match="needs the moments of step 5"):
+        recorder.restore()
+    assert len(TrainingRun(tmp_path / "run", model).states) == len(run.states)

@@ -99,7 +99,7 @@ class TrainingRecorderCallback(TrainerCallback):
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Close the recorder; the model may be the best one by now, not the last."""
-        if self.recorder is not None and self._ended:
+        if self.recorder is not None and (self._ended or args.load_best_model_at_end):
             self.recorder.abandon()
         elif self.recorder is not None:
             self.recorder.close()
