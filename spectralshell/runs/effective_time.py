@@ -111,7 +111,7 @@ def rule_of(optimizer: Optimizer) -> tuple[Rule, tuple[str, ...]]:
 
 
 class EffectiveTime:
-    """τ of an optimiser's first parameter group, and the factor of every group beside it.
+    """τ of the first parameter group that moves, and the factor of every group beside it.
 
     ``given``: what a step adds, a number or a function of the optimiser, instead of the table.
     """
@@ -123,13 +123,22 @@ class EffectiveTime:
         self.n_steps = 0
         self.tau_weight_decay = 0.0
         self.lr = math.nan
+        # None until a group has moved: the first may be empty, frozen, or at a rate of 0.
+        self._reference: int | None = None
+        # Steps at which other groups moved and that one did not.
+        self.n_standing = 0
         self.groups: Sequence[Follow] = [self._behind(group) for group in optimizer.param_groups]
         self.factors = _factors_of_rates(optimizer.param_groups)
 
     @property
     def tau(self) -> float:
-        """Effective time of the first group."""
-        return self.groups[0].tau
+        """Effective time of the group of reference."""
+        return self.groups[self.reference].tau
+
+    @property
+    def reference(self) -> int:
+        """The group whose time is τ."""
+        return self._reference or 0
 
     def read(self) -> list[Settings]:
         """Return the settings that the step just taken used, one for each group; no waiting."""
@@ -142,13 +151,17 @@ class EffectiveTime:
         before = [*self.groups, *[Follow()] * (len(settings) - len(self.groups))]
         pairs = zip(settings, before, strict=True)
         self.groups, moved = zip(*(self._after(now, past) for now, past in pairs), strict=True)
-        if moved[0] > 0:
-            self.factors = [one / moved[0] for one in moved]
-        first = settings[0]
+        if self._reference is None:
+            self._reference = next((k for k, one in enumerate(moved) if one > 0), None)
+        own = moved[self.reference]
+        if own > 0:
+            self.factors = [one / own for one in moved]
+        self.n_standing += own == 0 and any(moved)
+        now = settings[self.reference]
         self.n_steps += 1
-        self.lr = first["lr"]
-        if first["active"]:
-            self.tau_weight_decay += first["lr"] * first["weight_decay"]
+        self.lr = now["lr"]
+        if now["active"]:
+            self.tau_weight_decay += now["lr"] * now["weight_decay"]
         return True
 
     def record(self) -> dict[str, Any]:
@@ -158,6 +171,7 @@ class EffectiveTime:
             "tau": self.tau,
             "tau_weight_decay": self.tau_weight_decay,
             "lr": self.lr,
+            "reference": self._reference,
             "groups": [asdict(group) for group in self.groups],
             "factors": self.factors,
         }
@@ -167,20 +181,29 @@ class EffectiveTime:
         self.n_steps = int(record["n_steps"])
         self.tau_weight_decay = float(record["tau_weight_decay"])
         self.lr = float(record["lr"])
+        self._reference = record["reference"]
         self.groups = [Follow(**group) for group in record["groups"]]
         self.factors = [float(factor) for factor in record["factors"]]
 
-    def restore_first(
-        self, *, step: int, tau: float, tau_weight_decay: float, lr: float, first: Follow
+    def restore_row(
+        self,
+        *,
+        step: int,
+        tau: float,
+        tau_weight_decay: float,
+        lr: float,
+        own: Follow,
+        reference: int | None,
     ) -> None:
-        """Go on from a row of the history, which knows the first group alone.
+        """Go on from a row of the history, which knows the group of reference alone.
 
         Groups with its settings have followed as it did; others are taken as long under way.
         """
+        self._reference = reference
         settings = self.read()
-        same = [_recursion(now) == _recursion(settings[0]) for now in settings]
+        same = [_recursion(now) == _recursion(settings[self.reference]) for now in settings]
         self.groups = [
-            Follow(tau, first.n_steps, first.share if alike else group.share)
+            Follow(tau, own.n_steps, own.share if alike else group.share)
             for alike, group in zip(same, self.groups, strict=True)
         ]
         self.n_steps, self.tau_weight_decay, self.lr = step, tau_weight_decay, lr

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import random
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
-import torch
 from sklearn.base import clone
 from torch import nn
 
+from spectralshell.models.guard import random_states
 from spectralshell.runs.atomic_files import remove_unfinished, replace_file
 from spectralshell.snapshots import make_snapshots
 
@@ -36,7 +32,7 @@ class LoopMeasures:
 
     def take(self, model: nn.Module, step: int, tau: float, name: str | None) -> None:
         """Measure the model as it is now, and write the frame; random states stay as they are."""
-        with _random_states_kept():
+        with random_states(next(model.parameters()).device):
             snapshots = make_snapshots(model, self._batches, tau=tau, name=name)
             frame = _frame_of(self._estimator, snapshots)
         frame = frame.assign(step=step) if "tau" in frame.columns else _with_step(frame, step)
@@ -76,15 +72,3 @@ def _frame_of(estimator: Any, snapshots: list[Any]) -> pd.DataFrame:
 
 def _with_step(frame: pd.DataFrame, step: int) -> pd.DataFrame:
     return pd.concat({step: frame}, names=["step"])
-
-
-@contextmanager
-def _random_states_kept() -> Iterator[None]:
-    plain, arrays = random.getstate(), np.random.get_state()  # noqa: NPY002
-    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
-    with torch.random.fork_rng(devices=devices):
-        try:
-            yield
-        finally:
-            random.setstate(plain)
-            np.random.set_state(arrays)  # noqa: NPY002

@@ -114,6 +114,9 @@ class TrainingRecorder:
     steps or 10 s; a kill loses at most these rows. Under ``torch.distributed`` rank 0 writes, and
     on the others the recorder does nothing. Parameters that are sharded are refused.
 
+    A state is that right after the step of this optimiser. Where several train one model, pass the
+    one that steps last; what is done to the weights after a step, such as clamping, comes later.
+
     Cost: about 50 µs a step, and for each state that is kept its copy to disk.
 
     Examples
@@ -416,6 +419,13 @@ class TrainingRecorder:
         if self._measuring:
             with self._tolerant("measure a state"):
                 self._measures.take(self.model, time.n_steps, time.tau, self.name)
+        if time.n_standing:
+            self._tell(
+                f"counts τ by parameter group {time.reference}, which stood still at "
+                f"{time.n_standing} steps where others moved, as where it is frozen later; pass "
+                "tau= to count another way",
+                kind="standing",
+            )
         if self._max_bytes == 0:
             return
         with self._tolerant("keep a state", strict=first):
@@ -546,7 +556,13 @@ class TrainingRecorder:
     def _close_the_one_left_open(self) -> None:
         """Close the recorder that a loop of this process left open when it failed."""
         other = _OPEN.pop(str(self.directory.resolve()), None)
-        if other is not None and other is not self:
+        if other is not None and other is not self and other._hook is not None:
+            warnings.warn(
+                f"the recorder of {str(self.directory)!r} was still open, as after a loop that "
+                f"failed; it is closed at step {other.step}. Close it, or use it as a context.",
+                RunWarning,
+                stacklevel=4,
+            )
             other._end(completed=False)
 
 

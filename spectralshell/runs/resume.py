@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -95,14 +96,23 @@ class RunToResume:
         if not len(row):
             return 0.0
         if step not in self._steps:
-            time.restore_first(
+            time.restore_row(
                 step=step,
                 tau=float(row["tau"][0]),
                 tau_weight_decay=float(row["tau_weight_decay"][0]),
                 lr=float(row["lr"][0]),
-                first=Follow(n_steps=int(row["n_steps"][0]), share=float(row["share"][0])),
+                own=Follow(n_steps=int(row["n_steps"][0]), share=float(row["share"][0])),
+                reference=self._reference(),
             )
         return float(row["seconds"][0])
+
+    def _reference(self) -> int | None:
+        """Return the parameter group whose time is τ, which states know and rows do not."""
+        found: int | None = None
+        for step in self._steps:
+            with suppress(ValueError):  # of a broken state
+                found = self._files.record(step)["reference"]
+        return found
 
     def _equal_state(self, model: nn.Module) -> int | None:
         """Return the last step whose state is the model's, to the last bit."""
@@ -137,6 +147,6 @@ def _load_state(model: nn.Module, state: dict[str, torch.Tensor]) -> None:
 
 def steps_of(optimizer: Optimizer) -> int | None:
     """Return the steps that the optimiser itself counts, None where it counts none."""
-    held = [optimizer.state.get(p, {}) for p in optimizer.param_groups[0]["params"]]
+    held = [optimizer.state.get(p, {}) for group in optimizer.param_groups for p in group["params"]]
     counts = [int(one["step"]) for one in held if "step" in one]
     return max(counts, default=None)

@@ -118,8 +118,8 @@ class StepBuffer:
 
 
 def _row_of(time: EffectiveTime) -> tuple[Any, ...]:
-    first = time.groups[0]
-    return time.n_steps, time.tau, time.tau_weight_decay, time.lr, first.n_steps, first.share
+    own = time.groups[time.reference]
+    return time.n_steps, time.tau, time.tau_weight_decay, time.lr, own.n_steps, own.share
 
 
 def checked_values(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -199,7 +199,8 @@ def test_a_group_without_gradients_does_not_move():
     assert not time.advance(time.read())  # no gradient at all: no step
     parts[1].grad = G.clone()
     assert time.advance(time.read())
-    assert (time.n_steps, time.tau, time.groups[1].tau) == (1, 0.0, 0.1)
+    assert (time.n_steps, time.groups[0].tau, time.groups[1].tau) == (1, 0.0, 0.1)
+    assert (time.reference, time.tau) == (1, 0.1)  # τ is that of the first group that moves
 
 
 def test_rates_that_are_tensors_are_read_at_the_step():

@@ -347,9 +347,12 @@ def test_a_recorder_left_open_is_closed_by_the_next(tmp_path):
     optimizer = make_optimizer(model)
     left = TrainingRecorder(model, optimizer, tmp_path).open()
     take_step(model, optimizer, 0)
-    with TrainingRecorder(model, optimizer, tmp_path, resume=True) as recorder:
-        assert recorder.step == 1
-        take_step(model, optimizer, 1)
+    recorder = TrainingRecorder(model, optimizer, tmp_path, resume=True)
+    with pytest.warns(RunWarning, match="was still open.*closed at step 1"):
+        recorder.open()
+    assert recorder.step == 1
+    take_step(model, optimizer, 1)
+    recorder.close()
     assert left.step == 1
     assert _run(tmp_path).history["step"].tolist() == [1, 2]
 
@@ -435,3 +438,57 @@ def test_moments_of_other_shapes_are_told_and_left_out(tmp_path):
     with pytest.raises(ValueError, match="needs the moments of step 5"):
         recorder.restore()
     assert len(TrainingRun(tmp_path / "run", model).states) == len(run.states)
+
+
+def grouped(still):
+    """Return a model and an optimiser whose first group does not move."""
+    model = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.Linear(2, 2))
+    first = {"params": list(model[0].parameters()), "lr": 0.3}
+    if still == "frozen":
+        model[0].requires_grad_(False)
+    elif still == "empty":
+        first = {"params": [], "lr": 0.3}
+    else:
+        first["lr"] = 0.0
+    groups = [first, {"params": list(model[1].parameters()), "weight_decay": 0.5}]
+    return model, torch.optim.AdamW(groups, lr=0.1, weight_decay=0.0)
+
+
+@pytest.mark.parametrize("still", ["frozen", "empty", "rate 0"])
+def test_tau_is_that_of_the_first_group_that_moves(still, tmp_path):
+    model, optimizer = grouped(still)
+
+    def train(n_steps):
+        for _ in range(n_steps):
+            optimizer.zero_grad()
+            model(torch.ones(4, 3)).square().mean().backward()
+            optimizer.step()
+
+    with TrainingRecorder(model, optimizer, tmp_path / "run", states=[5]) as recorder:
+        train(8)
+    # From a row of the history, which has no state.
+    with TrainingRecorder(model, optimizer, tmp_path / "run", states=[10], resume=True, step=8):
+        train(2)
+    run = TrainingRun(tmp_path / "run", model)
+    assert np.allclose(run.history["tau"], 0.1 * np.arange(1, 11), rtol=0, atol=1e-12)
+    assert np.allclose(run.history["tau_weight_decay"], 0.05 * np.arange(1, 11), rtol=0, atol=1e-12)
+    batch = (torch.ones(4, 3), torch.zeros(4, 2))
+    assert [round(s.tau, 9) for s in run.snapshots([batch])] == [0.0, 0.5, 1.0]
+    assert recorder.step == 8
+
+
+def test_a_group_of_reference_that_stops_is_told(tmp_path):
+    model, optimizer = grouped("rate 0")
+    optimizer.param_groups[0]["lr"] = 0.2
+
+    def train():
+        with TrainingRecorder(model, optimizer, tmp_path / "run", states=[6]):
+            for step in range(6):
+                if step == 2:
+                    optimizer.param_groups[0]["lr"] = 0.0
+                optimizer.zero_grad()
+                model(torch.ones(4, 3)).square().mean().backward()
+                optimizer.step()
+
+    with pytest.warns(RunWarning, match="group 0, which stood still at 4 steps"):
+        train()
