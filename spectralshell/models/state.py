@@ -123,18 +123,18 @@ class ModelState:
 
     def load(self, model: nn.Module) -> dict[str, Tensor]:
         """Return the state by canonical name; files are read anew at every call."""
-        if self.tensors is not None or self.checkpoint is None:
+        asked = self.checkpoint
+        if self.tensors is not None or asked is None:
             return dict(self.tensors or {})
-        named = hub.named_by(self.checkpoint)
+        named = hub.named_by(asked)
         if named is not None:
-            with hub.fetched(named, self.stamp, self.checkpoint.keep) as folder:
-                source = open_checkpoint(folder, self.checkpoint.key)
-                return self._loaded(model, source)
-        path = str(self.checkpoint.path)
+            with hub.fetched(named, self.stamp, asked.keep) as folder:
+                return self._loaded(model, open_checkpoint(folder, asked.key), asked)
+        path = str(asked.path)
         try:
-            source = open_checkpoint(path, self.checkpoint.key)
+            source = open_checkpoint(path, asked.key)
             before = stamp(source)
-            loaded = self._loaded(model, source) if before == self.stamp else {}
+            loaded = self._loaded(model, source, asked) if before == self.stamp else {}
             unchanged = before == self.stamp == stamp(source)
         except OSError as error:
             raise ValueError(
@@ -147,9 +147,8 @@ class ModelState:
             )
         return loaded
 
-    def _loaded(self, model: nn.Module, source: Source) -> dict[str, Tensor]:
-        assert self.checkpoint is not None
-        matched = _match(model, source, self.checkpoint, "cpu")
+    def _loaded(self, model: nn.Module, source: Source, asked: Checkpoint) -> dict[str, Tensor]:
+        matched = _match(model, source, asked, "cpu")
         self.narrow = matched.narrow
         if isinstance(source, AdapterFolder):
             return self.unsaved | matched.state

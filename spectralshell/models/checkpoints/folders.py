@@ -34,6 +34,7 @@ def open_folder(folder: str, key: str | None) -> Source:
     if has_file(folder, CONFIG):
         weights = next((name for name in WEIGHTS if has_file(folder, name)), WEIGHTS[0])
         file_inside(folder, weights, label)
+        _refuse_key(label, key)
         return AdapterFolder(folder, weights)
     for inner in (folder, *(os.path.join(folder, name) for name in _INNER)):
         if has_file(inner, METADATA):
@@ -51,10 +52,19 @@ def open_folder(folder: str, key: str | None) -> Source:
 def open_file(path: str, key: str | None) -> Source:
     """Return how the state of a file is read."""
     if path.endswith(INDEX_ENDING):
+        _refuse_key(f"the index {path!r}", key)
         return ShardedFiles(path)
     if os.path.basename(path) == METADATA:
         return DistributedFolder(os.path.dirname(path), key)
     return TensorFile(path, key)
+
+
+def _refuse_key(label: str, key: str | None) -> None:
+    if key is not None:
+        raise ValueError(
+            f"state: {label} stands for one set of tensors by name; leave key={key!r} out, or use "
+            "prefix=."
+        )
 
 
 def _advice(folder: str) -> str:

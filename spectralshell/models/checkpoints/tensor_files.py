@@ -137,8 +137,8 @@ def check_archive(file: Any, size: int, source: str) -> None:
     try:
         with zipfile.ZipFile(file) as archive:
             members = archive.infolist()
-    # zipfile raises the last for versions and methods that it does not read.
-    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
+    # A RuntimeError is what zipfile raises for versions and methods that it does not read.
+    except (zipfile.BadZipFile, OSError, ValueError, RuntimeError) as error:
         raise ValueError(
             f"state: {source} is not a readable checkpoint ({error}); it may be corrupt or "
             "incomplete."

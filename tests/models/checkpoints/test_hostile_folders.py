@@ -407,6 +407,15 @@ def test_what_would_fit_is_told(tmp_path, kind):
         Snapshot(MODEL, *BATCH, state=Checkpoint(tmp_path / "run.pt", **options))
 
 
+@pytest.mark.parametrize("name", ["adapter_config.json", "pytorch_model.bin.index.json"])
+def test_a_key_that_would_be_passed_over_is_refused(tmp_path, name):
+    # One who asks for an average would be given the plain weights.
+    (tmp_path / name).write_text("{}")
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"")
+    with pytest.raises(ValueError, match="leave key='ema' out"):
+        Snapshot(MODEL, *BATCH, state=Checkpoint(tmp_path, key="ema"))
+
+
 @pytest.mark.parametrize(
     ("options", "error"),
     [
