@@ -14,14 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from spectralshell.models.language import IGNORED
+
 _TOKEN_NDIM = 3
 
 _BLOCK = 2**20
 """Numbers of log-probabilities that are made at a time: one array of them beside the outputs, of
 tokens times vocabulary, would fill the memory before anything else does."""
-
-IGNORED_LABEL = -100
-"""Label of rows that are left out, as in ``torch.nn.functional.cross_entropy``."""
 
 
 @dataclass(frozen=True)
@@ -249,18 +248,16 @@ def _prepare_labels(targets: Any, outputs: Tensor, class_axis: int | None) -> Ta
     )
     if labels.is_meta:
         return found(labels, labels.numel())
-    kept = labels != IGNORED_LABEL
+    kept = labels != IGNORED
     wrong = labels[kept & ((labels < 0) | (labels >= n_classes))]
     if wrong.numel():
         raise ValueError(
             f"targets hold the class index {int(wrong[0])}, out of range for {n_classes} classes "
-            f"(dimension {axis} of the outputs); {IGNORED_LABEL} leaves a row out."
+            f"(dimension {axis} of the outputs); {IGNORED} leaves a row out."
         )
     n_rows = int(kept.sum())
     if n_rows == 0:
-        raise ValueError(
-            f"targets are all {IGNORED_LABEL}, which leaves no row; label at least one."
-        )
+        raise ValueError(f"targets are all {IGNORED}, which leaves no row; label at least one.")
     if n_rows == labels.numel():
         return found(labels, n_rows)
     return found(labels[kept], n_rows, rows=kept.nonzero().reshape(-1))

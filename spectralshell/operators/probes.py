@@ -46,6 +46,9 @@ _COTANGENTS = 2
 _WHOLE_FLOPS = 1e9
 """Operations of a forward pass up to which all samples are probed."""
 
+_BRIEF_FLOPS = 1e8
+"""The same where an earlier snapshot of the model has passed: of small models all samples."""
+
 _FEWEST_SAMPLES = 8
 
 _PAIR = 2
@@ -137,12 +140,14 @@ def _probe(evaluation: Evaluation) -> _Finding:
 
 
 def _probe_briefly(evaluation: Evaluation, step: float) -> _Finding | None:
-    """Compare a pair of samples along one direction; None if they differ or cannot be compared."""
+    """Compare some samples along one direction; None if they differ or cannot be compared."""
     function = evaluation.problem.function
     if function.dtype == torch.float32 and _has_double(function):
         function = function.in_double()
     try:
-        n_few = min(_PAIR, samples_of(evaluation, WHOLE_OUTPUTS))
+        share = _BRIEF_FLOPS / max(evaluation.forward_flops, 1.0)
+        n_few = max(_PAIR, int(share * evaluation.problem.n_samples))
+        n_few = min(n_few, samples_of(evaluation, WHOLE_OUTPUTS))
         finding = _Comparison(evaluation, function, n_few, n_cotangents=1).find([step])
     except _FAILURES:
         return None

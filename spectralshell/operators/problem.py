@@ -243,8 +243,6 @@ def pose_problem(
     n_samples = snapshot.n_samples
     if n_samples is None:
         n_samples = _count_outputs(function, inputs)
-    if snapshot.labels_moved is not None:
-        notes += compare_with_own_loss(snapshot, function, inputs, n_samples)
     whole = chunk_size is None or chunk_size >= n_samples
     set_up = set_up_of(
         function,
@@ -254,6 +252,10 @@ def pose_problem(
         chunk_size=None if whole else chunk_size,
         class_axis=snapshot.class_axis,
     )
+    if snapshot.labels_moved is not None and not set_up.has_own_loss:
+        found = compare_with_own_loss(snapshot, function, inputs, n_samples)
+        notes += found
+        set_up.has_own_loss = not found  # a number that differs is told of each state
     return KernelProblem(
         function=function,
         residual=resolved,

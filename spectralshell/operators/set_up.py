@@ -38,6 +38,8 @@ class SettledRung:
 class SetUp:
     """What is settled so far; shared by the snapshots that have its key."""
 
+    # Whether labels were read as the model's own loss reads them.
+    has_own_loss: bool = False
     # What the model keeps and reads that is no function of its weights, by module and attribute,
     # and the number of samples that show what it reads.
     examined: set[tuple[str, str]] = field(default_factory=set)

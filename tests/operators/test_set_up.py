@@ -146,6 +146,13 @@ def test_a_later_jacobian_that_is_not_the_derivative_is_labelled():
     assert build_kernel(first).jacobian_defect == 0.0
 
 
+def test_a_defect_that_the_last_sample_alone_shows_is_labelled():
+    first, other = branches(lambda y: torch.cat([y[:3], y[3:] + (torch.cos(y[3:])).detach()]))
+    build_kernel(first)
+    with pytest.warns(DynamicsWarning, match="do not change as the Jacobian says"):
+        build_kernel(other)
+
+
 def test_what_the_model_keeps_since_is_found():
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
